@@ -1,0 +1,78 @@
+"""Save and load one-file checkpoints: atomic on the way out, safe and checked on the way in.
+
+A checkpoint is a dict that `torch.load(path, weights_only=True)` reads, and that needs no other file:
+
+    model       the plain state dict, float32
+    config      the fields of ModelConfig
+    tokenizer   the bytes of the SentencePiece model
+    data        the record of the training data: meta.json, with its checksums
+    train       the fields of TrainConfig
+    step, tokens, seconds    training position: optimizer steps, tokens seen, seconds spent
+    optimizers  their state dicts, and `scaler` that of the gradient scaler
+
+There is no random state in it, because none is needed: batches and dropout are functions of (seed, step).
+"""
+
+import os
+import pickle
+from pathlib import Path
+
+import torch
+
+from config import UserError, pick
+from model import Llama, ModelConfig
+from tokenizer import Tokenizer
+
+
+def save(path: Path, checkpoint: dict) -> None:
+    """Write `path` whole or not at all: a temporary file beside it, flushed to the disk, then renamed over it."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        kept = f"; the one saved before is kept in {path}" if path.exists() else ""
+        raise UserError(f"cannot save the checkpoint: {reason}{kept}") from None
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> dict:
+    """Read a checkpoint without running any code in it. Raises UserError if it is missing, damaged or foreign."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint; train one with python train.py")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} ({path.stat().st_size:,} bytes) is damaged or is no checkpoint: {reason}") from None
+    keys = {"model": dict, "config": dict, "tokenizer": bytes}
+    if not isinstance(checkpoint, dict) or any(not isinstance(checkpoint.get(k), t) for k, t in keys.items()):
+        raise UserError(f"{path} is no checkpoint of train.py: it lacks {', '.join(keys)}")
+    return checkpoint
+
+
+def load_weights(model: Llama, checkpoint: dict) -> None:
+    """Copy the checkpoint's weights into the model. Raises UserError when one is missing or misshapen."""
+    wanted, found = (
+        {k: list(v.shape) for k, v in state.items()} for state in (model.state_dict(), checkpoint["model"])
+    )
+    for name in sorted(wanted | found):
+        if wanted.get(name) != found.get(name):
+            shapes = f"its config makes {name} {wanted.get(name, 'absent')}, and it holds {found.get(name, 'none')}"
+            raise UserError(f"the checkpoint contradicts itself: {shapes}; it is damaged or of another version")
+    model.load_state_dict(checkpoint["model"])
+
+
+def build(checkpoint: dict, device: str | torch.device = "cpu") -> tuple[Llama, Tokenizer]:
+    """The model, in eval mode, and the tokenizer of a loaded checkpoint."""
+    config = checkpoint["config"]
+    if unknown := set(config) - set(pick(ModelConfig, config)):
+        raise UserError(f"the checkpoint has settings that this version does not know: {', '.join(sorted(unknown))}")
+    model = Llama(ModelConfig(**config)).to(device)
+    load_weights(model, checkpoint)
+    return model.eval(), Tokenizer(checkpoint["tokenizer"])

@@ -1,0 +1,397 @@
+"""Turn text into a tokenizer and token files: data/NAME/{tokenizer.model, train.bin, val.bin, test.bin, meta.json}.
+
+    python data/prepare.py                                  # stdlib: Python's own source, found on this machine
+    python data/prepare.py shakespeare                      # or wikitext2, tinystories: downloaded, checksum verified
+    python data/prepare.py shakespeare --from input.txt     # the same from a copy that you have
+    python data/prepare.py mine --text 'notes/**/*.md'      # your own UTF-8 text
+
+A document becomes BOS, its tokens, EOS; a token file is the documents end to end, uint16 (uint32 above 65,536 tokens).
+Corpora with splits of their own keep them. Otherwise whole documents (files) go to val, test or train in the order of
+a hash of their names, so that no file is on two sides (huge ones always to train); fewer than 20 files are cut at line
+ends instead, each into its first 90%, next 5% and last 5%. A document that repeats another's text is dropped. The
+tokenizer learns from train alone.
+"""
+
+import glob
+import hashlib
+import json
+import os
+import shutil
+import sys
+import sysconfig
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+DATA = Path(__file__).resolve().parent
+sys.path.insert(0, str(DATA.parent))  # run as a script, Python looks for modules beside this file only
+
+from config import POSITIONAL, UserError, parse, run  # noqa: E402
+from tokenizer import SETTINGS, Tokenizer  # noqa: E402
+
+SPLITS = {"train": 0.90, "val": 0.05, "test": 0.05}
+TOKENIZER_BYTES = 50_000_000  # text that the tokenizer learns from; more changes the pieces little and costs memory
+CHUNK = 1 << 24  # bytes read at a time
+TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/"
+DOWNLOADS = {  # name: [(address, sha256), ...]
+    "shakespeare": [
+        ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+         "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
+    ],
+    "wikitext2": [
+        ("https://huggingface.co/datasets/ggml-org/ci/resolve/main/wikitext-2-raw-v1.zip",
+         "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11"),
+    ],
+    "tinystories": [
+        (TINYSTORIES + "TinyStoriesV2-GPT4-train.txt",
+         "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443"),
+        (TINYSTORIES + "TinyStoriesV2-GPT4-valid.txt",
+         "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d"),
+    ],
+}  # fmt: skip
+
+
+@dataclass
+class PrepareConfig:
+    """data"""
+
+    name: str = field(default="stdlib", metadata=POSITIONAL)  # stdlib, shakespeare, wikitext2, tinystories, yours
+    text: list[str] | None = None  # your own UTF-8 text: files, folders or globs
+    from_: str | None = None  # a local copy to use instead of the download: the file, or the folder with the files
+    tokenizer: str | None = None  # an existing tokenizer.model, or a ckpt.pt that has one (default: learn one)
+    vocab_size: int = 4096  # pieces that the learned tokenizer has
+    out: str | None = None  # folder to write (default: data/NAME beside this script)
+    overwrite: bool = False  # replace a folder that is already prepared
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes start..stop of a text file; one document, or several with `separator` between them."""
+
+    name: str
+    path: Path
+    start: int
+    stop: int
+    separator: bytes = b""
+
+    def documents(self) -> Iterator[str]:
+        """The texts, without empty ones; a file with a separator is read in chunks, however large it is."""
+        rest, place = b"", self.start
+        with open(self.path, "rb") as file:
+            file.seek(self.start)
+            while place < self.stop:
+                read = file.read(min(self.stop - place, CHUNK if self.separator else self.stop))
+                if not read:
+                    raise UserError(f"{self.path} became shorter while it was read: run again")
+                place += len(read)
+                *whole, rest = (rest + read).split(self.separator) if self.separator else (b"", read)
+                yield from (self.text(document) for document in whole if document.strip())
+        if rest.strip():
+            yield self.text(rest)
+
+    def text(self, document: bytes) -> str:
+        document = document.strip() if self.separator else document
+        try:
+            return document.decode()
+        except UnicodeDecodeError as error:
+            bad = f"byte 0x{document[error.start]:02x} at {error.start:,}"
+            remedy = f"convert it, for instance with: iconv -f latin1 -t utf-8 {self.path}"
+            raise UserError(f"{self.path} is not UTF-8 ({bad}): {remedy}") from None
+
+
+def whole(path: Path, name: str = "", separator: bytes = b"") -> Piece:
+    return Piece(name or path.name, path, 0, path.stat().st_size, separator)
+
+
+def standard_library() -> list[Piece]:
+    """Every .py file of this Python's standard library, without its tests and installed packages."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    files = [f for f in root.rglob("*.py") if not skip & set(f.relative_to(root).parts[:-1]) and f.is_file()]
+    if not files:
+        raise UserError(f"no Python source in {root}: give your own text with --text FILE")
+    return [whole(file, file.relative_to(root).as_posix()) for file in files]
+
+
+def own_text(patterns: list[str]) -> list[Piece]:
+    """The files that paths, folders and globs name."""
+    found: set[Path] = set()
+    for pattern in patterns:
+        matches = [Path(p) for p in glob.glob(pattern, recursive=True)] or [Path(pattern)]
+        for path in matches:
+            found |= set(path.rglob("*")) if path.is_dir() else {path}
+    files = sorted(f for f in found if not f.is_dir())
+    if missing := [f for f in files if not f.exists()]:
+        raise UserError(f"--text {missing[0]}: no such file")
+    if not any(f.stat().st_size for f in files):
+        raise UserError(f"--text {' '.join(patterns)}: no text there; name UTF-8 files, folders or globs")
+    root = Path(os.path.commonpath([f.resolve().parent for f in files]))
+    return [whole(file, file.resolve().relative_to(root).as_posix()) for file in files]
+
+
+def split(pieces: list[Piece]) -> dict[str, list[Piece]]:
+    """Whole documents by a hash of their names; see the top of this file."""
+    if len(pieces) < 20:
+        cut = [cut_by_position(piece) for piece in pieces]
+        return {name: [parts[name] for parts in cut] for name in SPLITS}
+    pieces = sorted(pieces, key=lambda piece: hashlib.sha256(piece.name.encode()).digest())
+    total, parts = sum(piece.stop for piece in pieces), {}
+    for name in ("val", "test"):  # the first 5% of the bytes, the next 5%, and train is what remains
+        wanted = SPLITS[name] * total
+        # one huge file would be most of a small split, and the split would measure that file
+        limit, size, parts[name] = max(wanted / 4, 2 * total / len(pieces)), 0, []
+        for piece in [piece for piece in pieces if piece.stop <= limit]:
+            if size < wanted:
+                parts[name].append(piece)
+                pieces.remove(piece)
+                size += piece.stop
+    return {"train": sorted(pieces, key=lambda piece: piece.name), **parts}
+
+
+def cut_by_position(piece: Piece) -> dict[str, Piece]:
+    """One file -> its first 90%, next 5%, last 5% of bytes, each cut moved on to the next line's beginning."""
+    parts, start, share = {}, 0, 0.0
+    with open(piece.path, "rb") as file:
+        for name in SPLITS:
+            share += SPLITS[name]
+            file.seek(min(piece.stop, round(share * piece.stop)))
+            file.readline()
+            stop = piece.stop if name == "test" else file.tell()
+            parts[name] = Piece(f"{piece.name}[{name}]", piece.path, start, stop)
+            start = stop
+    return parts
+
+
+def download(url: str, sha256: str, folder: Path) -> Path:
+    """Fetch `url` into `folder`, continuing a broken download, and check it; an earlier, whole copy is used."""
+    path, part = folder / url.split("/")[-1], folder / (url.split("/")[-1] + ".part")
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    for attempt in range(5):
+        try:
+            fetch_rest(url, part)
+            break
+        except (urllib.error.URLError, ConnectionError, TimeoutError, EOFError) as error:
+            if attempt == 4 or getattr(error, "code", 0) in (403, 404):
+                hint = f"try again later, or get the file another way and give --from {path.name}"
+                raise UserError(f"cannot download {url}: {error}; {hint}") from None
+            print(f"download interrupted ({error}); trying again", file=sys.stderr)
+            time.sleep(2**attempt)
+    found = sha256_of(part)
+    if found != sha256:
+        part.unlink()
+        raise UserError(f"{url}: its sha256 is {found}, not {sha256}; it was not kept. Try again, or use --from FILE")
+    return part.rename(path)
+
+
+def fetch_rest(url: str, part: Path) -> None:
+    """Append to `part` the bytes that it lacks."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-", "User-Agent": "herd"})
+    try:
+        response = urllib.request.urlopen(request, timeout=30)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and have:  # nothing is left to send: `part` is whole, or too long and fails its checksum
+            return
+        raise
+    with response, open(part, "ab" if response.status == 206 else "wb") as file:
+        have = have if response.status == 206 else 0  # a server that knows no ranges begins again
+        length = response.length
+        with tqdm(
+            desc=part.stem, total=have + length if length else None, initial=have, unit="B", unit_scale=True
+        ) as bar:
+            while block := response.read(1 << 16):
+                file.write(block)
+                bar.update(len(block))
+                length = length and length - len(block)
+        if length:
+            raise EOFError(f"{length:,} bytes are missing")
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(CHUNK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def local_copy(source: Path, names: list[str]) -> list[Path]:
+    """The files `names` from `--from`: the file itself, or those in the folder."""
+    paths = [source / name for name in names] if source.is_dir() else [source]
+    if missing := [path for path in paths if not path.exists()]:
+        raise UserError(
+            f"--from {source}: {missing[0]} does not exist; it should be {' and '.join(names)}, or their folder"
+        )
+    if len(paths) != len(names):
+        raise UserError(f"--from {source}: give the folder that holds {' and '.join(names)}")
+    return paths
+
+
+def public_corpus(name: str, source: Path | None) -> dict[str, list[Piece]]:
+    """The splits of a downloadable corpus, from its address or from a local copy."""
+    if name == "wikitext2" and source and source.is_dir():
+        wiki = {part: source / f"wiki.{part}.raw" for part in ("train", "valid", "test")}
+        local_copy(source, [path.name for path in wiki.values()])
+        return {"train": [whole(wiki["train"])], "val": [whole(wiki["valid"])], "test": [whole(wiki["test"])]}
+    names = [url.split("/")[-1] for url, _ in DOWNLOADS[name]]
+    paths = local_copy(source, names) if source else [download(*d, DATA / "downloads") for d in DOWNLOADS[name]]
+    if name == "wikitext2":
+        folder = paths[0].parent / "wikitext-2-raw"
+        with zipfile.ZipFile(paths[0]) as archive:
+            for part in ("train", "valid", "test"):
+                archive.extract(f"wikitext-2-raw/wiki.{part}.raw", folder.parent)
+        return public_corpus(name, folder)
+    if name == "tinystories":  # it has two splits: the validation stories become val and test, half each
+        train, valid = (whole(path, separator=b"<|endoftext|>") for path in paths)
+        middle = story_start(valid, valid.stop // 2)
+        halves = {"val": (0, middle), "test": (middle, valid.stop)}
+        cut = {part: [Piece(valid.name, valid.path, *ends, valid.separator)] for part, ends in halves.items()}
+        return {"train": [train], **cut}
+    return split([whole(paths[0])])
+
+
+def story_start(piece: Piece, place: int) -> int:
+    """The first byte behind the separator that follows `place`."""
+    with open(piece.path, "rb") as file:
+        file.seek(place)
+        return min(piece.stop, place + file.read(CHUNK).find(piece.separator) + len(piece.separator))
+
+
+def corpus(config: PrepareConfig) -> dict[str, list[Piece]]:
+    """The splits that the flags name."""
+    if config.text:
+        return split(own_text(config.text))
+    if config.name == "stdlib":
+        return split(standard_library())
+    if config.name in DOWNLOADS:
+        return public_corpus(config.name, Path(config.from_) if config.from_ else None)
+    known = ", ".join(["stdlib", *DOWNLOADS])
+    raise UserError(f"unknown data set {config.name!r}: take one of {known}, or give your own text with --text FILE")
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer.model, or the tokenizer inside a checkpoint."""
+    if path.suffix == ".pt":
+        from checkpoint import load  # torch is needed for nothing else here
+
+        return Tokenizer(load(path)["tokenizer"])
+    return Tokenizer(path.read_bytes())
+
+
+def learn_tokenizer(pieces: list[Piece], vocab_size: int) -> Tokenizer:
+    """SentencePiece BPE on the lines of the train documents; of a large corpus, on evenly spread ones."""
+    every = max(1, round(sum(piece.stop - piece.start for piece in pieces) / TOKENIZER_BYTES))
+    documents = (text for piece in pieces for text in piece.documents())
+    print(f"learning a tokenizer of {vocab_size:,} pieces")
+    return Tokenizer.train(
+        (line for i, text in enumerate(documents) if i % every == 0 for line in text.split("\n")), vocab_size
+    )
+
+
+def write_split(pieces: list[Piece], tokenizer: Tokenizer, path: Path, seen: set[bytes]) -> dict:
+    """Write one token file and return its record. `seen` holds the digests of the documents written so far."""
+    dtype = np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32
+    record = {"documents": 0, "repeated": 0, "bytes": 0, "tokens": 0}
+    total = sum(piece.stop - piece.start for piece in pieces)
+    with open(path, "wb") as file, tqdm(desc=path.stem, total=total, unit="B", unit_scale=True, disable=None) as bar:
+        for piece in pieces:
+            for text in piece.documents():
+                size, digest = len(text.encode()), hashlib.sha256(text.encode()).digest()
+                bar.update(size)
+                if digest in seen:
+                    record["repeated"] += 1
+                    continue
+                seen.add(digest)
+                tokens = np.array([tokenizer.bos, *tokenizer.encode(text), tokenizer.eos])
+                tokens[tokens >= 0].astype(dtype).tofile(file)  # a tokenizer without BOS or EOS has -1 for it
+                record["documents"] += 1
+                record["bytes"] += size
+                record["tokens"] += int((tokens >= 0).sum())
+    if not record["documents"]:
+        raise UserError(f"no text for the {path.stem} split: give more, at least some twenty lines")
+    return {**record, "sha256": sha256_of(path)}
+
+
+def prepare(config: PrepareConfig) -> Path:
+    """Write the folder of a data set and return it. It appears whole or not at all."""
+    folder = Path(config.out) if config.out else DATA / config.name
+    if (folder / "meta.json").exists() and not config.overwrite:
+        raise UserError(f"{folder} is already prepared: use it, or give --overwrite")
+    if folder.exists() and not (folder / "meta.json").exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} holds something else than a prepared data set: choose another name or --out")
+    splits = corpus(config)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        given = load_tokenizer(Path(config.tokenizer)) if config.tokenizer else None
+        tokenizer = given or learn_tokenizer(splits["train"], config.vocab_size)
+        (partial / "tokenizer.model").write_bytes(tokenizer.model)
+        seen: set[bytes] = set()
+        records = {name: write_split(splits[name], tokenizer, partial / f"{name}.bin", seen) for name in SPLITS}
+        meta = {
+            "name": config.name,
+            "source": " ".join(config.text) if config.text else config.from_ or source_of(config.name),
+            "splits": records,
+            "vocab_size": tokenizer.vocab_size,
+            "dtype": "uint16" if tokenizer.vocab_size <= 65536 else "uint32",
+            "tokenizer_sha256": hashlib.sha256(tokenizer.model).hexdigest(),
+            "tokenizer": config.tokenizer or SETTINGS,
+            "python": sys.version.split()[0],
+        }
+        (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def source_of(name: str) -> str:
+    """Where the text came from, for the record."""
+    if name in DOWNLOADS:
+        return " ".join(url for url, _ in DOWNLOADS[name])
+    return f"the standard library of Python {sys.version.split()[0]}"
+
+
+def read_meta(dataset: str) -> tuple[Path, dict]:
+    """The folder and record of a prepared data set, by its name or by its folder's path."""
+    folder = next((f for f in (Path(dataset), DATA / dataset) if (f / "meta.json").exists()), None)
+    if folder is None:
+        remedy = f"python data/prepare.py {dataset}" + ("" if dataset in ["stdlib", *DOWNLOADS] else " --text FILE")
+        raise UserError(f"no prepared data set {dataset!r}: make it with {remedy}")
+    try:
+        return folder, json.loads((folder / "meta.json").read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{folder}/meta.json is damaged ({error}): prepare the data again with --overwrite") from None
+
+
+def open_split(folder: Path, meta: dict, split: str) -> np.ndarray:
+    """The token file of a split as a read-only memory map, its length checked against the record."""
+    tokens = np.memmap(folder / f"{split}.bin", dtype=meta["dtype"], mode="r")
+    if len(tokens) != meta["splits"][split]["tokens"]:
+        raise UserError(f"{folder}/{split}.bin has {len(tokens):,} tokens, not the recorded number: prepare it again")
+    return tokens
+
+
+def main() -> None:
+    config = PrepareConfig(**parse(__doc__, PrepareConfig))
+    folder = prepare(config)
+    for name, record in read_meta(str(folder))[1]["splits"].items():
+        rate = f"{record['bytes'] / record['tokens']:.2f} bytes a token"
+        repeated = f", {record['repeated']} repeated ones dropped" if record["repeated"] else ""
+        print(f"{name:5} {record['tokens']:>13,} tokens | {rate} | {record['documents']:,} documents{repeated}")
+    print(f"wrote {folder}\nnext: python train.py --dataset {config.out or config.name}")
+
+
+if __name__ == "__main__":
+    run(main)

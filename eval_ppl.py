@@ -1,0 +1,197 @@
+"""Perplexity of a checkpoint, with the protocol printed beside the number.
+
+    python eval_ppl.py out/RUN/ckpt.pt                     # on the val split of the data that it was trained on
+    python eval_ppl.py out/RUN/ckpt.pt --split test --method all
+    python eval_ppl.py out/RUN/ckpt.pt --text my.txt --method sliding --stride 64
+
+Three methods, over the same N tokens x_0 .. x_(N-1), of which all but the first are predicted once:
+
+    blocks       exp(mean NLL): non-overlapping blocks of `context` predictions, each block starting without a past
+    sliding      exp(mean NLL): every token has at least `context - stride` tokens before it, where the text has them
+    block_mean   the mean over the whole blocks of each block's own exp(mean NLL). By Jensen's inequality it lies above
+                 `blocks` and depends on the block length; some published numbers are of this kind.
+
+Perplexities compare between models only with the same tokenizer; bits per byte compare always.
+"""
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from checkpoint import build, load
+from config import UserError, parse, run
+from data.prepare import open_split, read_meta, whole
+from device import autocast, pick_device, pick_dtype
+from model import Llama, widen
+from tokenizer import Tokenizer
+
+METHODS = ("blocks", "sliding", "block_mean")
+
+
+@dataclass
+class EvalConfig:
+    """evaluation"""
+
+    ckpt: str  # the checkpoint
+    split: Literal["val", "test"] = "val"  # which part of the checkpoint's own data set
+    dataset: str | None = None  # another prepared data set, of the same tokenizer
+    text: str | None = None  # a UTF-8 text file instead, taken as one document: BOS and its tokens
+    method: Literal["blocks", "sliding", "block_mean", "all"] = "blocks"  # see above
+    context: int | None = None  # tokens that the model sees at most (default: its block_size)
+    stride: int | None = None  # tokens that a sliding window moves (default: half the context)
+    max_tokens: int | None = None  # stop after so many tokens (default: all)
+    batch_size: int = 16  # windows computed at a time
+    device: str = "auto"  # cuda, mps, cpu or auto
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"  # of matrix products
+    json: bool = False  # print one JSON object and nothing else
+
+
+@torch.no_grad()
+def window_nll(
+    model: Llama, tokens: np.ndarray, context: int, stride: int, dtype: torch.dtype, batch_size: int = 16, quiet=True
+) -> list[torch.Tensor]:
+    """Negative log-likelihoods, nats, of tokens[1:], window by window: list of float32 tensors on the CPU.
+
+    A window of `context` inputs begins `stride` tokens behind the one before, and keeps only the predictions that the
+    one before did not make: every token is scored once. stride = context gives non-overlapping blocks.
+    """
+    assert 1 <= stride <= context and not model.training, f"stride {stride}, context {context}, eval mode only"
+    device, last = model.tok_embeddings.weight.device, len(tokens) - 1  # inputs are tokens[0:last]
+    starts = range(0, max(1, last - context + stride), stride)
+    ends = [min(start + context, last) for start in starts]
+    windows = [(start, end, end - before) for start, end, before in zip(starts, ends, [0, *ends])]
+    result: list[torch.Tensor] = []
+    for i in tqdm(range(0, len(windows), batch_size), desc="evaluating", disable=quiet or None, leave=False):
+        batch = windows[i : i + batch_size]
+        longest = max(end - start for start, end, _ in batch)
+        x = torch.zeros(len(batch), longest, dtype=torch.int64)  # short windows are padded behind, where no one looks
+        y = torch.zeros_like(x)
+        for row, (start, end, _) in enumerate(batch):
+            piece = torch.from_numpy(tokens[start : end + 1].astype(np.int64))
+            x[row, : end - start], y[row, : end - start] = piece[:-1], piece[1:]
+        with autocast(device, dtype):
+            logits = widen(model(x.to(device)))
+        nll = F.cross_entropy(logits.transpose(1, 2), y.to(device), reduction="none").float().cpu()  # (B, T)
+        result += [nll[row, end - start - new : end - start] for row, (start, end, new) in enumerate(batch)]
+    return result
+
+
+def mean_nll(windows: list[torch.Tensor]) -> float:
+    """Nats a token, every token weighing the same; summed in float64."""
+    return torch.cat(windows).double().mean().item()
+
+
+def text_tokens(path: Path, tokenizer: Tokenizer) -> np.ndarray:
+    """A whole UTF-8 file as one document."""
+    if not path.is_file():
+        raise UserError(f"--text {path}: no such file")
+    text = "".join(whole(path).documents())
+    return np.array([t for t in [tokenizer.bos, *tokenizer.encode(text)] if t >= 0])
+
+
+def tokens_to_score(config: EvalConfig, checkpoint: dict, tokenizer: Tokenizer) -> tuple[np.ndarray, str]:
+    """The tokens that the flags name, and a word for them."""
+    if config.text:
+        tokens, source = text_tokens(Path(config.text), tokenizer), config.text
+    else:
+        name = config.dataset or checkpoint.get("train", {}).get("dataset")
+        if not name:
+            raise UserError("this checkpoint names no data set: give --text FILE or --dataset NAME")
+        folder, meta = read_meta(name)
+        if (folder / "tokenizer.model").read_bytes() != tokenizer.model:
+            raise UserError(
+                f"{folder} has another tokenizer than the checkpoint: give --text FILE, or prepare it again"
+            )
+        tokens, source = open_split(folder, meta, config.split), f"{name} {config.split}"
+        trained = checkpoint.get("data", {}).get("splits", {}).get(config.split, {})
+        if not config.dataset and trained.get("sha256") != meta["splits"][config.split]["sha256"]:
+            source += " (not the files that the checkpoint was trained beside: it may have seen some of this text)"
+    tokens = tokens if config.max_tokens is None else tokens[: config.max_tokens + 1]
+    if len(tokens) < 2:
+        raise UserError(f"{source}: {len(tokens)} tokens are too few; the first is only a context for the second")
+    return tokens, source
+
+
+def perplexities(
+    model: Llama, tokens: np.ndarray, methods: list[str], context: int, stride: int, dtype: torch.dtype, batch_size: int
+) -> tuple[dict, float]:
+    """{method: perplexity, or None if not asked for}, and nats a token: of `blocks`, or of `sliding` alone."""
+    record, nats = dict.fromkeys(METHODS), math.nan
+    if "sliding" in methods:
+        nats = mean_nll(window_nll(model, tokens, context, stride, dtype, batch_size, quiet=False))
+        record["sliding"] = math.exp(nats)
+    if "blocks" in methods or "block_mean" in methods:
+        blocks = window_nll(model, tokens, context, context, dtype, batch_size, quiet=False)
+        nats = mean_nll(blocks)
+        whole_blocks = [
+            block for block in blocks if len(block) == context
+        ] or blocks  # a short rest would weigh as much
+        record["blocks"] = math.exp(nats) if "blocks" in methods else None
+        if "block_mean" in methods:
+            record["block_mean"] = float(np.mean([math.exp(mean_nll([block])) for block in whole_blocks]))
+    return record, nats
+
+
+def bits_per_byte(nats: float, tokens: np.ndarray, tokenizer: Tokenizer) -> float:
+    """Bits for each UTF-8 byte of the text that the predicted tokens, all but the first, stand for."""
+    text_bytes = tokenizer.token_bytes()[tokens[1:]].sum().item()
+    return nats / math.log(2) * (len(tokens) - 1) / max(1, text_bytes)
+
+
+def evaluate(config: EvalConfig) -> tuple[dict, str]:
+    """The JSON record and a word for the text."""
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    checkpoint = load(config.ckpt)
+    model, tokenizer = build(checkpoint, device)
+    context = model.config.block_size if config.context is None else config.context
+    stride = max(1, context // 2) if config.stride is None else config.stride
+    for name in ("max_tokens", "batch_size"):
+        if getattr(config, name) is not None and getattr(config, name) < 1:
+            raise UserError(f"{name} is {getattr(config, name)}: give --{name} 1 or more")
+    if context < 1 or not 1 <= stride <= context:
+        raise UserError(f"context {context}, stride {stride}: give --context 1 or more, --stride from 1 to the context")
+    tokens, source = tokens_to_score(config, checkpoint, tokenizer)
+    methods, began = list(METHODS) if config.method == "all" else [config.method], time.perf_counter()
+    record, nats = perplexities(model, tokens, methods, context, stride, dtype, config.batch_size)
+    passes = ("sliding" in methods) + (set(methods) != {"sliding"})
+    return {
+        **record,
+        "bits_per_byte": bits_per_byte(nats, tokens, tokenizer),
+        "tokens": len(tokens) - 1,
+        "context": context,
+        "stride": stride,
+        "tokenizer": f"SentencePiece {tokenizer.vocab_size}",
+        "params": model.num_params(),
+        "kv_bytes_per_token": model.config.kv_numbers_per_token * dtype.itemsize,
+        "tokens_per_s": passes * (len(tokens) - 1) / (time.perf_counter() - began),
+    }, source
+
+
+def main() -> None:
+    config = EvalConfig(**parse(__doc__, EvalConfig))
+    record, source = evaluate(config)
+    if config.json:
+        print(json.dumps(record))
+        return
+    print(f"{config.ckpt} on {source}")
+    protocol = f"{record['tokens']:,} tokens, context {record['context']}, {record['tokenizer']}, {config.dtype}"
+    for method in METHODS:
+        if record[method] is not None:
+            stride = f", stride {record['stride']}" if method == "sliding" else ""
+            print(f"perplexity {record[method]:.4f} | {method} | {protocol}{stride}")
+    print(f"bits per byte {record['bits_per_byte']:.4f}")
+    kv, rate = record["kv_bytes_per_token"], record["tokens_per_s"]
+    print(f"parameters {record['params']:,} | KV cache {kv:,} bytes a token | {rate:,.0f} tokens/s")
+
+
+if __name__ == "__main__":
+    run(main)

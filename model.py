@@ -1,0 +1,368 @@
+"""A small Llama, whole: configuration, RMSNorm, RoPE, attention over head groups, SwiGLU, KV cache, generation.
+
+Llama (arXiv 2302.13971) is a stack of pre-norm residual blocks, x + attention(norm(x)) then x + feed_forward(norm(x)),
+without biases. Modules carry Meta's names, so public Llama checkpoints load by name.
+
+Two things are not in the paper. Query heads read key and value *groups* of any size, given for K and for V by one list
+a layer: multi-head, grouped-query, multi-query and uneven grouping are one path (`HeadGroups`). And `novel` gives every
+attention layer one small linear + SiLU, shared by its heads, on each head's output.
+
+Shapes are written with: B batch, T time (tokens), S cached time, C model width, H query heads, G key/value groups,
+D head width, V vocabulary.
+
+    model = Llama(ModelConfig(n_layer=6, novel=True))
+    loss = model(tokens, targets)                        # training: nats, summed over targets
+    texts = model.eval().generate([[1, 15, 7]], max_new_tokens=20)
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from config import NO_FLAG, UserError
+
+IGNORE = -1  # a target that carries no loss
+
+
+@dataclass
+class ModelConfig:
+    """model"""
+
+    n_layer: int = 6  # transformer blocks
+    n_head: int = 8  # query heads of a layer
+    n_kv_head: int | None = None  # key/value heads, each for an equal run of query heads (default: n_head)
+    dim: int = 256  # model width
+    head_dim: int | None = None  # width of one head, even (default: dim / n_head)
+    hidden_dim: int | None = None  # width inside the feed-forward (default: 8/3 dim, rounded up to a multiple of 32)
+    block_size: int = 256  # longest context, tokens
+    vocab_size: int = 4096  # tokens in the vocabulary
+    rope_theta: float = 10000.0  # base of the rotary wavelengths
+    norm_eps: float = 1e-5  # keeps RMSNorm from dividing by zero
+    tie_embeddings: bool = True  # one matrix for the token embeddings and the output
+    novel: bool = False  # the per-head layer: head_dim x head_dim linear + SiLU on each head's attention output
+    dropout: float = 0.0  # on the embeddings and on both residual branches
+    attention: Literal["auto", "naive", "sdpa"] = "auto"  # the textbook formula, PyTorch's fused one, the faster here
+    # [layer][query head] -> the K group, the V group that it reads; equal runs of heads unless given
+    k_groups: list[list[int]] | None = field(default=None, metadata=NO_FLAG)
+    v_groups: list[list[int]] | None = field(default=None, metadata=NO_FLAG)
+
+    def __post_init__(self):
+        for name in ("n_layer", "n_head", "dim", "block_size", "vocab_size"):
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: give --{name} 1 or more")
+        if self.head_dim is None:
+            hint = f"give --n_head a divisor of {self.dim}, or set --head_dim"
+            _require(self.dim % self.n_head == 0, f"dim {self.dim} is not divisible by n_head {self.n_head}: {hint}")
+            self.head_dim = self.dim // self.n_head
+        hint = "rotary position embedding turns pairs, so it must be even: change --head_dim, --dim or --n_head"
+        _require(self.head_dim >= 2 and self.head_dim % 2 == 0, f"head_dim is {self.head_dim}: {hint}")
+        if self.hidden_dim is None:
+            self.hidden_dim = 32 * math.ceil(8 * self.dim / 3 / 32)
+        _require(self.hidden_dim >= 1, f"hidden_dim is {self.hidden_dim}: give --hidden_dim 1 or more")
+        _require(0 <= self.dropout < 1, f"dropout is {self.dropout}: give --dropout from 0 up to, not including, 1")
+        _require(self.rope_theta > 0 and self.norm_eps > 0, "rope_theta and norm_eps must be above 0")
+        if self.n_kv_head is None:
+            self.n_kv_head = self.n_head
+        hint = f"give --n_kv_head a divisor of {self.n_head}"
+        fits = self.n_kv_head >= 1 and self.n_head % self.n_kv_head == 0
+        _require(fits, f"n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}: {hint}")
+        uniform = [h * self.n_kv_head // self.n_head for h in range(self.n_head)]
+        self.k_groups = self.k_groups or [list(uniform) for _ in range(self.n_layer)]
+        self.v_groups = self.v_groups or [list(uniform) for _ in range(self.n_layer)]
+        for name in ("k_groups", "v_groups"):
+            groups = getattr(self, name)
+            _require(len(groups) == self.n_layer, f"{name} has {len(groups)} layers, n_layer is {self.n_layer}")
+            for layer, of_head in enumerate(groups):
+                dense = len(of_head) == self.n_head and set(of_head) == set(range(max(of_head, default=0) + 1))
+                hint = f"give {self.n_head} group numbers, one a head, that skip none from 0 on"
+                _require(dense, f"{name}[{layer}] is {of_head}: {hint}")
+
+    @property
+    def kv_numbers_per_token(self) -> int:
+        """Numbers that the KV cache holds for one token: sum over layers of (G_k + G_v) * D."""
+        return sum(max(groups) + 1 for groups in self.k_groups + self.v_groups) * self.head_dim
+
+
+def widen(x: torch.Tensor) -> torch.Tensor:
+    """At least float32, for sums that bfloat16 and float16 would round away; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467), in float32 or wider."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = widen(x)
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+
+
+def rope_angles(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, each positions.shape + (D/2,), of position * theta^(-2f/D) for each pair f (RoPE, arXiv 2104.09864).
+
+    They are made anew in every forward, which costs nothing, because a buffer would be rounded by `model.bfloat16()`:
+    in bfloat16 the positions 256 and 257 are the same number.
+    """
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
+    angles = positions[..., None].float() * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn each interleaved pair (2f, 2f+1) of x (B, H or G, T, D) by the angle of its position."""
+    a, b = x[..., 0::2], x[..., 1::2]
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).type_as(x)
+
+
+class HeadGroups(nn.Module):
+    """Which of G groups each of H query heads reads, e.g. [0, 1, 1, 1]; holds no parameters.
+
+    `gather` lays the heads of each group side by side as rows, so that one batched product serves all heads of all
+    groups without a copy of the keys or values for every head; `scatter` puts the rows back in head order. Groups of
+    unequal size are padded to the largest with a repeated head, whose rows `scatter` never reads.
+    """
+
+    def __init__(self, of_head: list[int]):
+        super().__init__()
+        members = [[h for h, g in enumerate(of_head) if g == group] for group in range(max(of_head) + 1)]
+        self.n_group, self.size = len(members), max(len(heads) for heads in members)
+        rows = [heads[i] if i < len(heads) else heads[0] for heads in members for i in range(self.size)]
+        slots = [group * self.size + members[group].index(head) for head, group in enumerate(of_head)]
+        self.in_order = slots == list(range(len(rows)))  # MHA, uniform neighbours, MQA: gather and scatter are views
+        for name, index in (("of_head", of_head), ("rows", rows), ("slots", slots)):
+            self.register_buffer(name, torch.tensor(index), persistent=False)
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, H, T, X) -> (B, G, size * T, X)."""
+        x = x if self.in_order else x.index_select(1, self.rows)
+        return x.unflatten(1, (self.n_group, self.size)).flatten(2, 3)
+
+    def scatter(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, G, size * T, X) -> (B, H, T, X)."""
+        x = x.unflatten(2, (self.size, -1)).flatten(1, 2)
+        return x if self.in_order else x.index_select(1, self.slots)
+
+    def expand(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, G, T, D) -> (B, H, T, D), a copy for every head, for kernels that know no groups."""
+        return x if self.size == 1 and self.in_order else x.index_select(1, self.of_head)
+
+
+class KVCache:
+    """Keys and values of the tokens so far, one head a group; `length` tokens of `capacity` are filled."""
+
+    def __init__(self, config: ModelConfig, capacity: int):
+        self.capacity, self.length = capacity, 0
+        self.keys: list[torch.Tensor | None] = [None] * config.n_layer
+        self.values: list[torch.Tensor | None] = [None] * config.n_layer
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store k (B, G_k, T, D) and v (B, G_v, T, D) behind the past; return views of all, (B, G, S, D)."""
+        end = self.length + k.shape[2]
+        assert end <= self.capacity, f"the KV cache holds {self.capacity} tokens, {end} are needed"
+        for store, new in ((self.keys, k), (self.values, v)):
+            if store[layer] is None:
+                store[layer] = new.new_empty(new.shape[0], new.shape[1], self.capacity, new.shape[3])
+            store[layer][:, :, self.length : end] = new
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return sum(x.nbytes for x in self.keys + self.values if x is not None)
+
+
+def faster_attention(q: torch.Tensor) -> str:
+    """What `--attention auto` takes for queries q (B, H, T, D): on a CPU, in half precision, at a few hundred tokens,
+    two batched products beat the backward of PyTorch's fused kernel; everywhere else the fused kernel wins."""
+    short_half = q.device.type == "cpu" and q.dtype != torch.float32 and q.shape[2] <= 512
+    return "naive" if short_half and q.requires_grad else "sdpa"
+
+
+class Attention(nn.Module):
+    """Causal self-attention; every query head reads its own key group and its own value group."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim, self.backend = layer, config.head_dim, config.attention
+        self.k_groups, self.v_groups = HeadGroups(config.k_groups[layer]), HeadGroups(config.v_groups[layer])
+        heads = config.n_head * config.head_dim
+        self.wq = nn.Linear(config.dim, heads, bias=False)
+        self.wk = nn.Linear(config.dim, self.k_groups.n_group * config.head_dim, bias=False)
+        self.wv = nn.Linear(config.dim, self.v_groups.n_group * config.head_dim, bias=False)
+        self.wo = nn.Linear(heads, config.dim, bias=False)
+        self.novel = nn.Linear(config.head_dim, config.head_dim) if config.novel else None
+
+    def forward(self, x, cos, sin, mask: torch.Tensor | None = None, cache: KVCache | None = None) -> torch.Tensor:
+        """x (B, T, C) -> (B, T, C). `mask`, broadcast to (B, H, T, S), is True where a query looks; None is causal."""
+        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        backend = faster_attention(q) if self.backend == "auto" else self.backend
+        if backend == "naive" or cache is not None:  # sdpa would copy the cache out to all heads at every token
+            y = self.attend(q, k, v, mask)
+        else:
+            k, v = self.k_groups.expand(k), self.v_groups.expand(v)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        if self.novel is not None:
+            y = F.silu(self.novel(y))
+        return self.wo(y.transpose(1, 2).flatten(2))
+
+    def attend(self, q, k, v, mask: torch.Tensor | None) -> torch.Tensor:
+        """softmax(q k^T / sqrt(D)) v as in the textbook: q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D)."""
+        if mask is None:
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+        q = q * self.head_dim**-0.5
+        scores = self.k_groups.scatter(self.k_groups.gather(q) @ k.transpose(-1, -2))  # (B, H, T, S)
+        weights = scores.masked_fill(~mask, -math.inf).softmax(-1).type_as(v)
+        return self.v_groups.scatter(self.v_groups.gather(weights) @ v)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202): w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class TransformerBlock(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.attention, self.feed_forward = Attention(config, layer), FeedForward(config)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, cos, sin, mask=None, cache=None) -> torch.Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin, mask, cache))
+        return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
+
+
+class Llama(nn.Module):
+    """Token embeddings, `n_layer` blocks, a norm, and logits over the vocabulary."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.checkpoint_activations = False  # keep only each block's input and recompute the rest in the backward
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(TransformerBlock(config, layer) for layer in range(config.n_layer))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Normal(0, 0.02); the projections that add to the residual stream shrink with depth, as in GPT-2, so that
+        the stream's variance does not grow with the number of layers."""
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                residual = name.endswith(("wo.weight", "w2.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def forward(self, tokens, targets=None, cache: KVCache | None = None, padding=None) -> torch.Tensor:
+        """tokens (B, T) int64 -> logits (B, T, V); with `targets` (B, T) the loss instead, in nats, summed over the
+        targets that are not IGNORE; with `cache` only the last token's logits (B, 1, V), and the cache grows by T.
+
+        padding: (B,) the number of tokens at each row's left that are no text: they get no position and are not seen.
+        """
+        T, past = tokens.shape[1], cache.length if cache else 0
+        positions, mask = torch.arange(past, past + T, device=tokens.device), None
+        if cache is not None or padding is not None:
+            seen = torch.arange(past + T, device=tokens.device)
+            mask = seen <= positions[:, None]  # (T, S)
+            if padding is not None:  # a padded query sees itself: a row with nothing to see would be NaN
+                padding = padding[:, None, None]
+                mask = (mask & ((seen >= padding) | (seen == positions[:, None])))[:, None]  # (B, 1, T, S)
+                positions = (positions - padding[:, 0]).clamp(min=0)  # (B, T)
+        cos, sin = (a.unsqueeze(-3) for a in rope_angles(positions, self.config.head_dim, self.config.rope_theta))
+
+        x = self.dropout(self.tok_embeddings(tokens))
+        for layer in self.layers:
+            if self.checkpoint_activations and self.training:
+                x = checkpoint(layer, x, cos, sin, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, mask, cache)
+        if cache is not None:
+            cache.length += T
+            x = x[:, -1:]
+        logits = self.output(self.norm(x))
+        if targets is None:
+            return logits
+        return F.cross_entropy(widen(logits).flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+
+    def num_params(self) -> int:
+        """Parameters, tied ones counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    @torch.no_grad()
+    def stream(
+        self, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 0.0, top_p: float = 1.0,
+        stop: int | None = None, use_cache: bool = True, generator: torch.Generator | None = None,
+    ) -> Iterator[list[int | None]]:  # fmt: skip
+        """Yield, token by token, the next token of every prompt; None for a prompt that has met the `stop` token.
+
+        Ends when all have stopped, after max_new_tokens, or when the longest text fills block_size. Temperature 0 is
+        greedy; above it, tokens are drawn from the smallest set of probability `top_p` or more (arXiv 1904.09751).
+        Raises UserError for an empty prompt or one that leaves no room.
+        """
+        assert not self.training, "call model.eval() first: dropout would change the text"
+        longest, room = max(map(len, prompts)), self.config.block_size
+        _require(all(prompts), "an empty prompt: give at least one token, such as the tokenizer's BOS")
+        _require(longest < room, f"the prompt has {longest} tokens and the model's context {room}: shorten the prompt")
+        device = self.tok_embeddings.weight.device
+        tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
+        padding = torch.tensor([longest - len(p) for p in prompts], device=device)
+        padding = padding if padding.any() else None
+        last = min(longest + max_new_tokens, room)
+        cache = KVCache(self.config, last) if use_cache else None
+        stopped, step = torch.zeros(len(prompts), dtype=torch.bool, device=device), tokens
+        while tokens.shape[1] < last:
+            logits = self(step if cache else tokens, cache=cache, padding=padding)[:, -1]
+            step = pick_token(logits, temperature, top_p, generator)  # (B, 1)
+            stopped |= step[:, 0] == (-1 if stop is None else stop)
+            if stopped.all():
+                return
+            yield [None if s else t for s, t in zip(stopped.tolist(), step[:, 0].tolist(), strict=True)]
+            tokens = torch.cat((tokens, step), dim=1)
+
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, **how) -> list[list[int]]:
+        """The new tokens of every prompt, without the prompt and the stop token; `how` as for `stream`."""
+        steps = list(self.stream(prompts, max_new_tokens, **how))
+        return [[step[row] for step in steps if step[row] is not None] for row in range(len(prompts))]
+
+
+def pick_token(logits: torch.Tensor, temperature: float, top_p: float, generator=None) -> torch.Tensor:
+    """logits (B, V) -> the next tokens (B, 1): the likeliest at temperature 0, else one drawn from the nucleus."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    probabilities, order = (widen(logits) / temperature).softmax(-1).sort(descending=True)
+    before = probabilities.cumsum(-1) - probabilities  # mass of the likelier tokens; the first always stays
+    drawn = torch.multinomial(probabilities.masked_fill(before >= top_p, 0), 1, generator=generator)
+    return order.gather(-1, drawn)

@@ -1,0 +1,76 @@
+"""Write text with a checkpoint, as it comes.
+
+python sample.py out/RUN/ckpt.pt --prompt "def main(" --max_new_tokens 100
+python sample.py out/RUN/ckpt.pt --temperature 0               # greedy: always the likeliest token
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from checkpoint import build, load
+from config import UserError, parse, run
+from device import pick_device
+from tokenizer import Tokenizer
+
+
+@dataclass
+class SampleConfig:
+    """sampling"""
+
+    ckpt: str  # the checkpoint
+    prompt: str = ""  # text to continue
+    max_new_tokens: int = 200  # tokens to write at most; the model's context may end it sooner
+    temperature: float = 0.8  # 0 is greedy, 1 the model's own distribution
+    top_p: float = 0.95  # draw from the likeliest tokens that have this much probability together
+    num_samples: int = 1  # texts to write
+    seed: int = 0  # of the first text; the next has seed + 1
+    no_cache: bool = False  # recompute all keys and values for every token: the same text, slower
+    device: str = "auto"  # cuda, mps, cpu or auto
+
+
+def readable(ids: list[int], new_tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
+    """The text of the new tokens, piece by piece, holding back a character until all of its bytes are there.
+
+    `ids` begins as the prompt's and grows by the new tokens.
+    """
+    shown = len(tokenizer.decode(ids))
+    for token in new_tokens:
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):
+            yield text[shown:]
+            shown = len(text)
+    yield tokenizer.decode(ids)[shown:]
+
+
+def main() -> None:
+    config = SampleConfig(**parse(__doc__, SampleConfig))
+    if config.temperature < 0 or not 0 < config.top_p <= 1:
+        raise UserError(f"temperature {config.temperature}, top_p {config.top_p}: 0 or more, and above 0 up to 1")
+    if config.max_new_tokens < 1 or config.num_samples < 1:
+        raise UserError("give --max_new_tokens and --num_samples 1 or more")
+    device = pick_device(config.device)
+    model, tokenizer = build(load(config.ckpt), device)
+    prompt = [t for t in [tokenizer.bos, *tokenizer.encode(config.prompt)] if t >= 0]
+    for number in range(config.num_samples):
+        generator = torch.Generator(device).manual_seed(config.seed + number)
+        steps = model.stream(
+            [prompt], config.max_new_tokens, temperature=config.temperature, top_p=config.top_p,
+            stop=tokenizer.eos, use_cache=not config.no_cache, generator=generator,
+        )  # fmt: skip
+        if config.num_samples > 1:
+            print(f"--- sample {number + 1}, seed {config.seed + number}")
+        print(config.prompt, end="")
+        ids = list(prompt)
+        for text in readable(ids, (row[0] for row in steps), tokenizer):
+            print(text, end="", flush=True)
+        print()
+        if len(ids) == model.config.block_size < len(prompt) + config.max_new_tokens:
+            print(f"(stopped: the model's context of {len(ids)} tokens is full)", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main)

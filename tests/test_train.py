@@ -1,0 +1,208 @@
+"""Training: accumulation, resuming, stopping, and what a run leaves behind."""
+
+import json
+import math
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, command, sharp_model, small_run, start_command
+
+from checkpoint import load
+from model import IGNORE, Llama, ModelConfig
+from train import TrainConfig, forward_backward, learning_rate, make_optimizers, step_batches, update
+
+NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
+
+
+def gradients(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_accumulation_equals_big_batch(masked):
+    model = sharp_model().double().train()
+    x = torch.randint(64, (16, 24), generator=torch.Generator().manual_seed(0))
+    y = torch.randint(64, (16, 24), generator=torch.Generator().manual_seed(1))
+    if masked:  # micro-batches of very different token counts, one of them empty
+        for row in range(16):
+            y[row, : 24 if 4 <= row < 8 else row] = IGNORE
+    losses, grads = [], []
+    for size in (16, 4):
+        model.zero_grad()
+        losses.append(forward_backward(model, list(zip(x.split(size), y.split(size))), torch.float64, NO_SCALER).item())
+        grads.append(gradients(model))
+    difference = (grads[0] - grads[1]).abs().max().item()
+    assert difference < 1e-12 and abs(losses[0] - losses[1]) < 1e-12, f"gradients differ by {difference:.1e}"
+    each = -model(x).log_softmax(-1).gather(-1, y.clamp(min=0)[..., None])[..., 0]
+    assert abs(losses[0] - each[y != IGNORE].mean().item()) < 1e-12
+
+
+def test_an_epoch_shows_every_block_once_and_steps_are_reproducible():
+    config, tokens, T = TrainConfig(batch_size=3, grad_accum=2, seed=5), np.arange(1000, dtype=np.uint16), 16
+    blocks = (len(tokens) - T) // T
+    starts = [
+        x[row, 0].item()
+        for step in range(-(-2 * blocks // 6))
+        for x, _ in step_batches(tokens, T, config, step)
+        for row in range(3)
+    ]
+    for epoch in (starts[:blocks], starts[blocks : 2 * blocks]):
+        assert len(set(epoch)) == blocks and len({start % T for start in epoch}) == 1
+    assert starts[:blocks] != starts[blocks : 2 * blocks]
+    for x, y in step_batches(tokens, T, config, 4):
+        assert torch.equal(x[:, 1:], y[:, :-1]) and torch.equal(y, x + 1)
+    again = step_batches(tokens, T, config, 4)
+    assert all(torch.equal(a, b) for pair in zip(again, step_batches(tokens, T, config, 4)) for a, b in zip(*pair))
+
+
+def test_learning_rate_warms_up_and_falls_to_its_minimum():
+    config = TrainConfig(lr=1.0, warmup_steps=10, max_steps=110)
+    rates = [learning_rate(config, step) for step in range(111)]
+    assert rates[0] == 0.1 and rates[9] == 1.0 and rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_decay_is_on_matrices_only_and_every_parameter_is_stepped_once(optimizer):
+    model = Llama(ModelConfig(**TINY, novel=True))
+    optimizers = make_optimizers(model, TrainConfig(optimizer=optimizer, weight_decay=0.3))
+    groups = [group for o in optimizers for group in o.param_groups]
+    stepped = [id(p) for group in groups for p in group["params"]]
+    assert sorted(stepped) == sorted(id(p) for p in model.parameters())
+    assert all(group["weight_decay"] == (0.3 if p.dim() == 2 else 0) for group in groups for p in group["params"])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_overfits_one_batch(optimizer):
+    model, config = Llama(ModelConfig(**TINY, novel=True)), TrainConfig(optimizer=optimizer, weight_decay=0.0)
+    optimizers = make_optimizers(model, config)
+    x = torch.randint(64, (4, 33), generator=torch.Generator().manual_seed(0))
+    batches = [(x[:, :-1], x[:, 1:])]
+    for _ in range(150):
+        loss = forward_backward(model, batches, torch.float32, NO_SCALER).item()
+        update(model, optimizers, NO_SCALER, config, 0.01)
+    assert loss < 0.01, f"loss is still {loss:.3f}"
+
+
+def test_float16_scaler_skips_an_overflowing_step():
+    model, config = Llama(ModelConfig(**TINY)), TrainConfig()
+    optimizers, scaler = make_optimizers(model, config), torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    x = torch.randint(64, (2, 33), generator=torch.Generator().manual_seed(0))
+    before, steps = [p.clone() for p in model.parameters()], 0
+    while all(torch.equal(a, b) for a, b in zip(before, model.parameters())):
+        forward_backward(model, [(x[:, :-1], x[:, 1:])], torch.float16, scaler)
+        update(model, optimizers, scaler, config, 0.01)
+        steps += 1
+        assert steps < 60, "no step was ever taken"
+    assert steps > 3 and all(p.isfinite().all() for p in model.parameters())
+
+
+def records(out, key):
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+def assert_same_run(a, b):
+    one, two = load(a / "ckpt.pt"), load(b / "ckpt.pt")
+    assert one["step"] == two["step"] and one["tokens"] == two["tokens"]
+    for name, tensor in one["model"].items():
+        assert torch.equal(tensor, two["model"][name]), (
+            f"{name} differs by {(tensor - two['model'][name]).abs().max():.1e}"
+        )
+    assert records(a, "loss") == records(b, "loss") and records(a, "val_loss") == records(b, "val_loss")
+
+
+@pytest.mark.parametrize("dtype, optimizer", [("float32", "adamw"), ("bfloat16", "muon")])
+def test_resume_after_kill_equals_uninterrupted(tiny_data, tmp_path, dtype, optimizer):
+    flags = [
+        "--max_steps",
+        20,
+        "--eval_every",
+        5,
+        "--dropout",
+        0.1,
+        "--dtype",
+        dtype,
+        "--optimizer",
+        optimizer,
+        "--grad_accum",
+        2,
+    ]
+    straight, killed = ([*small_run(tiny_data, tmp_path / name), *flags] for name in ("straight", "killed"))
+    assert command("train.py", *straight).returncode == 0
+    process = start_command("train.py", *killed)
+    log = tmp_path / "killed" / "log.jsonl"
+    while process.poll() is None and not (log.exists() and '"step": 11,' in log.read_text()):
+        time.sleep(0.005)
+    process.kill()  # SIGKILL: nothing is saved on the way out
+    assert process.wait() == -signal.SIGKILL, process.stdout.read()
+    done = command("train.py", *killed, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "straight", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_the_run_can_go_on(tiny_data, tmp_path, number, code):
+    flags = [*small_run(tiny_data, tmp_path / "run"), "--eval_every", 1000]
+    process = start_command("train.py", *flags, "--max_steps", 100_000)
+    log = tmp_path / "run" / "log.jsonl"
+    while process.poll() is None and not (log.exists() and '"step": 3,' in log.read_text()):
+        time.sleep(0.01)
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == code and "--resume" in output and "Traceback" not in output
+    step = load(tmp_path / "run" / "ckpt.pt")["step"]
+    assert step == max(records(tmp_path / "run", "loss")) >= 3
+    done = command("train.py", *flags, "--max_steps", step + 2, "--resume")
+    assert done.returncode == 0 and load(tmp_path / "run" / "ckpt.pt")["step"] == step + 2, done.stderr
+
+
+def test_the_log_holds_config_batch_arithmetic_and_every_step(tiny_run):
+    first, *rest = [json.loads(line) for line in tiny_run.with_name("log.jsonl").read_text().splitlines()]
+    assert first["model"]["n_layer"] == 2 and first["train"]["lr"] == 0.01
+    assert first["batch"]["tokens_per_step"] == 4 * 32 and first["batch"]["tokens"] == 30 * 4 * 32
+    steps = [line for line in rest if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 31))
+    assert {"loss", "lr", "norm", "ms", "tok_s", "tokens", "seconds"} <= set(steps[0])
+    assert rest[-1]["final"] and rest[-1]["peak_memory_bytes"] > 0
+
+
+def test_the_last_line_of_a_run_is_the_number_that_eval_ppl_prints(tiny_run):
+    final = json.loads(tiny_run.with_name("log.jsonl").read_text().splitlines()[-1])
+    done = command("eval_ppl.py", tiny_run)
+    assert f"perplexity {math.exp(final['val_loss']):.4f} | blocks" in done.stdout
+
+
+def test_a_new_run_starts_from_other_weights(tiny_data, tiny_run, tmp_path):
+    flags = [
+        "--dataset",
+        tiny_data,
+        "--init_from",
+        tiny_run,
+        "--out_dir",
+        tmp_path,
+        "--batch_size",
+        2,
+        "--max_steps",
+        1,
+        "--lr",
+        0,
+    ]
+    done = command("train.py", *flags)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = load(tmp_path / "ckpt.pt"), load(tiny_run)
+    assert all(torch.equal(ours["model"][name], theirs["model"][name]) for name in theirs["model"])
+    assert ours["step"] == 1 and ours["config"]["n_layer"] == 2
+
+
+def test_compiled_blocks_keep_the_names_and_the_loss(tiny_data, tmp_path):
+    torch._dynamo.reset()
+    model = sharp_model(novel=True).train()
+    names, x = list(model.state_dict()), torch.randint(64, (2, 40), generator=torch.Generator().manual_seed(0))
+    plain = model(x, x).item()
+    for layer in model.layers:
+        layer.compile(backend="aot_eager")
+    assert list(model.state_dict()) == names and abs(model(x, x).item() / plain - 1) < 1e-5

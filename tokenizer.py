@@ -1,0 +1,84 @@
+"""Text to token ids and back: SentencePiece BPE with byte fallback, exact on any UTF-8 text.
+
+SentencePiece writes a space as U+2581 inside its pieces, so a U+2581 of the text itself would come back as a space;
+here it goes through its three byte tokens instead.
+"""
+
+import io
+import os
+import re
+from collections.abc import Iterator
+
+import numpy as np
+import sentencepiece as spm
+
+from config import UserError
+
+SPACE = "\u2581"
+
+# "identity" and the two False keep text as it is; whitespace-only pieces give indentation one token, not one a space
+SETTINGS = {
+    "model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity", "add_dummy_prefix": False,
+    "remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True, "split_digits": True,
+    "character_coverage": 0.9999, "unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1,
+}  # fmt: skip
+
+
+def remedy(reason: str) -> str:
+    """What to do about a complaint of SentencePiece's trainer."""
+    if high := re.search(r"too high .* value <= (\d+)", reason):
+        return f"it has pieces for {high[1]} at most; give --vocab_size {high[1]}, or more text"
+    if low := re.search(r"required_chars. \d+ vs (\d+)", reason):
+        return f"its characters and bytes alone need {low[1]}; give --vocab_size {low[1]} or more"
+    return reason.strip()
+
+
+class Tokenizer:
+    """A SentencePiece model held as bytes, the way that a checkpoint carries it."""
+
+    def __init__(self, model: bytes):
+        self.model = model
+        try:
+            self.sp = spm.SentencePieceProcessor(model_proto=model or b"empty")
+        except RuntimeError:
+            raise UserError(f"these {len(model):,} bytes are no SentencePiece model: name a tokenizer.model") from None
+        self.vocab_size, self.bos, self.eos = self.sp.vocab_size(), self.sp.bos_id(), self.sp.eos_id()
+        # Llama 2's model puts a space before every text. It is no byte of the text, and decoding drops it.
+        self.dummy_prefix = self.sp.encode("a", out_type=str)[0].startswith(SPACE)
+        self.space_bytes = [self.sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+
+    @classmethod
+    def train(cls, lines: Iterator[str], vocab_size: int) -> "Tokenizer":
+        """Learn `vocab_size` pieces from lines of text. Raises UserError when the text has too few for that."""
+        model = io.BytesIO()
+        try:
+            spm.SentencePieceTrainer.train(
+                sentence_iterator=lines, model_writer=model, vocab_size=vocab_size, minloglevel=2,
+                num_threads=os.cpu_count(), **SETTINGS,
+            )  # fmt: skip
+        except RuntimeError as error:
+            raise UserError(f"--vocab_size {vocab_size} does not fit this text: {remedy(str(error))}") from None
+        return cls(model.getvalue())
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text, without BOS and EOS."""
+        if SPACE not in text or self.dummy_prefix:
+            return self.sp.encode(text)
+        first, *rest = (self.sp.encode(part) for part in text.split(SPACE))
+        return first + [token for part in rest for token in self.space_bytes + part]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of the ids; control tokens are nothing, and an incomplete UTF-8 sequence is U+FFFD."""
+        return self.sp.decode([i for i in ids if i < self.vocab_size])  # a model's vocabulary may be padded
+
+    def token_bytes(self) -> np.ndarray:
+        """(V,) UTF-8 bytes that each token stands for, so that their sum over a document is the document's length."""
+        sizes = [len(self.sp.id_to_piece(i).replace(SPACE, " ").encode()) for i in range(self.vocab_size)]
+        for i in range(self.vocab_size):
+            if self.sp.is_byte(i):
+                sizes[i] = 1
+            elif self.sp.is_control(i):
+                sizes[i] = 0
+        if self.dummy_prefix and self.bos >= 0:
+            sizes[self.bos] = -1  # BOS opens a document, and the space put before it counts for nothing
+        return np.array(sizes)

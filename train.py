@@ -1,0 +1,420 @@
+"""Train a Llama: from nothing, on from where a run stopped (`--resume`), or from another's weights (`--init_from`).
+
+    python train.py --n_layer 6 --novel                    # the default data, Python's own source, is prepared at once
+    python train.py --n_layer 6 --novel --resume           # continue exactly, after a crash, Ctrl-C or more --max_steps
+    python train.py --dataset shakespeare --dim 384 --n_kv_head 2 --max_steps 2000
+
+A run leaves out/RUN/ckpt.pt and out/RUN/log.jsonl. The batch and the dropout of a step are functions of (seed, step)
+alone, so a resumed run sees what an uninterrupted one would have seen, and ends with the same bits on a CPU.
+"""
+
+import json
+import math
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from checkpoint import load, load_weights, save
+from config import UserError, parse, pick, run
+from data.prepare import DATA, DOWNLOADS, PrepareConfig, open_split, prepare, read_meta
+from device import autocast, peak_memory_bytes, pick_device, pick_dtype
+from eval_ppl import bits_per_byte, mean_nll, window_nll
+from model import IGNORE, Llama, ModelConfig
+from sample import readable
+from tokenizer import Tokenizer
+
+
+@dataclass
+class TrainConfig:
+    """training"""
+
+    dataset: str = "stdlib"  # a name that data/prepare.py knows or has prepared, or a prepared folder
+    out_dir: str | None = None  # where ckpt.pt and log.jsonl go (default: out/, then data set, layers x width, variant)
+    resume: bool = False  # continue the run in out_dir; settings are the run's, but for the flags given
+    overwrite: bool = False  # start anew in a directory that holds a run
+    init_from: str | None = None  # a ckpt.pt whose weights and shape to start from
+    batch_size: int = 16  # sequences of one micro-batch on one process
+    grad_accum: int = 1  # micro-batches of one step
+    max_steps: int = 800  # optimizer steps
+    lr: float = 2e-3  # highest learning rate
+    min_lr: float | None = None  # learning rate at the end of the cosine (default: lr / 10)
+    warmup_steps: int = 50  # steps over which the learning rate rises from 0
+    weight_decay: float = 0.1  # on matrices only
+    grad_clip: float = 1.0  # longest gradient; 0 does not clip
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon takes the matrices of the blocks, AdamW the rest
+    eval_every: int = 100  # steps between checkpoints, each followed by an evaluation
+    eval_tokens: int = 32768  # tokens of the val split that an evaluation reads; the last one reads all
+    seed: int = 0  # of weights, batches and dropout
+    device: str = "auto"  # cuda, mps, cpu or auto
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; weights stay in float32
+    checkpoint_activations: bool = False  # keep only the blocks' inputs, recompute the rest: less memory, more time
+    compile: bool = False  # torch.compile each block: a slow first step, faster ones after it
+
+    def __post_init__(self):
+        for name in ("batch_size", "grad_accum", "max_steps", "eval_every", "eval_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: give --{name} 1 or more")
+        for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "seed"):
+            if (getattr(self, name) or 0) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}: give --{name} 0 or more")
+
+
+# ---- data: a batch is a function of (seed, step) ----
+
+
+@lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, blocks: int, block_size: int) -> tuple[int, np.ndarray]:
+    """Where the blocks of an epoch begin, below block_size, and the order in which they come."""
+    rng = np.random.default_rng((seed, epoch))
+    return int(rng.integers(block_size)), rng.permutation(blocks)
+
+
+def step_batches(
+    tokens: np.ndarray, block_size: int, config: TrainConfig, step: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The micro-batches of a step: grad_accum pairs of inputs and targets, (batch_size, block_size) int64.
+
+    An epoch shows every block of the text once; each epoch cuts the text at other places.
+    """
+    blocks, rows = (len(tokens) - block_size) // block_size, config.batch_size * config.grad_accum
+    windows = []
+    for number in range(step * rows, (step + 1) * rows):
+        offset, order = epoch_order(config.seed, number // blocks, blocks, block_size)
+        start = offset + int(order[number % blocks]) * block_size
+        windows.append(tokens[start : start + block_size + 1])
+    data = torch.from_numpy(np.stack(windows).astype(np.int64))
+    return [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in data.split(config.batch_size)]
+
+
+# ---- one step ----
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up to lr, then half a cosine down to min_lr at max_steps."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    lowest = config.lr / 10 if config.min_lr is None else config.min_lr
+    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    return lowest + (config.lr - lowest) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def make_optimizers(model: Llama, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW for all, or Muon for the blocks' matrices and AdamW for embeddings, output, norms and biases."""
+    device = model.tok_embeddings.weight.device
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and name.startswith("layers.")]
+    optimizers: list[torch.optim.Optimizer] = []
+    if config.optimizer == "muon":
+        # match_rms_adamw scales an update to the size of AdamW's, so that one learning rate serves both
+        muon = {"lr": config.lr, "weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+        optimizers.append(torch.optim.Muon(matrices, **muon))
+    taken = {id(p) for group in optimizers for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in taken]
+    groups = [
+        {"params": [p for p in rest if p.dim() == 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.dim() != 2], "weight_decay": 0.0},
+    ]
+    fused = device.type in ("cuda", "cpu", "mps")
+    return [*optimizers, torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=fused)]
+
+
+def forward_backward(
+    model: Llama, batches: list[tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype, scaler: torch.amp.GradScaler
+) -> torch.Tensor:
+    """Add the gradients of the mean loss over all target tokens of all micro-batches; return that mean, nats a token.
+
+    Each micro-batch's summed loss is divided by the token count of the whole step: dividing by its own count would
+    weigh tokens of short or masked micro-batches more, and accumulation would not equal the big batch.
+    """
+    device = model.tok_embeddings.weight.device
+    count = sum((y != IGNORE).sum().item() for _, y in batches)
+    total = torch.zeros((), device=device)
+    for x, y in batches:
+        with autocast(device, dtype):
+            loss = model(x.to(device), y.to(device)) / max(1, count)
+        scaler.scale(loss).backward()
+        total = total + loss.detach()
+    return total
+
+
+def update(model, optimizers, scaler, config: TrainConfig, lr: float) -> float:
+    """Clip the gradients, step the optimizers, clear the gradients; return the length of the unclipped gradient.
+
+    When it is not finite nothing is stepped: the scaler tries a smaller scale next time, without one it is an error
+    that the caller reports.
+    """
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf).item()
+    if math.isfinite(norm) or scaler.is_enabled():
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+        scaler.update()
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+# ---- settings: what the user typed, on top of what a checkpoint holds ----
+
+SHAPE_FREE = {"attention", "dropout", "block_size"}  # model settings that fit any weights
+RUN_FIXED = {"dataset", "init_from", "optimizer", "seed", "batch_size", "grad_accum"}  # they decide what a step sees
+
+
+def settle(flags: dict) -> tuple[ModelConfig, TrainConfig, dict | None]:
+    """The two configurations and the checkpoint to begin with. Raises UserError where they contradict each other."""
+    config, shape, checkpoint = TrainConfig(**pick(TrainConfig, flags)), pick(ModelConfig, flags), None
+    if config.resume and config.overwrite:
+        raise UserError("--resume continues a run and --overwrite deletes it: give one of them")
+    if config.init_from and not config.resume:
+        source = load(config.init_from)
+        refuse_changes(flags, source["config"], set(shape) - SHAPE_FREE)
+        shape = {**source["config"], **shape}
+        checkpoint = {"model": source["model"], "tokenizer": source["tokenizer"]}
+    out_dir = Path(config.out_dir) if config.out_dir else default_out_dir(ModelConfig(**shape), config)
+    path = out_dir / "ckpt.pt"
+    if config.resume:
+        if not path.exists():
+            raise UserError(f"no run in {out_dir} to resume: drop --resume, or name its directory with --out_dir")
+        checkpoint = load(path)
+        if "optimizers" not in checkpoint:
+            raise UserError(f"{path} has no training state to resume: start a new run with --init_from {path}")
+        saved = {**checkpoint["config"], **checkpoint["train"]}
+        refuse_changes(flags, saved, set(shape) - {"attention"} | RUN_FIXED)
+        shape = {**checkpoint["config"], **shape}
+        config = TrainConfig(**{**pick(TrainConfig, checkpoint["train"]), **pick(TrainConfig, flags)})
+    elif path.exists() and not config.overwrite:
+        remedy = "give --resume to continue it, --overwrite to start anew, or another --out_dir"
+        raise UserError(f"{out_dir} already holds a run: {remedy}")
+    config.out_dir = str(out_dir)
+    return ModelConfig(**shape), config, checkpoint
+
+
+def refuse_changes(flags: dict, saved: dict, names: set[str]) -> None:
+    """Raise UserError if one of the flags `names` says something else than the checkpoint."""
+    for name in sorted(names & set(flags)):
+        if flags[name] != saved.get(name):
+            raise UserError(f"--{name} {flags[name]}, but the checkpoint has {saved.get(name)}: drop --{name}")
+
+
+def default_out_dir(model_config: ModelConfig, config: TrainConfig) -> Path:
+    """out/stdlib-6x256-novel: data set, layers x width, and what is unusual."""
+    c, parts = model_config, [Path(config.dataset).name, f"{model_config.n_layer}x{model_config.dim}"]
+    parts += [f"kv{c.n_kv_head}"] * (c.n_kv_head != c.n_head) + ["novel"] * c.novel + ["tuned"] * bool(config.init_from)
+    return Path("out") / "-".join(parts)
+
+
+def training_data(
+    config: TrainConfig, model_config: ModelConfig, flags: dict, checkpoint: dict | None
+) -> tuple[Path, dict, Tokenizer]:
+    """Folder, record and tokenizer of the data set, prepared if need be, and checked against model and checkpoint.
+
+    Sets model_config.vocab_size to the tokenizer's, unless a checkpoint or a flag decides it.
+    """
+    known = config.dataset == "stdlib" or config.dataset in DOWNLOADS
+    if known and not (DATA / config.dataset / "meta.json").exists():
+        print(f"data set {config.dataset} is not prepared yet; doing it now: python data/prepare.py {config.dataset}")
+        prepare(PrepareConfig(config.dataset, **pick(PrepareConfig, flags)))
+    folder, meta = read_meta(config.dataset)
+    tokenizer = Tokenizer((folder / "tokenizer.model").read_bytes())
+    if checkpoint and tokenizer.model != checkpoint["tokenizer"]:
+        name = config.init_from if "data" not in checkpoint else f"{config.out_dir}/ckpt.pt"
+        remedy = f"python data/prepare.py {config.dataset} --tokenizer {name} --overwrite"
+        raise UserError(f"{folder} has another tokenizer than the checkpoint: prepare it with {remedy}")
+    if checkpoint and checkpoint.get("data", meta)["splits"]["train"] != meta["splits"]["train"]:
+        raise UserError(f"{folder}/train.bin is not the data of the run: restore it, or start anew with --overwrite")
+    if checkpoint is None:
+        model_config.vocab_size = flags.get("vocab_size", tokenizer.vocab_size)
+    if model_config.vocab_size < tokenizer.vocab_size:
+        remedy = f"drop --vocab_size, or python data/prepare.py NAME --vocab_size {model_config.vocab_size}"
+        raise UserError(f"vocab_size {model_config.vocab_size} is below {folder}'s {tokenizer.vocab_size}: {remedy}")
+    for split, least in (("train", 2 * model_config.block_size), ("val", 2)):
+        if meta["splits"][split]["tokens"] < least:
+            few = f"{meta['splits'][split]['tokens']} {split} tokens"
+            raise UserError(f"{folder} has only {few}, {least} are needed: use more text, or a smaller --block_size")
+    return folder, meta, tokenizer
+
+
+# ---- the run ----
+
+
+class Log:
+    """log.jsonl, one JSON object a line; a resumed run drops what was written behind its checkpoint."""
+
+    def __init__(self, path: Path, resume_step: int | None):
+        kept = []
+        if resume_step is not None and path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError:  # the last line of a killed run may be half written
+                    continue
+                kept += [line] if record.get("step", 0) <= resume_step else []
+        path.write_text("".join(line + "\n" for line in kept))
+        self.file = open(path, "a")  # noqa: SIM115
+
+    def write(self, record: dict) -> None:
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+
+
+def catch_signals() -> list[int]:
+    """Ctrl-C and SIGTERM are put on a list, for the loop to save and leave; a second one ends the process at once."""
+    caught: list[int] = []
+
+    def catch(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, catch)
+    return caught
+
+
+def start(model_config: ModelConfig, config: TrainConfig, checkpoint: dict | None, device, dtype):
+    """Model, optimizers, scaler and position {step, tokens, seconds}: new, or as the checkpoint holds them."""
+    torch.manual_seed(config.seed)
+    model = Llama(model_config).to(device)
+    optimizers = make_optimizers(model, config)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    position = {"step": 0, "tokens": 0, "seconds": 0.0}
+    if checkpoint:
+        load_weights(model, checkpoint)
+    if checkpoint and "optimizers" in checkpoint:
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        scaler.load_state_dict(checkpoint["scaler"])
+        position = {key: checkpoint[key] for key in position}
+    model.checkpoint_activations = config.checkpoint_activations
+    if config.compile:
+        for layer in model.layers:
+            layer.compile()
+    return model.train(), optimizers, scaler, position
+
+
+def describe(model: Llama, config: TrainConfig, meta: dict, device, dtype) -> dict:
+    """Print what is about to be trained and how much; return it for the log."""
+    c, rows = model.config, config.batch_size * config.grad_accum
+    batch = {"sequences": config.batch_size, "grad_accum": config.grad_accum, "tokens_per_step": rows * c.block_size}
+    batch["tokens"] = batch["tokens_per_step"] * config.max_steps
+    batch["epochs"] = round(batch["tokens"] / meta["splits"]["train"]["tokens"], 3)
+    heads = f"{c.n_head} heads of {c.head_dim}" + (", novel" if c.novel else "")
+    print(f"model: {model.num_params():,} parameters | {c.n_layer} layers | width {c.dim} | {heads}")
+    print(
+        f"batch: {config.batch_size} sequences x {c.block_size} tokens x {config.grad_accum} = "
+        f"{batch['tokens_per_step']:,} tokens a step; {config.max_steps:,} steps = {batch['tokens']:,} tokens = "
+        f"{batch['epochs']} epochs of {config.dataset}"
+    )
+    print(f"on {device}, {str(dtype).removeprefix('torch.')} -> {config.out_dir}")
+    return {"model": asdict(c), "train": asdict(config), "batch": batch, "params": model.num_params()}
+
+
+def train(model_config: ModelConfig, config: TrainConfig, flags: dict, checkpoint: dict | None) -> None:
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    folder, meta, tokenizer = training_data(config, model_config, flags, checkpoint)
+    tokens, val_tokens = open_split(folder, meta, "train"), open_split(folder, meta, "val")
+    model, optimizers, scaler, position = start(model_config, config, checkpoint, device, dtype)
+    path, T = Path(config.out_dir) / "ckpt.pt", model_config.block_size
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def save_checkpoint() -> None:
+        state = {"model": model.state_dict(), "config": asdict(model_config), "train": asdict(config), **position}
+        state |= {"tokenizer": tokenizer.model, "data": meta, "scaler": scaler.state_dict()}
+        save(path, {**state, "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+
+    if not config.resume:
+        save_checkpoint()  # a run that is killed early can be resumed too
+    log = Log(path.with_name("log.jsonl"), position["step"] if config.resume else None)
+    log.write(describe(model, config, meta, device, dtype) | {"step": position["step"]})
+    caught = catch_signals()
+    bar = tqdm(total=config.max_steps, initial=position["step"], desc="training", disable=None)
+    while position["step"] < config.max_steps and not caught:
+        began, step = time.perf_counter(), position["step"]
+        torch.manual_seed(config.seed + 1_000_003 * (step + 1))  # dropout, too, is a function of (seed, step)
+        batches, lr = step_batches(tokens, T, config, step), learning_rate(config, step)
+        loss = forward_backward(model, batches, dtype, scaler).item()
+        norm = update(model, optimizers, scaler, config, lr)
+        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+            remedy = f"try again with --overwrite and a lower --lr than {config.lr:g}"
+            raise UserError(
+                f"loss {loss} and gradient {norm} in step {step + 1}: {path} keeps the last good one; {remedy}"
+            )
+        seconds, count = time.perf_counter() - began, sum(y.numel() for _, y in batches)
+        position = {"step": step + 1, "tokens": position["tokens"] + count, "seconds": position["seconds"] + seconds}
+        report = {
+            "step": step + 1,
+            "loss": loss,
+            "lr": lr,
+            "norm": norm,
+            "ms": 1000 * seconds,
+            "tok_s": count / seconds,
+        }
+        log.write({**report, "tokens": position["tokens"], "seconds": position["seconds"]})
+        bar.update()
+        if (step + 1) % 10 == 0 or step == 0:
+            tqdm.write(
+                f"step {step + 1}/{config.max_steps} | loss {loss:.4f} | lr {lr:.1e} | norm {norm:.2f} | "
+                f"{1000 * seconds:.0f} ms | {count / seconds:,.0f} tok/s"
+            )
+        if (step + 1) % config.eval_every == 0 and step + 1 < config.max_steps and not caught:
+            save_checkpoint()  # before the evaluation, which may fail
+            val_loss = validate(model, val_tokens[: config.eval_tokens + 1], dtype)
+            log.write({"step": step + 1, "val_loss": val_loss, "peak_memory_bytes": peak_memory_bytes(device)})
+            tqdm.write(f"step {step + 1}/{config.max_steps} | val loss {val_loss:.4f} | ppl {math.exp(val_loss):.2f}")
+    bar.close()
+    save_checkpoint()
+    if caught:
+        name = signal.Signals(caught[0]).name
+        print(f"{name}: saved step {position['step']} in {path}; continue with the same command and --resume")
+        sys.exit(128 + caught[0])
+    finish(model, tokenizer, val_tokens, path, position, log, device)
+
+
+def validate(model: Llama, tokens: np.ndarray, dtype: torch.dtype) -> float:
+    """Mean loss over non-overlapping blocks, nats a token."""
+    model.eval()
+    with torch.compiler.set_stance("force_eager"):  # compiling once more for evaluation would take longer than it
+        loss = mean_nll(window_nll(model, tokens, model.config.block_size, model.config.block_size, dtype))
+    model.train()
+    return loss
+
+
+def finish(model: Llama, tokenizer: Tokenizer, val_tokens, path: Path, position: dict, log: Log, device) -> None:
+    """Perplexity on the whole val split, a sample, and what to run next."""
+    loss, peak = validate(model, val_tokens, torch.float32), peak_memory_bytes(device)
+    bits = bits_per_byte(loss, val_tokens, tokenizer)
+    log.write(
+        {"step": position["step"], "val_loss": loss, "bits_per_byte": bits, "peak_memory_bytes": peak, "final": True}
+    )
+    protocol = f"blocks | {len(val_tokens) - 1:,} tokens, context {model.config.block_size}, float32"
+    print(f"val perplexity {math.exp(loss):.4f} | {protocol} | bits per byte {bits:.4f}")
+    minutes = position["seconds"] / 60
+    print(f"{position['tokens']:,} tokens in {minutes:.1f} min of training | peak memory {peak / 2**30:.2f} GiB")
+    print("--- a sample:")
+    model.eval()
+    generator = torch.Generator(device).manual_seed(0)
+    prompt, stop = [tokenizer.bos], tokenizer.eos
+    with torch.compiler.set_stance("force_eager"):
+        steps = model.stream([prompt], 160, temperature=0.8, top_p=0.95, stop=stop, generator=generator)
+        print("".join(readable(prompt, (row[0] for row in steps), tokenizer)))
+    print(f"--- next:\npython eval_ppl.py {path} --split test\npython sample.py {path} --prompt 'def '")
+
+
+def main() -> None:
+    flags = parse(__doc__, ModelConfig, TrainConfig)
+    model_config, config, checkpoint = settle(flags)
+    train(model_config, config, flags, checkpoint)
+
+
+if __name__ == "__main__":
+    run(main)
