@@ -3,7 +3,7 @@
 A script describes its settings as a flat dataclass. Each field is a flag of the same name (`n_layer` -> `--n_layer`),
 the comment behind the field is its `--help`, a field without a default is a positional argument (one marked
 POSITIONAL may be left out), a bool makes a `--flag/--no-flag` pair, and a `Literal` lists the choices. Every script
-ends with `run(main)`.
+ends with `exit_cleanly(main)`.
 
     flags = parse(__doc__, ModelConfig, TrainConfig)      # a dict of only what the user typed
     config = ModelConfig(**pick(ModelConfig, flags))
@@ -85,7 +85,7 @@ def pick(cls: type, values: dict) -> dict:
     return {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values}
 
 
-def run(main: typing.Callable[[], None]) -> None:
+def exit_cleanly(main: typing.Callable[[], None]) -> None:
     """Call main(); a user's mistake or a full disk ends with one line on stderr and exit code 2, Ctrl-C with 130."""
     try:
         main()

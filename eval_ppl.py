@@ -27,8 +27,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoint import build, load
-from config import UserError, parse, run
-from data.prepare import open_split, read_meta, whole
+from config import UserError, exit_cleanly, parse
+from data.prepare import whole
+from dataset import open_split, read_meta
 from device import autocast, pick_device, pick_dtype
 from model import Llama, widen
 from tokenizer import Tokenizer
@@ -194,4 +195,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    exit_cleanly(main)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from checkpoint import build, load
-from config import UserError, parse, run
+from config import UserError, exit_cleanly, parse
 from device import pick_device
 from tokenizer import Tokenizer
 
@@ -73,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    exit_cleanly(main)

@@ -13,8 +13,9 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -23,8 +24,9 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import load, load_weights, save
-from config import UserError, parse, pick, run
-from data.prepare import DATA, DOWNLOADS, PrepareConfig, open_split, prepare, read_meta
+from config import UserError, exit_cleanly, parse, pick
+from data.prepare import DOWNLOADS, PrepareConfig, prepare
+from dataset import DATA, Batch, open_split, read_meta, step_batches
 from device import autocast, peak_memory_bytes, pick_device, pick_dtype
 from eval_ppl import bits_per_byte, mean_nll, window_nll
 from model import IGNORE, Llama, ModelConfig
@@ -43,13 +45,13 @@ class TrainConfig:
     init_from: str | None = None  # a ckpt.pt whose weights and shape to start from
     batch_size: int = 16  # sequences of one micro-batch on one process
     grad_accum: int = 1  # micro-batches of one step
-    max_steps: int = 800  # optimizer steps
-    lr: float = 2e-3  # highest learning rate
+    max_steps: int = 600  # optimizer steps
+    lr: float | None = None  # highest learning rate (default: 0.01 with muon, 0.002 with adamw)
     min_lr: float | None = None  # learning rate at the end of the cosine (default: lr / 10)
     warmup_steps: int = 50  # steps over which the learning rate rises from 0
     weight_decay: float = 0.1  # on matrices only
     grad_clip: float = 1.0  # longest gradient; 0 does not clip
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon takes the matrices of the blocks, AdamW the rest
+    optimizer: Literal["adamw", "muon"] = "muon"  # muon takes the matrices of the blocks, AdamW the rest
     eval_every: int = 100  # steps between checkpoints, each followed by an evaluation
     eval_tokens: int = 32768  # tokens of the val split that an evaluation reads; the last one reads all
     seed: int = 0  # of weights, batches and dropout
@@ -65,33 +67,8 @@ class TrainConfig:
         for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "seed"):
             if (getattr(self, name) or 0) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}: give --{name} 0 or more")
-
-
-# ---- data: a batch is a function of (seed, step) ----
-
-
-@lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, blocks: int, block_size: int) -> tuple[int, np.ndarray]:
-    """Where the blocks of an epoch begin, below block_size, and the order in which they come."""
-    rng = np.random.default_rng((seed, epoch))
-    return int(rng.integers(block_size)), rng.permutation(blocks)
-
-
-def step_batches(
-    tokens: np.ndarray, block_size: int, config: TrainConfig, step: int
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The micro-batches of a step: grad_accum pairs of inputs and targets, (batch_size, block_size) int64.
-
-    An epoch shows every block of the text once; each epoch cuts the text at other places.
-    """
-    blocks, rows = (len(tokens) - block_size) // block_size, config.batch_size * config.grad_accum
-    windows = []
-    for number in range(step * rows, (step + 1) * rows):
-        offset, order = epoch_order(config.seed, number // blocks, blocks, block_size)
-        start = offset + int(order[number % blocks]) * block_size
-        windows.append(tokens[start : start + block_size + 1])
-    data = torch.from_numpy(np.stack(windows).astype(np.int64))
-    return [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in data.split(config.batch_size)]
+        if self.lr is None:
+            self.lr = {"adamw": 0.002, "muon": 0.01}[self.optimizer]
 
 
 # ---- one step ----
@@ -108,7 +85,6 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 def make_optimizers(model: Llama, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW for all, or Muon for the blocks' matrices and AdamW for embeddings, output, norms and biases."""
-    device = model.tok_embeddings.weight.device
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and name.startswith("layers.")]
     optimizers: list[torch.optim.Optimizer] = []
     if config.optimizer == "muon":
@@ -121,12 +97,11 @@ def make_optimizers(model: Llama, config: TrainConfig) -> list[torch.optim.Optim
         {"params": [p for p in rest if p.dim() == 2], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if p.dim() != 2], "weight_decay": 0.0},
     ]
-    fused = device.type in ("cuda", "cpu", "mps")
-    return [*optimizers, torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=fused)]
+    return [*optimizers, torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)]
 
 
 def forward_backward(
-    model: Llama, batches: list[tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype, scaler: torch.amp.GradScaler
+    model: Llama, batches: list[Batch], dtype: torch.dtype, scaler: torch.amp.GradScaler
 ) -> torch.Tensor:
     """Add the gradients of the mean loss over all target tokens of all micro-batches; return that mean, nats a token.
 
@@ -223,7 +198,7 @@ def training_data(
     known = config.dataset == "stdlib" or config.dataset in DOWNLOADS
     if known and not (DATA / config.dataset / "meta.json").exists():
         print(f"data set {config.dataset} is not prepared yet; doing it now: python data/prepare.py {config.dataset}")
-        prepare(PrepareConfig(config.dataset, **pick(PrepareConfig, flags)))
+        prepare(PrepareConfig(config.dataset, vocab_size=flags.get("vocab_size", PrepareConfig.vocab_size)))
     folder, meta = read_meta(config.dataset)
     tokenizer = Tokenizer((folder / "tokenizer.model").read_bytes())
     if checkpoint and tokenizer.model != checkpoint["tokenizer"]:
@@ -267,7 +242,8 @@ class Log:
         self.file.flush()
 
 
-def catch_signals() -> list[int]:
+@contextmanager
+def signals_caught() -> Iterator[list[int]]:
     """Ctrl-C and SIGTERM are put on a list, for the loop to save and leave; a second one ends the process at once."""
     caught: list[int] = []
 
@@ -275,57 +251,77 @@ def catch_signals() -> list[int]:
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, catch)
-    return caught
+    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def start(model_config: ModelConfig, config: TrainConfig, checkpoint: dict | None, device, dtype):
-    """Model, optimizers, scaler and position {step, tokens, seconds}: new, or as the checkpoint holds them."""
-    torch.manual_seed(config.seed)
-    model = Llama(model_config).to(device)
-    optimizers = make_optimizers(model, config)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    position = {"step": 0, "tokens": 0, "seconds": 0.0}
-    if checkpoint:
-        load_weights(model, checkpoint)
-    if checkpoint and "optimizers" in checkpoint:
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        scaler.load_state_dict(checkpoint["scaler"])
-        position = {key: checkpoint[key] for key in position}
-    model.checkpoint_activations = config.checkpoint_activations
-    if config.compile:
-        for layer in model.layers:
-            layer.compile()
-    return model.train(), optimizers, scaler, position
+def restore(checkpoint: dict, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler) -> dict:
+    """Give the optimizers and the scaler their state back; return the position {step, tokens, seconds}."""
+    for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
+    scaler.load_state_dict(checkpoint["scaler"])
+    return {key: checkpoint[key] for key in ("step", "tokens", "seconds")}
 
 
-def describe(model: Llama, config: TrainConfig, meta: dict, device, dtype) -> dict:
-    """Print what is about to be trained and how much; return it for the log."""
-    c, rows = model.config, config.batch_size * config.grad_accum
-    batch = {"sequences": config.batch_size, "grad_accum": config.grad_accum, "tokens_per_step": rows * c.block_size}
-    batch["tokens"] = batch["tokens_per_step"] * config.max_steps
-    batch["epochs"] = round(batch["tokens"] / meta["splits"]["train"]["tokens"], 3)
+def describe(model: Llama, config: TrainConfig, train_tokens: int) -> dict:
+    """Print what is about to be trained, and how much; return it for the log."""
+    c, params = model.config, model.num_params()
+    per_step = config.batch_size * config.grad_accum * c.block_size
+    batch = {"sequences": config.batch_size, "grad_accum": config.grad_accum, "tokens_per_step": per_step}
+    batch["tokens"] = per_step * config.max_steps
+    batch["epochs"] = round(batch["tokens"] / train_tokens, 3)
     heads = f"{c.n_head} heads of {c.head_dim}" + (", novel" if c.novel else "")
-    print(f"model: {model.num_params():,} parameters | {c.n_layer} layers | width {c.dim} | {heads}")
-    print(
-        f"batch: {config.batch_size} sequences x {c.block_size} tokens x {config.grad_accum} = "
-        f"{batch['tokens_per_step']:,} tokens a step; {config.max_steps:,} steps = {batch['tokens']:,} tokens = "
-        f"{batch['epochs']} epochs of {config.dataset}"
-    )
-    print(f"on {device}, {str(dtype).removeprefix('torch.')} -> {config.out_dir}")
-    return {"model": asdict(c), "train": asdict(config), "batch": batch, "params": model.num_params()}
+    print(f"model: {params:,} parameters | {c.n_layer} layers | width {c.dim} | {heads}")
+    arithmetic = f"{config.batch_size} sequences x {c.block_size} tokens x {config.grad_accum} = {per_step:,} tokens"
+    whole = f"{config.max_steps:,} steps = {batch['tokens']:,} tokens = {batch['epochs']} epochs of {config.dataset}"
+    print(f"batch: {arithmetic} a step; {whole}")
+    return {"model": asdict(c), "train": asdict(config), "batch": batch, "params": params}
 
 
-def train(model_config: ModelConfig, config: TrainConfig, flags: dict, checkpoint: dict | None) -> None:
+def validate(model: Llama, tokens: np.ndarray, dtype: torch.dtype) -> float:
+    """Mean loss over non-overlapping blocks of the tokens, nats a token."""
+    model.eval()
+    with torch.compiler.set_stance("force_eager"):  # compiling once more would take longer than the evaluation
+        loss = mean_nll(window_nll(model, tokens, model.config.block_size, model.config.block_size, dtype))
+    model.train()
+    return loss
+
+
+def show_text(model: Llama, tokenizer: Tokenizer) -> None:
+    """Print a sample from nothing but BOS."""
+    generator, prompt = torch.Generator(model.tok_embeddings.weight.device).manual_seed(0), [tokenizer.bos]
+    settings = {"temperature": 0.8, "top_p": 0.95, "stop": tokenizer.eos, "generator": generator}
+    model.eval()
+    with torch.compiler.set_stance("force_eager"):
+        print("".join(readable(prompt, (row[0] for row in model.stream([prompt], 160, **settings)), tokenizer)))
+
+
+def main() -> None:
+    flags = parse(__doc__, ModelConfig, TrainConfig)
+    model_config, config, checkpoint = settle(flags)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     folder, meta, tokenizer = training_data(config, model_config, flags, checkpoint)
     tokens, val_tokens = open_split(folder, meta, "train"), open_split(folder, meta, "val")
-    model, optimizers, scaler, position = start(model_config, config, checkpoint, device, dtype)
-    path, T = Path(config.out_dir) / "ckpt.pt", model_config.block_size
-    path.parent.mkdir(parents=True, exist_ok=True)
+
+    torch.manual_seed(config.seed)
+    model = Llama(model_config).to(device).train()
+    if checkpoint:
+        load_weights(model, checkpoint)
+    model.checkpoint_activations = config.checkpoint_activations
+    if config.compile:
+        for layer in model.layers:
+            layer.compile()
+    optimizers = make_optimizers(model, config)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    position = {"step": 0, "tokens": 0, "seconds": 0.0}
+    if config.resume:
+        position = restore(checkpoint, optimizers, scaler)
+    path, last = Path(config.out_dir) / "ckpt.pt", config.max_steps
 
     def save_checkpoint() -> None:
         state = {"model": model.state_dict(), "config": asdict(model_config), "train": asdict(config), **position}
@@ -333,88 +329,56 @@ def train(model_config: ModelConfig, config: TrainConfig, flags: dict, checkpoin
         save(path, {**state, "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
 
     if not config.resume:
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint()  # a run that is killed early can be resumed too
     log = Log(path.with_name("log.jsonl"), position["step"] if config.resume else None)
-    log.write(describe(model, config, meta, device, dtype) | {"step": position["step"]})
-    caught = catch_signals()
-    bar = tqdm(total=config.max_steps, initial=position["step"], desc="training", disable=None)
-    while position["step"] < config.max_steps and not caught:
-        began, step = time.perf_counter(), position["step"]
-        torch.manual_seed(config.seed + 1_000_003 * (step + 1))  # dropout, too, is a function of (seed, step)
-        batches, lr = step_batches(tokens, T, config, step), learning_rate(config, step)
-        loss = forward_backward(model, batches, dtype, scaler).item()
-        norm = update(model, optimizers, scaler, config, lr)
-        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-            remedy = f"try again with --overwrite and a lower --lr than {config.lr:g}"
-            raise UserError(
-                f"loss {loss} and gradient {norm} in step {step + 1}: {path} keeps the last good one; {remedy}"
-            )
-        seconds, count = time.perf_counter() - began, sum(y.numel() for _, y in batches)
-        position = {"step": step + 1, "tokens": position["tokens"] + count, "seconds": position["seconds"] + seconds}
-        report = {
-            "step": step + 1,
-            "loss": loss,
-            "lr": lr,
-            "norm": norm,
-            "ms": 1000 * seconds,
-            "tok_s": count / seconds,
-        }
-        log.write({**report, "tokens": position["tokens"], "seconds": position["seconds"]})
-        bar.update()
-        if (step + 1) % 10 == 0 or step == 0:
-            tqdm.write(
-                f"step {step + 1}/{config.max_steps} | loss {loss:.4f} | lr {lr:.1e} | norm {norm:.2f} | "
-                f"{1000 * seconds:.0f} ms | {count / seconds:,.0f} tok/s"
-            )
-        if (step + 1) % config.eval_every == 0 and step + 1 < config.max_steps and not caught:
-            save_checkpoint()  # before the evaluation, which may fail
-            val_loss = validate(model, val_tokens[: config.eval_tokens + 1], dtype)
-            log.write({"step": step + 1, "val_loss": val_loss, "peak_memory_bytes": peak_memory_bytes(device)})
-            tqdm.write(f"step {step + 1}/{config.max_steps} | val loss {val_loss:.4f} | ppl {math.exp(val_loss):.2f}")
-    bar.close()
-    save_checkpoint()
+    log.write({"step": position["step"], **describe(model, config, len(tokens))})
+    print(f"on {device}, {str(dtype).removeprefix('torch.')} -> {path.parent}")
+
+    with signals_caught() as caught, tqdm(total=last, initial=position["step"], disable=None) as bar:
+        while position["step"] < last and not caught:
+            began, step = time.perf_counter(), position["step"]
+            torch.manual_seed(config.seed + 1_000_003 * (step + 1))  # dropout, too, is a function of (seed, step)
+            sizes = model_config.block_size, config.batch_size, config.grad_accum
+            batches, lr = step_batches(tokens, *sizes, config.seed, step), learning_rate(config, step)
+            loss = forward_backward(model, batches, dtype, scaler).item()
+            norm = update(model, optimizers, scaler, config, lr)
+            if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+                remedy = f"{path} keeps the last good one; try --overwrite and a lower --lr than {config.lr:g}"
+                raise UserError(f"loss {loss} and gradient norm {norm} in step {step + 1}: {remedy}")
+
+            step, count, seconds = step + 1, math.prod(sizes), time.perf_counter() - began
+            position = {"step": step, "tokens": position["tokens"] + count, "seconds": position["seconds"] + seconds}
+            speed = {"ms": 1000 * seconds, "tok_s": count / seconds}
+            log.write({"loss": loss, "lr": lr, "norm": norm, **speed, **position})
+            bar.update()
+            head = f"step {step}/{last} | loss {loss:.4f}"
+            if step % 10 == 0 or step == 1:
+                tqdm.write(
+                    f"{head} | lr {lr:.1e} | norm {norm:.2f} | {speed['ms']:.0f} ms | {speed['tok_s']:,.0f} tok/s"
+                )
+            if step % config.eval_every == 0 and step < last and not caught:
+                save_checkpoint()  # before the evaluation, which may fail
+                val_loss = validate(model, val_tokens[: config.eval_tokens + 1], dtype)
+                log.write({"step": step, "val_loss": val_loss, "peak_memory_bytes": peak_memory_bytes(device)})
+                tqdm.write(f"{head} | val loss {val_loss:.4f} | val ppl {math.exp(val_loss):.2f}")
+        save_checkpoint()
     if caught:
-        name = signal.Signals(caught[0]).name
-        print(f"{name}: saved step {position['step']} in {path}; continue with the same command and --resume")
+        saved = f"{signal.Signals(caught[0]).name}: saved step {position['step']} in {path}"
+        print(f"{saved}; continue with the same command and --resume", flush=True)
         sys.exit(128 + caught[0])
-    finish(model, tokenizer, val_tokens, path, position, log, device)
 
-
-def validate(model: Llama, tokens: np.ndarray, dtype: torch.dtype) -> float:
-    """Mean loss over non-overlapping blocks, nats a token."""
-    model.eval()
-    with torch.compiler.set_stance("force_eager"):  # compiling once more for evaluation would take longer than it
-        loss = mean_nll(window_nll(model, tokens, model.config.block_size, model.config.block_size, dtype))
-    model.train()
-    return loss
-
-
-def finish(model: Llama, tokenizer: Tokenizer, val_tokens, path: Path, position: dict, log: Log, device) -> None:
-    """Perplexity on the whole val split, a sample, and what to run next."""
-    loss, peak = validate(model, val_tokens, torch.float32), peak_memory_bytes(device)
+    loss, peak = validate(model, val_tokens, torch.float32), peak_memory_bytes(device)  # as eval_ppl.py does it
     bits = bits_per_byte(loss, val_tokens, tokenizer)
-    log.write(
-        {"step": position["step"], "val_loss": loss, "bits_per_byte": bits, "peak_memory_bytes": peak, "final": True}
-    )
-    protocol = f"blocks | {len(val_tokens) - 1:,} tokens, context {model.config.block_size}, float32"
+    log.write({"step": position["step"], "val_loss": loss, "bits_per_byte": bits, "peak_memory_bytes": peak})
+    protocol = f"blocks | {len(val_tokens) - 1:,} tokens, context {model_config.block_size}, float32"
     print(f"val perplexity {math.exp(loss):.4f} | {protocol} | bits per byte {bits:.4f}")
     minutes = position["seconds"] / 60
     print(f"{position['tokens']:,} tokens in {minutes:.1f} min of training | peak memory {peak / 2**30:.2f} GiB")
     print("--- a sample:")
-    model.eval()
-    generator = torch.Generator(device).manual_seed(0)
-    prompt, stop = [tokenizer.bos], tokenizer.eos
-    with torch.compiler.set_stance("force_eager"):
-        steps = model.stream([prompt], 160, temperature=0.8, top_p=0.95, stop=stop, generator=generator)
-        print("".join(readable(prompt, (row[0] for row in steps), tokenizer)))
+    show_text(model, tokenizer)
     print(f"--- next:\npython eval_ppl.py {path} --split test\npython sample.py {path} --prompt 'def '")
 
 
-def main() -> None:
-    flags = parse(__doc__, ModelConfig, TrainConfig)
-    model_config, config, checkpoint = settle(flags)
-    train(model_config, config, flags, checkpoint)
-
-
 if __name__ == "__main__":
-    run(main)
+    exit_cleanly(main)

@@ -33,8 +33,8 @@ from tqdm import tqdm
 DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))  # run as a script, Python looks for modules beside this file only
 
-from config import POSITIONAL, UserError, parse, run  # noqa: E402
-from tokenizer import SETTINGS, Tokenizer  # noqa: E402
+from config import POSITIONAL, UserError, exit_cleanly, parse
+from tokenizer import SETTINGS, Tokenizer
 
 SPLITS = {"train": 0.90, "val": 0.05, "test": 0.05}
 TOKENIZER_BYTES = 50_000_000  # text that the tokenizer learns from; more changes the pieces little and costs memory
@@ -188,7 +188,7 @@ def download(url: str, sha256: str, folder: Path) -> Path:
     found = sha256_of(part)
     if found != sha256:
         part.unlink()
-        raise UserError(f"{url}: its sha256 is {found}, not {sha256}; it was not kept. Try again, or use --from FILE")
+        raise UserError(f"{url}: its sha256 is {found}, not {sha256}; it was not kept. Try again, or use --from")
     return part.rename(path)
 
 
@@ -363,30 +363,10 @@ def source_of(name: str) -> str:
     return f"the standard library of Python {sys.version.split()[0]}"
 
 
-def read_meta(dataset: str) -> tuple[Path, dict]:
-    """The folder and record of a prepared data set, by its name or by its folder's path."""
-    folder = next((f for f in (Path(dataset), DATA / dataset) if (f / "meta.json").exists()), None)
-    if folder is None:
-        remedy = f"python data/prepare.py {dataset}" + ("" if dataset in ["stdlib", *DOWNLOADS] else " --text FILE")
-        raise UserError(f"no prepared data set {dataset!r}: make it with {remedy}")
-    try:
-        return folder, json.loads((folder / "meta.json").read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{folder}/meta.json is damaged ({error}): prepare the data again with --overwrite") from None
-
-
-def open_split(folder: Path, meta: dict, split: str) -> np.ndarray:
-    """The token file of a split as a read-only memory map, its length checked against the record."""
-    tokens = np.memmap(folder / f"{split}.bin", dtype=meta["dtype"], mode="r")
-    if len(tokens) != meta["splits"][split]["tokens"]:
-        raise UserError(f"{folder}/{split}.bin has {len(tokens):,} tokens, not the recorded number: prepare it again")
-    return tokens
-
-
 def main() -> None:
     config = PrepareConfig(**parse(__doc__, PrepareConfig))
     folder = prepare(config)
-    for name, record in read_meta(str(folder))[1]["splits"].items():
+    for name, record in json.loads((folder / "meta.json").read_text())["splits"].items():
         rate = f"{record['bytes'] / record['tokens']:.2f} bytes a token"
         repeated = f", {record['repeated']} repeated ones dropped" if record["repeated"] else ""
         print(f"{name:5} {record['tokens']:>13,} tokens | {rate} | {record['documents']:,} documents{repeated}")
@@ -394,4 +374,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    exit_cleanly(main)

@@ -57,7 +57,7 @@ def quick(script: str, *args) -> subprocess.CompletedProcess:
     sys.argv = [script, *map(str, args)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            config.run(main)
+            config.exit_cleanly(main)
     except SystemExit as leave:
         code = leave.code
     finally:

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 import data.prepare as module
 from config import UserError
-from data.prepare import Piece, PrepareConfig, download, open_split, prepare, read_meta, split, whole
+from data.prepare import Piece, PrepareConfig, download, prepare, split, whole
+from dataset import open_split, read_meta
 from tokenizer import Tokenizer
 
 

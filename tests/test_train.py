@@ -11,8 +11,9 @@ import torch
 from conftest import TINY, command, sharp_model, small_run, start_command
 
 from checkpoint import load
+from dataset import step_batches
 from model import IGNORE, Llama, ModelConfig
-from train import TrainConfig, forward_backward, learning_rate, make_optimizers, step_batches, update
+from train import TrainConfig, forward_backward, learning_rate, make_optimizers, update
 
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
@@ -41,21 +42,16 @@ def test_accumulation_equals_big_batch(masked):
 
 
 def test_an_epoch_shows_every_block_once_and_steps_are_reproducible():
-    config, tokens, T = TrainConfig(batch_size=3, grad_accum=2, seed=5), np.arange(1000, dtype=np.uint16), 16
-    blocks = (len(tokens) - T) // T
-    starts = [
-        x[row, 0].item()
-        for step in range(-(-2 * blocks // 6))
-        for x, _ in step_batches(tokens, T, config, step)
-        for row in range(3)
-    ]
+    tokens, T = np.arange(1000, dtype=np.uint16), 16
+    blocks, steps = (len(tokens) - T) // T, [step_batches(tokens, T, 3, 2, seed=5, step=step) for step in range(21)]
+    starts = [x[row, 0].item() for batches in steps for x, _ in batches for row in range(3)]
+    assert len(starts) >= 2 * blocks
     for epoch in (starts[:blocks], starts[blocks : 2 * blocks]):
         assert len(set(epoch)) == blocks and len({start % T for start in epoch}) == 1
     assert starts[:blocks] != starts[blocks : 2 * blocks]
-    for x, y in step_batches(tokens, T, config, 4):
-        assert torch.equal(x[:, 1:], y[:, :-1]) and torch.equal(y, x + 1)
-    again = step_batches(tokens, T, config, 4)
-    assert all(torch.equal(a, b) for pair in zip(again, step_batches(tokens, T, config, 4)) for a, b in zip(*pair))
+    for (x, y), (again, _) in zip(steps[4], step_batches(tokens, T, 3, 2, seed=5, step=4)):
+        assert torch.equal(x, again) and torch.equal(y, x + 1)
+    assert not torch.equal(steps[4][0][0], step_batches(tokens, T, 3, 2, seed=6, step=4)[0][0])
 
 
 def test_learning_rate_warms_up_and_falls_to_its_minimum():
@@ -167,7 +163,7 @@ def test_the_log_holds_config_batch_arithmetic_and_every_step(tiny_run):
     steps = [line for line in rest if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 31))
     assert {"loss", "lr", "norm", "ms", "tok_s", "tokens", "seconds"} <= set(steps[0])
-    assert rest[-1]["final"] and rest[-1]["peak_memory_bytes"] > 0
+    assert rest[-1]["val_loss"] > 0 and rest[-1]["peak_memory_bytes"] > 0
 
 
 def test_the_last_line_of_a_run_is_the_number_that_eval_ppl_prints(tiny_run):
