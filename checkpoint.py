@@ -73,6 +73,9 @@ def build(checkpoint: dict, device: str | torch.device = "cpu") -> tuple[Llama, 
     config = checkpoint["config"]
     if unknown := set(config) - set(pick(ModelConfig, config)):
         raise UserError(f"the checkpoint has settings that this version does not know: {', '.join(sorted(unknown))}")
-    model = Llama(ModelConfig(**config)).to(device)
+    try:
+        model = Llama(ModelConfig(**config)).to(device)
+    except TypeError as error:
+        raise UserError(f"the checkpoint's config has a value of a wrong type: {error}") from None
     load_weights(model, checkpoint)
     return model.eval(), Tokenizer(checkpoint["tokenizer"])

@@ -59,7 +59,7 @@ class EvalConfig:
 def window_nll(
     model: Llama, tokens: np.ndarray, context: int, stride: int, dtype: torch.dtype, batch_size: int = 16, quiet=True
 ) -> list[torch.Tensor]:
-    """Negative log-likelihoods, nats, of tokens[1:], window by window: list of float32 tensors on the CPU.
+    """Negative log-likelihoods, nats, of tokens[1:], window by window, on the CPU.
 
     A window of `context` inputs begins `stride` tokens behind the one before, and keeps only the predictions that the
     one before did not make: every token is scored once. stride = context gives non-overlapping blocks.
@@ -80,7 +80,7 @@ def window_nll(
             x[row, : end - start], y[row, : end - start] = piece[:-1], piece[1:]
         with autocast(device, dtype):
             logits = widen(model(x.to(device)))
-        nll = F.cross_entropy(logits.transpose(1, 2), y.to(device), reduction="none").float().cpu()  # (B, T)
+        nll = F.cross_entropy(logits.transpose(1, 2), y.to(device), reduction="none").cpu()  # (B, T)
         result += [nll[row, end - start - new : end - start] for row, (start, end, new) in enumerate(batch)]
     return result
 

@@ -228,7 +228,8 @@ class Attention(nn.Module):
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
         q = q * self.head_dim**-0.5
         scores = self.k_groups.scatter(self.k_groups.gather(q) @ k.transpose(-1, -2))  # (B, H, T, S)
-        weights = scores.masked_fill(~mask, -math.inf).softmax(-1).type_as(v)
+        hidden = torch.zeros(mask.shape, dtype=scores.dtype, device=q.device).masked_fill(~mask, -math.inf)
+        weights = (scores + hidden).softmax(-1).type_as(v)  # an added mask, unlike masked_fill, has no backward
         return self.v_groups.scatter(self.v_groups.gather(weights) @ v)
 
 

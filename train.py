@@ -45,7 +45,7 @@ class TrainConfig:
     init_from: str | None = None  # a ckpt.pt whose weights and shape to start from
     batch_size: int = 16  # sequences of one micro-batch on one process
     grad_accum: int = 1  # micro-batches of one step
-    max_steps: int = 600  # optimizer steps
+    max_steps: int = 500  # optimizer steps
     lr: float | None = None  # highest learning rate (default: 0.01 with muon, 0.002 with adamw)
     min_lr: float | None = None  # learning rate at the end of the cosine (default: lr / 10)
     warmup_steps: int = 50  # steps over which the learning rate rises from 0
@@ -321,12 +321,14 @@ def main() -> None:
     position = {"step": 0, "tokens": 0, "seconds": 0.0}
     if config.resume:
         position = restore(checkpoint, optimizers, scaler)
-    path, last = Path(config.out_dir) / "ckpt.pt", config.max_steps
+    path, last, saved = Path(config.out_dir) / "ckpt.pt", config.max_steps, position["step"]
 
     def save_checkpoint() -> None:
+        nonlocal saved
         state = {"model": model.state_dict(), "config": asdict(model_config), "train": asdict(config), **position}
         state |= {"tokenizer": tokenizer.model, "data": meta, "scaler": scaler.state_dict()}
         save(path, {**state, "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+        saved = position["step"]
 
     if not config.resume:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -344,7 +346,7 @@ def main() -> None:
             loss = forward_backward(model, batches, dtype, scaler).item()
             norm = update(model, optimizers, scaler, config, lr)
             if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-                remedy = f"{path} keeps the last good one; try --overwrite and a lower --lr than {config.lr:g}"
+                remedy = f"{path} keeps step {saved}; try --overwrite and a lower --lr than {config.lr:g}"
                 raise UserError(f"loss {loss} and gradient norm {norm} in step {step + 1}: {remedy}")
 
             step, count, seconds = step + 1, math.prod(sizes), time.perf_counter() - began
