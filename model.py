@@ -188,8 +188,8 @@ class KVCache:
 def faster_attention(q: torch.Tensor) -> str:
     """What `--attention auto` takes for queries q (B, H, T, D): on a CPU, in half precision, at a few hundred tokens,
     two batched products beat the backward of PyTorch's fused kernel; everywhere else the fused kernel wins."""
-    short_half = q.device.type == "cpu" and q.dtype != torch.float32 and q.shape[2] <= 512
-    return "naive" if short_half and q.requires_grad else "sdpa"
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    return "naive" if q.device.type == "cpu" and half and q.requires_grad and q.shape[2] <= 512 else "sdpa"
 
 
 class Attention(nn.Module):

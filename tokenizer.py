@@ -5,7 +5,6 @@ here it goes through its three byte tokens instead.
 """
 
 import io
-import os
 import re
 from collections.abc import Iterator
 
@@ -16,11 +15,12 @@ from config import UserError
 
 SPACE = "\u2581"
 
-# "identity" and the two False keep text as it is; whitespace-only pieces give indentation one token, not one a space
+# "identity" and the two False keep text as it is; whitespace-only pieces give indentation one token, not one a space;
+# the number of threads becomes part of the model's bytes, so it must not be the machine's
 SETTINGS = {
     "model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity", "add_dummy_prefix": False,
     "remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True, "split_digits": True,
-    "character_coverage": 0.9999, "unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1,
+    "character_coverage": 0.9999, "num_threads": 4, "unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1,
 }  # fmt: skip
 
 
@@ -53,8 +53,7 @@ class Tokenizer:
         model = io.BytesIO()
         try:
             spm.SentencePieceTrainer.train(
-                sentence_iterator=lines, model_writer=model, vocab_size=vocab_size, minloglevel=2,
-                num_threads=os.cpu_count(), **SETTINGS,
+                sentence_iterator=lines, model_writer=model, vocab_size=vocab_size, minloglevel=2, **SETTINGS,
             )  # fmt: skip
         except RuntimeError as error:
             raise UserError(f"--vocab_size {vocab_size} does not fit this text: {remedy(str(error))}") from None

@@ -25,6 +25,7 @@ import urllib.request
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -290,11 +291,11 @@ def load_tokenizer(path: Path) -> Tokenizer:
 def learn_tokenizer(pieces: list[Piece], vocab_size: int) -> Tokenizer:
     """SentencePiece BPE on the lines of the train documents; of a large corpus, on evenly spread ones."""
     every = max(1, round(sum(piece.stop - piece.start for piece in pieces) / TOKENIZER_BYTES))
-    documents = (text for piece in pieces for text in piece.documents())
+    lines = (line for piece in pieces for text in piece.documents() for line in text.split("\n"))
     print(f"learning a tokenizer of {vocab_size:,} pieces")
-    return Tokenizer.train(
-        (line for i, text in enumerate(documents) if i % every == 0 for line in text.split("\n")), vocab_size
-    )
+    # SentencePiece leaves out what is longer than 4,192 bytes, so long lines come in parts
+    parts = (line[i : i + 1000] for line in islice(lines, 0, None, every) for i in range(0, len(line), 1000))
+    return Tokenizer.train(parts, vocab_size)
 
 
 def write_split(pieces: list[Piece], tokenizer: Tokenizer, path: Path, seen: set[bytes]) -> dict:
@@ -317,7 +318,7 @@ def write_split(pieces: list[Piece], tokenizer: Tokenizer, path: Path, seen: set
                 record["bytes"] += size
                 record["tokens"] += int((tokens >= 0).sum())
     if not record["documents"]:
-        raise UserError(f"no text for the {path.stem} split: give more, at least some twenty lines")
+        raise UserError(f"no text is left for the {path.stem} split: give more of it, in lines")
     return {**record, "sha256": sha256_of(path)}
 
 

@@ -214,6 +214,13 @@ def test_prepared_data_is_not_replaced_unless_asked(tiny_data, tmp_path):
     assert (tmp_path / "precious.txt").read_text() == "mine"
 
 
+def test_long_lines_are_learned_from_too(tmp_path):
+    (tmp_path / "a.txt").write_text("".join("albatross zeppelin " * 600 + f"{i}\n" for i in range(40)))
+    out = prepare(PrepareConfig("x", text=[str(tmp_path / "a.txt")], vocab_size=285, out=str(tmp_path / "out")))
+    tokenizer = Tokenizer((out / "tokenizer.model").read_bytes())
+    assert len(tokenizer.encode("albatross zeppelin")) < 6
+
+
 def test_an_existing_tokenizer_is_used_as_it_is(tmp_path, tiny_data, tiny_run):
     for given_path in (tiny_data / "tokenizer.model", tiny_run):
         out = tmp_path / given_path.name
