@@ -14,7 +14,6 @@ There is no random state in it, because none is needed: batches and dropout are 
 """
 
 import os
-import pickle
 from pathlib import Path
 
 import torch
@@ -47,13 +46,24 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> dict:
         raise UserError(f"{path}: no such checkpoint; train one with python train.py")
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # the unpickler raises whatever the bytes of a foreign file make it stumble over
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} ({path.stat().st_size:,} bytes) is damaged or is no checkpoint: {reason}") from None
     keys = {"model": dict, "config": dict, "tokenizer": bytes}
     if not isinstance(checkpoint, dict) or any(not isinstance(checkpoint.get(k), t) for k, t in keys.items()):
         raise UserError(f"{path} is no checkpoint of train.py: it lacks {', '.join(keys)}")
     return checkpoint
+
+
+def model_config(checkpoint: dict, **changes) -> ModelConfig:
+    """The checkpoint's ModelConfig, with the fields in `changes` replaced. Raises UserError if it cannot be read."""
+    settings = {**checkpoint["config"], **changes}
+    if unknown := set(settings) - set(pick(ModelConfig, settings)):
+        raise UserError(f"the checkpoint has settings that this version does not know: {', '.join(sorted(unknown))}")
+    try:
+        return ModelConfig(**settings)
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"the checkpoint's config has a value of a wrong type: {error}") from None
 
 
 def load_weights(model: Llama, checkpoint: dict) -> None:
@@ -70,12 +80,6 @@ def load_weights(model: Llama, checkpoint: dict) -> None:
 
 def build(checkpoint: dict, device: str | torch.device = "cpu") -> tuple[Llama, Tokenizer]:
     """The model, in eval mode, and the tokenizer of a loaded checkpoint."""
-    config = checkpoint["config"]
-    if unknown := set(config) - set(pick(ModelConfig, config)):
-        raise UserError(f"the checkpoint has settings that this version does not know: {', '.join(sorted(unknown))}")
-    try:
-        model = Llama(ModelConfig(**config)).to(device)
-    except TypeError as error:
-        raise UserError(f"the checkpoint's config has a value of a wrong type: {error}") from None
+    model = Llama(model_config(checkpoint)).to(device)
     load_weights(model, checkpoint)
     return model.eval(), Tokenizer(checkpoint["tokenizer"])

@@ -86,14 +86,20 @@ def pick(cls: type, values: dict) -> dict:
 
 
 def exit_cleanly(main: typing.Callable[[], None]) -> None:
-    """Call main(); a user's mistake or a full disk ends with one line on stderr and exit code 2, Ctrl-C with 130."""
+    """Call main(); a user's mistake, a full disk or too little memory ends with one line on stderr and exit code 2."""
     try:
         main()
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` closed our output: nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (UserError, OSError) as error:
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        sys.exit(128 + signal.SIGPIPE)
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        message = str(error).strip().splitlines()[0] if str(error) else "out of memory"
+        if isinstance(error, RuntimeError):  # torch's, for CUDA and for the CPU; any other is a bug to be seen whole
+            if "memory" not in message:
+                raise
+            message += "; try a smaller --batch_size, with a larger --grad_accum"
+        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

@@ -4,6 +4,8 @@ A batch is a function of (seed, step) alone, so a run that is stopped and resume
 """
 
 import json
+import subprocess
+import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,8 +13,9 @@ import numpy as np
 import torch
 
 from config import UserError
+from data.prepare import DATA, DOWNLOADS
+from tokenizer import Tokenizer
 
-DATA = Path(__file__).resolve().parent / "data"
 Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, (B, T) int64
 
 
@@ -23,9 +26,24 @@ def read_meta(dataset: str) -> tuple[Path, dict]:
         remedy = f"python data/prepare.py {dataset}, for your own text with --text FILE"
         raise UserError(f"no prepared data set {dataset!r}: make it with {remedy}")
     try:
-        return folder, json.loads((folder / "meta.json").read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{folder}/meta.json is damaged ({error}): prepare the data again with --overwrite") from None
+        meta = json.loads((folder / "meta.json").read_text())
+        assert meta["dtype"] in ("uint16", "uint32")
+        assert all(meta["splits"][split]["tokens"] > 0 for split in ("train", "val", "test"))
+    except (ValueError, TypeError, KeyError, AssertionError):
+        raise UserError(f"{folder}/meta.json is damaged: prepare the data again with --overwrite") from None
+    return folder, meta
+
+
+def prepared(dataset: str, *flags) -> tuple[Path, dict, Tokenizer]:
+    """Folder, record and tokenizer; a data set that prepare.py knows by name is made first if need be, with `flags`."""
+    if dataset in ["stdlib", *DOWNLOADS] and not (DATA / dataset / "meta.json").exists():
+        line = ["data/prepare.py", dataset, *map(str, flags)]
+        print(f"data set {dataset} is not prepared yet; doing it now: python {' '.join(line)}", flush=True)
+        # a process of its own, so that the peak memory of the training is the training's
+        if code := subprocess.run([sys.executable, *line], cwd=DATA.parent).returncode:
+            sys.exit(code)  # it has said why
+    folder, meta = read_meta(dataset)
+    return folder, meta, Tokenizer((folder / "tokenizer.model").read_bytes())
 
 
 def open_split(folder: Path, meta: dict, split: str) -> np.ndarray:

@@ -10,12 +10,12 @@ from config import UserError
 
 def pick_device(name: str) -> torch.device:
     """`auto` is CUDA, else Apple's MPS, else the CPU. Raises UserError for a device that is not here."""
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, available in here.items() if available)
-    if not here.get(name.split(":")[0], False):
-        raise UserError(f"--device {name} is not here; this machine has {', '.join(k for k in here if here[k])}")
-    return torch.device(name)
+    here = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    here = ["cuda", *here] if here else []
+    here += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if name not in ["auto", *here]:
+        raise UserError(f"--device {name} is not here; this machine has {', '.join(here)}")
+    return torch.device(here[0] if name == "auto" else name)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

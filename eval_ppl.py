@@ -14,8 +14,10 @@ Three methods, over the same N tokens x_0 .. x_(N-1), of which all but the first
 Perplexities compare between models only with the same tokenizer; bits per byte compare always.
 """
 
+import hashlib
 import json
 import math
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +30,7 @@ from tqdm import tqdm
 
 from checkpoint import build, load
 from config import UserError, exit_cleanly, parse
-from data.prepare import whole
+from data.prepare import whole_file
 from dataset import open_split, read_meta
 from device import autocast, pick_device, pick_dtype
 from model import Llama, widen
@@ -62,13 +64,14 @@ def window_nll(
     """Negative log-likelihoods, nats, of tokens[1:], window by window, on the CPU.
 
     A window of `context` inputs begins `stride` tokens behind the one before, and keeps only the predictions that the
-    one before did not make: every token is scored once. stride = context gives non-overlapping blocks.
+    one before did not make: every token is scored once. stride = context gives non-overlapping blocks, and a larger
+    stride a sample of blocks, evenly spread.
     """
-    assert 1 <= stride <= context and not model.training, f"stride {stride}, context {context}, eval mode only"
+    assert stride >= 1 and context >= 1 and not model.training, f"stride {stride}, context {context}, eval mode only"
     device, last = model.tok_embeddings.weight.device, len(tokens) - 1  # inputs are tokens[0:last]
-    starts = range(0, max(1, last - context + stride), stride)
+    starts = [start for start in range(0, last, stride) if start == 0 or start - stride + context < last]
     ends = [min(start + context, last) for start in starts]
-    windows = [(start, end, end - before) for start, end, before in zip(starts, ends, [0, *ends])]
+    windows = [(start, end, end - max(start, before)) for start, end, before in zip(starts, ends, [0, *ends])]
     result: list[torch.Tensor] = []
     for i in tqdm(range(0, len(windows), batch_size), desc="evaluating", disable=quiet or None, leave=False):
         batch = windows[i : i + batch_size]
@@ -85,6 +88,11 @@ def window_nll(
     return result
 
 
+def perplexity(nats: float) -> float:
+    """exp, and infinity where a float ends."""
+    return math.exp(nats) if nats < 709 else math.inf
+
+
 def mean_nll(windows: list[torch.Tensor]) -> float:
     """Nats a token, every token weighing the same; summed in float64."""
     return torch.cat(windows).double().mean().item()
@@ -94,8 +102,8 @@ def text_tokens(path: Path, tokenizer: Tokenizer) -> np.ndarray:
     """A whole UTF-8 file as one document."""
     if not path.is_file():
         raise UserError(f"--text {path}: no such file")
-    text = "".join(whole(path).documents())
-    return np.array([t for t in [tokenizer.bos, *tokenizer.encode(text)] if t >= 0])
+    text = "".join(whole_file(path).documents())
+    return np.array(tokenizer.prompt(text))
 
 
 def tokens_to_score(config: EvalConfig, checkpoint: dict, tokenizer: Tokenizer) -> tuple[np.ndarray, str]:
@@ -114,7 +122,7 @@ def tokens_to_score(config: EvalConfig, checkpoint: dict, tokenizer: Tokenizer) 
         tokens, source = open_split(folder, meta, config.split), f"{name} {config.split}"
         trained = checkpoint.get("data", {}).get("splits", {}).get(config.split, {})
         if not config.dataset and trained.get("sha256") != meta["splits"][config.split]["sha256"]:
-            source += " (not the files that the checkpoint was trained beside: it may have seen some of this text)"
+            print(f"note: {folder} was prepared anew since training, which may have seen this text", file=sys.stderr)
     tokens = tokens if config.max_tokens is None else tokens[: config.max_tokens + 1]
     if len(tokens) < 2:
         raise UserError(f"{source}: {len(tokens)} tokens are too few; the first is only a context for the second")
@@ -128,27 +136,28 @@ def perplexities(
     record, nats = dict.fromkeys(METHODS), math.nan
     if "sliding" in methods:
         nats = mean_nll(window_nll(model, tokens, context, stride, dtype, batch_size, quiet=False))
-        record["sliding"] = math.exp(nats)
+        record["sliding"] = perplexity(nats)
     if "blocks" in methods or "block_mean" in methods:
         blocks = window_nll(model, tokens, context, context, dtype, batch_size, quiet=False)
         nats = mean_nll(blocks)
         whole_blocks = [
             block for block in blocks if len(block) == context
         ] or blocks  # a short rest would weigh as much
-        record["blocks"] = math.exp(nats) if "blocks" in methods else None
+        record["blocks"] = perplexity(nats) if "blocks" in methods else None
         if "block_mean" in methods:
-            record["block_mean"] = float(np.mean([math.exp(mean_nll([block])) for block in whole_blocks]))
+            record["block_mean"] = float(np.mean([perplexity(mean_nll([block])) for block in whole_blocks]))
     return record, nats
 
 
 def bits_per_byte(nats: float, tokens: np.ndarray, tokenizer: Tokenizer) -> float:
     """Bits for each UTF-8 byte of the text that the predicted tokens, all but the first, stand for."""
-    text_bytes = tokenizer.token_bytes()[tokens[1:]].sum().item()
+    predicted = tokens if tokens[0] == tokenizer.bos else tokens[1:]  # a BOS stands for no byte, or cancels one
+    text_bytes = tokenizer.token_bytes()[predicted].sum().item()
     return nats / math.log(2) * (len(tokens) - 1) / max(1, text_bytes)
 
 
 def evaluate(config: EvalConfig) -> tuple[dict, str]:
-    """The JSON record and a word for the text."""
+    """The JSON record, and a line about the text and the arithmetic."""
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     checkpoint = load(config.ckpt)
@@ -160,6 +169,8 @@ def evaluate(config: EvalConfig) -> tuple[dict, str]:
             raise UserError(f"{name} is {getattr(config, name)}: give --{name} 1 or more")
     if context < 1 or not 1 <= stride <= context:
         raise UserError(f"context {context}, stride {stride}: give --context 1 or more, --stride from 1 to the context")
+    if context > model.config.block_size:
+        print(f"note: context {context} is beyond the {model.config.block_size} of the training", file=sys.stderr)
     tokens, source = tokens_to_score(config, checkpoint, tokenizer)
     methods, began = list(METHODS) if config.method == "all" else [config.method], time.perf_counter()
     record, nats = perplexities(model, tokens, methods, context, stride, dtype, config.batch_size)
@@ -169,22 +180,22 @@ def evaluate(config: EvalConfig) -> tuple[dict, str]:
         "bits_per_byte": bits_per_byte(nats, tokens, tokenizer),
         "tokens": len(tokens) - 1,
         "context": context,
-        "stride": stride,
-        "tokenizer": f"SentencePiece {tokenizer.vocab_size}",
+        "stride": stride if "sliding" in methods else None,
+        "tokenizer": f"SentencePiece {tokenizer.vocab_size:,} {hashlib.sha256(tokenizer.model).hexdigest()[:8]}",
         "params": model.num_params(),
-        "kv_bytes_per_token": model.config.kv_numbers_per_token * dtype.itemsize,
+        "kv_bytes_per_token": model.config.kv_numbers_per_token * model.tok_embeddings.weight.itemsize,
         "tokens_per_s": passes * (len(tokens) - 1) / (time.perf_counter() - began),
-    }, source
+    }, f"{config.ckpt} on {source}, {str(dtype).removeprefix('torch.')} products"
 
 
 def main() -> None:
     config = EvalConfig(**parse(__doc__, EvalConfig))
-    record, source = evaluate(config)
+    record, what = evaluate(config)
     if config.json:
-        print(json.dumps(record))
+        print(json.dumps({k: None if v in (math.inf, -math.inf) or v != v else v for k, v in record.items()}))
         return
-    print(f"{config.ckpt} on {source}")
-    protocol = f"{record['tokens']:,} tokens, context {record['context']}, {record['tokenizer']}, {config.dtype}"
+    print(what)
+    protocol = f"{record['tokens']:,} tokens, context {record['context']}, {record['tokenizer']}"
     for method in METHODS:
         if record[method] is not None:
             stride = f", stride {record['stride']}" if method == "sliding" else ""

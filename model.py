@@ -12,7 +12,7 @@ D head width, V vocabulary.
 
     model = Llama(ModelConfig(n_layer=6, novel=True))
     loss = model(tokens, targets)                        # training: nats, summed over targets
-    texts = model.eval().generate([[1, 15, 7]], max_new_tokens=20)
+    new_tokens = model.eval().generate([[1, 15, 7]], max_new_tokens=20)
 """
 
 import math
@@ -228,8 +228,8 @@ class Attention(nn.Module):
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
         q = q * self.head_dim**-0.5
         scores = self.k_groups.scatter(self.k_groups.gather(q) @ k.transpose(-1, -2))  # (B, H, T, S)
-        hidden = torch.zeros(mask.shape, dtype=scores.dtype, device=q.device).masked_fill(~mask, -math.inf)
-        weights = (scores + hidden).softmax(-1).type_as(v)  # an added mask, unlike masked_fill, has no backward
+        bias = torch.zeros(mask.shape, dtype=scores.dtype, device=q.device).masked_fill(~mask, -math.inf)
+        weights = (scores + bias).softmax(-1).type_as(v)  # an added mask, unlike masked_fill, has no backward
         return self.v_groups.scatter(self.v_groups.gather(weights) @ v)
 
 
@@ -307,7 +307,7 @@ class Llama(nn.Module):
         x = self.dropout(self.tok_embeddings(tokens))
         for layer in self.layers:
             if self.checkpoint_activations and self.training:
-                x = checkpoint(layer, x, cos, sin, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
             else:
                 x = layer(x, cos, sin, mask, cache)
         if cache is not None:
@@ -363,7 +363,9 @@ def pick_token(logits: torch.Tensor, temperature: float, top_p: float, generator
     """logits (B, V) -> the next tokens (B, 1): the likeliest at temperature 0, else one drawn from the nucleus."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    probabilities, order = (widen(logits) / temperature).softmax(-1).sort(descending=True)
+    logits = widen(logits)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the likeliest at 0: no temperature overflows
+    probabilities, order = logits.softmax(-1).sort(descending=True)
     before = probabilities.cumsum(-1) - probabilities  # mass of the likelier tokens; the first always stays
     drawn = torch.multinomial(probabilities.masked_fill(before >= top_p, 0), 1, generator=generator)
     return order.gather(-1, drawn)

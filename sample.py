@@ -4,6 +4,7 @@ python sample.py out/RUN/ckpt.pt --prompt "def main(" --max_new_tokens 100
 python sample.py out/RUN/ckpt.pt --temperature 0               # greedy: always the likeliest token
 """
 
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -48,13 +49,13 @@ def readable(ids: list[int], new_tokens: Iterator[int], tokenizer: Tokenizer) ->
 
 def main() -> None:
     config = SampleConfig(**parse(__doc__, SampleConfig))
-    if config.temperature < 0 or not 0 < config.top_p <= 1:
+    if not 0 <= config.temperature < math.inf or not 0 < config.top_p <= 1:
         raise UserError(f"temperature {config.temperature}, top_p {config.top_p}: 0 or more, and above 0 up to 1")
-    if config.max_new_tokens < 1 or config.num_samples < 1:
-        raise UserError("give --max_new_tokens and --num_samples 1 or more")
+    if config.max_new_tokens < 1 or config.num_samples < 1 or not 0 <= config.seed < 2**63:
+        raise UserError("give --max_new_tokens and --num_samples 1 or more, and --seed 0 to 2^63 - 1")
     device = pick_device(config.device)
     model, tokenizer = build(load(config.ckpt), device)
-    prompt = [t for t in [tokenizer.bos, *tokenizer.encode(config.prompt)] if t >= 0]
+    prompt = tokenizer.prompt(config.prompt)
     for number in range(config.num_samples):
         generator = torch.Generator(device).manual_seed(config.seed + number)
         steps = model.stream(

@@ -39,7 +39,7 @@ class Tokenizer:
     def __init__(self, model: bytes):
         self.model = model
         try:
-            self.sp = spm.SentencePieceProcessor(model_proto=model or b"empty")
+            self.sp = spm.SentencePieceProcessor(model_proto=model or b"none")  # b"" would mean: load nothing
         except RuntimeError:
             raise UserError(f"these {len(model):,} bytes are no SentencePiece model: name a tokenizer.model") from None
         self.vocab_size, self.bos, self.eos = self.sp.vocab_size(), self.sp.bos_id(), self.sp.eos_id()
@@ -60,15 +60,28 @@ class Tokenizer:
         return cls(model.getvalue())
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text, without BOS and EOS."""
+        """Ids of the text, without BOS and EOS. Raises UserError for a string that is no valid Unicode."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # a lone surrogate, which Python makes of a shell's broken bytes
+            raise UserError(f"the text is not valid UTF-8 at character {error.start}: retype it") from None
         if SPACE not in text or self.dummy_prefix:
             return self.sp.encode(text)
         first, *rest = (self.sp.encode(part) for part in text.split(SPACE))
         return first + [token for part in rest for token in self.space_bytes + part]
 
+    def prompt(self, text: str) -> list[int]:
+        """The beginning of a document: BOS, if the model has one, and the ids of the text."""
+        return [token for token in [self.bos, *self.encode(text)] if token >= 0]
+
     def decode(self, ids: list[int]) -> str:
         """Text of the ids; control tokens are nothing, and an incomplete UTF-8 sequence is U+FFFD."""
         return self.sp.decode([i for i in ids if i < self.vocab_size])  # a model's vocabulary may be padded
+
+    def is_exact(self) -> bool:
+        """Whether text comes back as it was; an older model without byte fallback, or one that normalizes, fails."""
+        probe = " Tab\t  ﬁ\n中😀"
+        return self.decode(self.encode(probe)) == probe
 
     def token_bytes(self) -> np.ndarray:
         """(V,) UTF-8 bytes that each token stands for, so that their sum over a document is the document's length."""

@@ -10,6 +10,7 @@ alone, so a resumed run sees what an uninterrupted one would have seen, and ends
 
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -23,12 +24,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import load, load_weights, save
+from checkpoint import load, load_weights, model_config, save
 from config import UserError, exit_cleanly, parse, pick
-from data.prepare import DOWNLOADS, PrepareConfig, prepare
-from dataset import DATA, Batch, open_split, read_meta, step_batches
+from dataset import Batch, open_split, prepared, step_batches
 from device import autocast, peak_memory_bytes, pick_device, pick_dtype
-from eval_ppl import bits_per_byte, mean_nll, window_nll
+from eval_ppl import bits_per_byte, mean_nll, perplexity, window_nll
 from model import IGNORE, Llama, ModelConfig
 from sample import readable
 from tokenizer import Tokenizer
@@ -53,7 +53,7 @@ class TrainConfig:
     grad_clip: float = 1.0  # longest gradient; 0 does not clip
     optimizer: Literal["adamw", "muon"] = "muon"  # muon takes the matrices of the blocks, AdamW the rest
     eval_every: int = 100  # steps between checkpoints, each followed by an evaluation
-    eval_tokens: int = 32768  # tokens of the val split that an evaluation reads; the last one reads all
+    eval_tokens: int = 32768  # tokens of the val split, evenly spread, that an evaluation reads; the last reads all
     seed: int = 0  # of weights, batches and dropout
     device: str = "auto"  # cuda, mps, cpu or auto
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; weights stay in float32
@@ -64,9 +64,11 @@ class TrainConfig:
         for name in ("batch_size", "grad_accum", "max_steps", "eval_every", "eval_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: give --{name} 1 or more")
-        for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "seed"):
-            if (getattr(self, name) or 0) < 0:
+        for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip"):
+            if not 0 <= (getattr(self, name) or 0) < math.inf:  # false for nan, too
                 raise UserError(f"{name} is {getattr(self, name)}: give --{name} 0 or more")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed is {self.seed}: give --seed 0 to {2**32 - 1}")
         if self.lr is None:
             self.lr = {"adamw": 0.002, "muon": 0.01}[self.optimizer]
 
@@ -75,11 +77,11 @@ class TrainConfig:
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up to lr, then half a cosine down to min_lr at max_steps."""
+    """Linear warm-up to lr, then half a cosine down to min_lr at the last step."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     lowest = config.lr / 10 if config.min_lr is None else config.min_lr
-    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    done = (step - config.warmup_steps) / max(1, config.max_steps - 1 - config.warmup_steps)
     return lowest + (config.lr - lowest) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
@@ -130,10 +132,10 @@ def update(model, optimizers, scaler, config: TrainConfig, lr: float) -> float:
         for group in optimizer.param_groups:
             group["lr"] = lr
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf).item()
-    if math.isfinite(norm) or scaler.is_enabled():
+    if math.isfinite(norm):  # of all parameters: the scaler alone would skip one optimizer and step the other
         for optimizer in optimizers:
             scaler.step(optimizer)
-        scaler.update()
+    scaler.update()
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     return norm
@@ -141,7 +143,8 @@ def update(model, optimizers, scaler, config: TrainConfig, lr: float) -> float:
 
 # ---- settings: what the user typed, on top of what a checkpoint holds ----
 
-SHAPE_FREE = {"attention", "dropout", "block_size"}  # model settings that fit any weights
+SHAPE_FREE = {"attention", "dropout", "block_size", "rope_theta"}  # model settings that fit any weights
+POSITION = ("step", "tokens", "seconds")  # where a run is: optimizer steps, tokens seen, seconds of training
 RUN_FIXED = {"dataset", "init_from", "optimizer", "seed", "batch_size", "grad_accum"}  # they decide what a step sees
 
 
@@ -150,28 +153,29 @@ def settle(flags: dict) -> tuple[ModelConfig, TrainConfig, dict | None]:
     config, shape, checkpoint = TrainConfig(**pick(TrainConfig, flags)), pick(ModelConfig, flags), None
     if config.resume and config.overwrite:
         raise UserError("--resume continues a run and --overwrite deletes it: give one of them")
-    if config.init_from and not config.resume:
+    if config.init_from:
         source = load(config.init_from)
         refuse_changes(flags, source["config"], set(shape) - SHAPE_FREE)
-        shape = {**source["config"], **shape}
-        checkpoint = {"model": source["model"], "tokenizer": source["tokenizer"]}
-    out_dir = Path(config.out_dir) if config.out_dir else default_out_dir(ModelConfig(**shape), config)
+        checkpoint = {key: source[key] for key in ("model", "config", "tokenizer")}
+    c = model_config(checkpoint, **shape) if checkpoint else ModelConfig(**shape)
+    out_dir = Path(config.out_dir) if config.out_dir else default_out_dir(c, config)
     path = out_dir / "ckpt.pt"
     if config.resume:
         if not path.exists():
             raise UserError(f"no run in {out_dir} to resume: drop --resume, or name its directory with --out_dir")
         checkpoint = load(path)
-        if "optimizers" not in checkpoint:
+        if not set(POSITION) | {"train", "data", "optimizers", "scaler"} <= set(checkpoint):
             raise UserError(f"{path} has no training state to resume: start a new run with --init_from {path}")
-        saved = {**checkpoint["config"], **checkpoint["train"]}
-        refuse_changes(flags, saved, set(shape) - {"attention"} | RUN_FIXED)
-        shape = {**checkpoint["config"], **shape}
+        refuse_changes(flags, {**checkpoint["config"], **checkpoint["train"]}, set(shape) - {"attention"} | RUN_FIXED)
+        c = model_config(checkpoint, **shape)
         config = TrainConfig(**{**pick(TrainConfig, checkpoint["train"]), **pick(TrainConfig, flags)})
+        if config.max_steps < checkpoint["step"]:
+            raise UserError(f"the run is at step {checkpoint['step']} already: give --max_steps that or more")
     elif path.exists() and not config.overwrite:
         remedy = "give --resume to continue it, --overwrite to start anew, or another --out_dir"
         raise UserError(f"{out_dir} already holds a run: {remedy}")
     config.out_dir = str(out_dir)
-    return ModelConfig(**shape), config, checkpoint
+    return c, config, checkpoint
 
 
 def refuse_changes(flags: dict, saved: dict, names: set[str]) -> None:
@@ -181,42 +185,34 @@ def refuse_changes(flags: dict, saved: dict, names: set[str]) -> None:
             raise UserError(f"--{name} {flags[name]}, but the checkpoint has {saved.get(name)}: drop --{name}")
 
 
-def default_out_dir(model_config: ModelConfig, config: TrainConfig) -> Path:
+def default_out_dir(c: ModelConfig, config: TrainConfig) -> Path:
     """out/stdlib-6x256-novel: data set, layers x width, and what is unusual."""
-    c, parts = model_config, [Path(config.dataset).name, f"{model_config.n_layer}x{model_config.dim}"]
-    parts += [f"kv{c.n_kv_head}"] * (c.n_kv_head != c.n_head) + ["novel"] * c.novel + ["tuned"] * bool(config.init_from)
-    return Path("out") / "-".join(parts)
+    parts = [Path(config.dataset).name, f"{c.n_layer}x{c.dim}"] + [f"kv{c.n_kv_head}"] * (c.n_kv_head != c.n_head)
+    return Path("out") / "-".join(parts + ["novel"] * c.novel + ["tuned"] * bool(config.init_from))
 
 
-def training_data(
-    config: TrainConfig, model_config: ModelConfig, flags: dict, checkpoint: dict | None
-) -> tuple[Path, dict, Tokenizer]:
-    """Folder, record and tokenizer of the data set, prepared if need be, and checked against model and checkpoint.
-
-    Sets model_config.vocab_size to the tokenizer's, unless a checkpoint or a flag decides it.
-    """
-    known = config.dataset == "stdlib" or config.dataset in DOWNLOADS
-    if known and not (DATA / config.dataset / "meta.json").exists():
-        print(f"data set {config.dataset} is not prepared yet; doing it now: python data/prepare.py {config.dataset}")
-        prepare(PrepareConfig(config.dataset, vocab_size=flags.get("vocab_size", PrepareConfig.vocab_size)))
-    folder, meta = read_meta(config.dataset)
-    tokenizer = Tokenizer((folder / "tokenizer.model").read_bytes())
+def training_data(config: TrainConfig, flags: dict, checkpoint: dict | None) -> tuple[Path, dict, Tokenizer]:
+    """Folder, record and tokenizer of the data set, which is prepared if need be and fits the checkpoint."""
+    source = f"{config.out_dir}/ckpt.pt" if config.resume else config.init_from
+    how = ["--tokenizer", source] if source else ["--vocab_size", flags.get("vocab_size", 4096)]
+    folder, meta, tokenizer = prepared(config.dataset, *how)
     if checkpoint and tokenizer.model != checkpoint["tokenizer"]:
-        name = config.init_from if "data" not in checkpoint else f"{config.out_dir}/ckpt.pt"
-        remedy = f"python data/prepare.py {config.dataset} --tokenizer {name} --overwrite"
-        raise UserError(f"{folder} has another tokenizer than the checkpoint: prepare it with {remedy}")
-    if checkpoint and checkpoint.get("data", meta)["splits"]["train"] != meta["splits"]["train"]:
+        remedy = f"prepare the text with --tokenizer {source} --out FOLDER, and give --dataset FOLDER"
+        raise UserError(f"{folder} has another tokenizer than the checkpoint: {remedy}")
+    if config.resume and checkpoint["data"]["splits"]["train"] != meta["splits"]["train"]:
         raise UserError(f"{folder}/train.bin is not the data of the run: restore it, or start anew with --overwrite")
-    if checkpoint is None:
-        model_config.vocab_size = flags.get("vocab_size", tokenizer.vocab_size)
-    if model_config.vocab_size < tokenizer.vocab_size:
-        remedy = f"drop --vocab_size, or python data/prepare.py NAME --vocab_size {model_config.vocab_size}"
-        raise UserError(f"vocab_size {model_config.vocab_size} is below {folder}'s {tokenizer.vocab_size}: {remedy}")
-    for split, least in (("train", 2 * model_config.block_size), ("val", 2)):
+    return folder, meta, tokenizer
+
+
+def check_sizes(c: ModelConfig, folder: Path, meta: dict, tokenizer: Tokenizer) -> None:
+    """Raise UserError if the model has too few tokens in its vocabulary, or the data too few for its context."""
+    if c.vocab_size < tokenizer.vocab_size:
+        remedy = f"drop --vocab_size, or python data/prepare.py NAME --vocab_size {c.vocab_size}"
+        raise UserError(f"vocab_size {c.vocab_size} is below {folder}'s {tokenizer.vocab_size}: {remedy}")
+    for split, least in (("train", 2 * c.block_size), ("val", 2)):
         if meta["splits"][split]["tokens"] < least:
             few = f"{meta['splits'][split]['tokens']} {split} tokens"
             raise UserError(f"{folder} has only {few}, {least} are needed: use more text, or a smaller --block_size")
-    return folder, meta, tokenizer
 
 
 # ---- the run ----
@@ -233,12 +229,17 @@ class Log:
                     record = json.loads(line)
                 except json.JSONDecodeError:  # the last line of a killed run may be half written
                     continue
-                kept += [line] if record.get("step", 0) <= resume_step else []
-        path.write_text("".join(line + "\n" for line in kept))
+                kept += [record] if record["step"] <= resume_step else []
+        self.evaluated = {record["step"] for record in kept if "val_loss" in record}
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        os.replace(temporary, path)
         self.file = open(path, "a")  # noqa: SIM115
 
     def write(self, record: dict) -> None:
-        self.file.write(json.dumps(record) + "\n")
+        """Append; numbers that JSON has no word for (inf, nan) become null."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self.file.write(json.dumps(finite) + "\n")
         self.file.flush()
 
 
@@ -260,11 +261,12 @@ def signals_caught() -> Iterator[list[int]]:
 
 
 def restore(checkpoint: dict, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler) -> dict:
-    """Give the optimizers and the scaler their state back; return the position {step, tokens, seconds}."""
+    """Give the optimizers and the scaler their state back; return the position in the run."""
     for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
         optimizer.load_state_dict(state)
-    scaler.load_state_dict(checkpoint["scaler"])
-    return {key: checkpoint[key] for key in ("step", "tokens", "seconds")}
+    if scaler.is_enabled() and checkpoint["scaler"]:  # the run may have had another --dtype until now
+        scaler.load_state_dict(checkpoint["scaler"])
+    return {key: checkpoint[key] for key in POSITION}
 
 
 def describe(model: Llama, config: TrainConfig, train_tokens: int) -> dict:
@@ -277,39 +279,61 @@ def describe(model: Llama, config: TrainConfig, train_tokens: int) -> dict:
     heads = f"{c.n_head} heads of {c.head_dim}" + (", novel" if c.novel else "")
     print(f"model: {params:,} parameters | {c.n_layer} layers | width {c.dim} | {heads}")
     arithmetic = f"{config.batch_size} sequences x {c.block_size} tokens x {config.grad_accum} = {per_step:,} tokens"
-    whole = f"{config.max_steps:,} steps = {batch['tokens']:,} tokens = {batch['epochs']} epochs of {config.dataset}"
-    print(f"batch: {arithmetic} a step; {whole}")
+    total = f"{config.max_steps:,} steps = {batch['tokens']:,} tokens = {batch['epochs']} epochs of {config.dataset}"
+    print(f"batch: {arithmetic} a step; {total}")
     return {"model": asdict(c), "train": asdict(config), "batch": batch, "params": params}
 
 
-def validate(model: Llama, tokens: np.ndarray, dtype: torch.dtype) -> float:
-    """Mean loss over non-overlapping blocks of the tokens, nats a token."""
+def validate(model: Llama, tokens: np.ndarray, dtype: torch.dtype, most: int | None = None) -> float:
+    """Mean loss over non-overlapping blocks of the tokens, or over some `most` tokens in evenly spread ones; nats."""
+    context = model.config.block_size
+    stride = max(context, context * len(tokens) // most) if most else context
     model.eval()
     with torch.compiler.set_stance("force_eager"):  # compiling once more would take longer than the evaluation
-        loss = mean_nll(window_nll(model, tokens, model.config.block_size, model.config.block_size, dtype))
+        loss = mean_nll(window_nll(model, tokens, context, stride, dtype))
     model.train()
     return loss
 
 
-def show_text(model: Llama, tokenizer: Tokenizer) -> None:
-    """Print a sample from nothing but BOS."""
-    generator, prompt = torch.Generator(model.tok_embeddings.weight.device).manual_seed(0), [tokenizer.bos]
+def check_health(loss: float, norm: float, model: Llama, where: str, kept: str) -> None:
+    """Raise UserError when training has diverged: loss or gradient not finite, or a loss of ten blind guesses."""
+    if not loss < 10 * math.log(model.config.vocab_size) or not math.isfinite(norm):
+        remedy = "try --overwrite with a lower --lr or a longer --warmup_steps"
+        raise UserError(f"training diverged: loss {loss:.4g}, gradient norm {norm:.4g} {where}; {kept}; {remedy}")
+
+
+def report(model: Llama, tokenizer: Tokenizer, val_tokens: np.ndarray, position: dict, path: Path) -> dict:
+    """Print the perplexity on the whole val split, as eval_ppl.py does, a sample, and what to run next."""
+    device = model.tok_embeddings.weight.device
+    loss, peak = validate(model, val_tokens, torch.float32), peak_memory_bytes(device)
+    bits = bits_per_byte(loss, val_tokens, tokenizer)
+    protocol = f"blocks | {len(val_tokens) - 1:,} tokens, context {model.config.block_size}, float32"
+    print(f"val perplexity {perplexity(loss):.4f} | {protocol} | bits per byte {bits:.4f}")
+    minutes = position["seconds"] / 60
+    print(f"{position['tokens']:,} tokens in {minutes:.1f} min of training | peak memory {peak / 2**30:.2f} GiB")
+    prompt, generator = tokenizer.prompt("") or [0], torch.Generator(device).manual_seed(0)
     settings = {"temperature": 0.8, "top_p": 0.95, "stop": tokenizer.eos, "generator": generator}
+    print("--- a sample:")
     model.eval()
     with torch.compiler.set_stance("force_eager"):
         print("".join(readable(prompt, (row[0] for row in model.stream([prompt], 160, **settings)), tokenizer)))
+    print(f"--- next:\npython eval_ppl.py {path} --split test\npython sample.py {path} --prompt 'def '")
+    return {"val_loss": loss, "val_tokens": len(val_tokens) - 1, "bits_per_byte": bits, "peak_memory_bytes": peak}
 
 
 def main() -> None:
     flags = parse(__doc__, ModelConfig, TrainConfig)
-    model_config, config, checkpoint = settle(flags)
+    c, config, checkpoint = settle(flags)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
-    folder, meta, tokenizer = training_data(config, model_config, flags, checkpoint)
+    folder, meta, tokenizer = training_data(config, flags, checkpoint)
+    if not checkpoint and "vocab_size" not in flags:
+        c.vocab_size = tokenizer.vocab_size
+    check_sizes(c, folder, meta, tokenizer)
     tokens, val_tokens = open_split(folder, meta, "train"), open_split(folder, meta, "val")
 
     torch.manual_seed(config.seed)
-    model = Llama(model_config).to(device).train()
+    model = Llama(c).to(device).train()
     if checkpoint:
         load_weights(model, checkpoint)
     model.checkpoint_activations = config.checkpoint_activations
@@ -318,68 +342,68 @@ def main() -> None:
             layer.compile()
     optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    position = {"step": 0, "tokens": 0, "seconds": 0.0}
-    if config.resume:
-        position = restore(checkpoint, optimizers, scaler)
-    path, last, saved = Path(config.out_dir) / "ckpt.pt", config.max_steps, position["step"]
+    position = restore(checkpoint, optimizers, scaler) if config.resume else dict.fromkeys(POSITION, 0)
+    path, last, kept = Path(config.out_dir) / "ckpt.pt", config.max_steps, position["step"]
 
     def save_checkpoint() -> None:
-        nonlocal saved
-        state = {"model": model.state_dict(), "config": asdict(model_config), "train": asdict(config), **position}
+        state = {"model": model.state_dict(), "config": asdict(c), "train": asdict(config), **position}
         state |= {"tokenizer": tokenizer.model, "data": meta, "scaler": scaler.state_dict()}
         save(path, {**state, "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
-        saved = position["step"]
+
+    def save_if_healthy() -> int:
+        """What the last update did shows only in the loss after it."""
+        with torch.no_grad(), autocast(device, dtype):
+            loss = sum(model(x.to(device), y.to(device)).item() for x, y in batches) / count
+        check_health(loss, norm, model, f"after step {position['step']}", f"{path} keeps step {kept}")
+        save_checkpoint()
+        return position["step"]
+
+    def evaluate() -> None:
+        val_loss, at = validate(model, val_tokens, dtype, most=config.eval_tokens), position["step"]
+        record = {"val_loss": val_loss, "val_tokens": config.eval_tokens}
+        log.write({"step": at, **record, "peak_memory_bytes": peak_memory_bytes(device)})
+        tqdm.write(f"step {at}/{last} | val loss {val_loss:.4f} | val ppl {perplexity(val_loss):.2f}")
 
     if not config.resume:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint()  # a run that is killed early can be resumed too
-    log = Log(path.with_name("log.jsonl"), position["step"] if config.resume else None)
-    log.write({"step": position["step"], **describe(model, config, len(tokens))})
-    print(f"on {device}, {str(dtype).removeprefix('torch.')} -> {path.parent}")
+    log = Log(path.with_name("log.jsonl"), kept if config.resume else None)
+    log.write({"step": kept, **describe(model, config, len(tokens))})
+    print(f"on {device}, {str(dtype).removeprefix('torch.')} -> {path.parent}", flush=True)
+    if 0 < kept < last and kept % config.eval_every == 0 and kept not in log.evaluated:
+        evaluate()  # the run was killed after it saved and before it evaluated
 
-    with signals_caught() as caught, tqdm(total=last, initial=position["step"], disable=None) as bar:
+    with signals_caught() as caught, tqdm(total=last, initial=kept, disable=None) as bar:
         while position["step"] < last and not caught:
             began, step = time.perf_counter(), position["step"]
             torch.manual_seed(config.seed + 1_000_003 * (step + 1))  # dropout, too, is a function of (seed, step)
-            sizes = model_config.block_size, config.batch_size, config.grad_accum
-            batches, lr = step_batches(tokens, *sizes, config.seed, step), learning_rate(config, step)
+            batches = step_batches(tokens, c.block_size, config.batch_size, config.grad_accum, config.seed, step)
+            lr, count = learning_rate(config, step), sum(y.numel() for _, y in batches)
             loss = forward_backward(model, batches, dtype, scaler).item()
             norm = update(model, optimizers, scaler, config, lr)
-            if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-                remedy = f"{path} keeps step {saved}; try --overwrite and a lower --lr than {config.lr:g}"
-                raise UserError(f"loss {loss} and gradient norm {norm} in step {step + 1}: {remedy}")
+            if not scaler.is_enabled():  # with it, an infinite gradient only means that the next scale is smaller
+                check_health(loss, norm, model, f"in step {step + 1}", f"{path} keeps step {kept}")
 
-            step, count, seconds = step + 1, math.prod(sizes), time.perf_counter() - began
+            step, seconds = step + 1, time.perf_counter() - began
             position = {"step": step, "tokens": position["tokens"] + count, "seconds": position["seconds"] + seconds}
             speed = {"ms": 1000 * seconds, "tok_s": count / seconds}
             log.write({"loss": loss, "lr": lr, "norm": norm, **speed, **position})
             bar.update()
-            head = f"step {step}/{last} | loss {loss:.4f}"
             if step % 10 == 0 or step == 1:
-                tqdm.write(
-                    f"{head} | lr {lr:.1e} | norm {norm:.2f} | {speed['ms']:.0f} ms | {speed['tok_s']:,.0f} tok/s"
-                )
+                head = f"step {step}/{last} | loss {loss:.4f} | lr {lr:.1e} | norm {norm:.2f}"
+                tqdm.write(f"{head} | {speed['ms']:.0f} ms | {speed['tok_s']:,.0f} tok/s")
             if step % config.eval_every == 0 and step < last and not caught:
-                save_checkpoint()  # before the evaluation, which may fail
-                val_loss = validate(model, val_tokens[: config.eval_tokens + 1], dtype)
-                log.write({"step": step, "val_loss": val_loss, "peak_memory_bytes": peak_memory_bytes(device)})
-                tqdm.write(f"{head} | val loss {val_loss:.4f} | val ppl {math.exp(val_loss):.2f}")
-        save_checkpoint()
+                kept = save_if_healthy()  # before the evaluation, which may fail
+                evaluate()
+        if position["step"] > kept:
+            kept = save_if_healthy()
     if caught:
-        saved = f"{signal.Signals(caught[0]).name}: saved step {position['step']} in {path}"
-        print(f"{saved}; continue with the same command and --resume", flush=True)
+        name = signal.Signals(caught[0]).name
+        print(
+            f"{name}: {path} holds step {kept}; continue: python train.py --resume --out_dir {path.parent}", flush=True
+        )
         sys.exit(128 + caught[0])
-
-    loss, peak = validate(model, val_tokens, torch.float32), peak_memory_bytes(device)  # as eval_ppl.py does it
-    bits = bits_per_byte(loss, val_tokens, tokenizer)
-    log.write({"step": position["step"], "val_loss": loss, "bits_per_byte": bits, "peak_memory_bytes": peak})
-    protocol = f"blocks | {len(val_tokens) - 1:,} tokens, context {model_config.block_size}, float32"
-    print(f"val perplexity {math.exp(loss):.4f} | {protocol} | bits per byte {bits:.4f}")
-    minutes = position["seconds"] / 60
-    print(f"{position['tokens']:,} tokens in {minutes:.1f} min of training | peak memory {peak / 2**30:.2f} GiB")
-    print("--- a sample:")
-    show_text(model, tokenizer)
-    print(f"--- next:\npython eval_ppl.py {path} --split test\npython sample.py {path} --prompt 'def '")
+    log.write({"step": kept, **report(model, tokenizer, val_tokens, position, path)})
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ tokenizer learns from train alone.
 
 import glob
 import hashlib
+import http.client
 import json
 import os
 import shutil
@@ -67,7 +68,7 @@ class PrepareConfig:
     text: list[str] | None = None  # your own UTF-8 text: files, folders or globs
     from_: str | None = None  # a local copy to use instead of the download: the file, or the folder with the files
     tokenizer: str | None = None  # an existing tokenizer.model, or a ckpt.pt that has one (default: learn one)
-    vocab_size: int = 4096  # pieces that the learned tokenizer has
+    vocab_size: int | None = None  # pieces that the learned tokenizer has (default: 4096)
     out: str | None = None  # folder to write (default: data/NAME beside this script)
     overwrite: bool = False  # replace a folder that is already prepared
 
@@ -92,8 +93,8 @@ class Piece:
                 if not read:
                     raise UserError(f"{self.path} became shorter while it was read: run again")
                 place += len(read)
-                *whole, rest = (rest + read).split(self.separator) if self.separator else (b"", read)
-                yield from (self.text(document) for document in whole if document.strip())
+                *complete, rest = (rest + read).split(self.separator) if self.separator else (b"", read)
+                yield from (self.text(document) for document in complete if document.strip())
         if rest.strip():
             yield self.text(rest)
 
@@ -102,23 +103,26 @@ class Piece:
         try:
             return document.decode()
         except UnicodeDecodeError as error:
-            bad = f"byte 0x{document[error.start]:02x} at {error.start:,}"
+            bad = f"byte 0x{document[error.start]:02x} behind {document[: error.start][-20:]!r}"
             remedy = f"convert it, for instance with: iconv -f latin1 -t utf-8 {self.path}"
             raise UserError(f"{self.path} is not UTF-8 ({bad}): {remedy}") from None
 
 
-def whole(path: Path, name: str = "", separator: bytes = b"") -> Piece:
+def whole_file(path: Path, name: str = "", separator: bytes = b"") -> Piece:
     return Piece(name or path.name, path, 0, path.stat().st_size, separator)
 
 
 def standard_library() -> list[Piece]:
-    """Every .py file of this Python's standard library, without its tests and installed packages."""
+    """Every .py file of this Python's standard library but tests, installed packages and the code-page tables.
+
+    The tables in encodings/ are generated and nearly alike: some in train would tell those in val.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
-    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    skip = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__"}
     files = [f for f in root.rglob("*.py") if not skip & set(f.relative_to(root).parts[:-1]) and f.is_file()]
     if not files:
         raise UserError(f"no Python source in {root}: give your own text with --text FILE")
-    return [whole(file, file.relative_to(root).as_posix()) for file in files]
+    return [whole_file(file, file.relative_to(root).as_posix()) for file in files]
 
 
 def own_text(patterns: list[str]) -> list[Piece]:
@@ -134,7 +138,7 @@ def own_text(patterns: list[str]) -> list[Piece]:
     if not any(f.stat().st_size for f in files):
         raise UserError(f"--text {' '.join(patterns)}: no text there; name UTF-8 files, folders or globs")
     root = Path(os.path.commonpath([f.resolve().parent for f in files]))
-    return [whole(file, file.resolve().relative_to(root).as_posix()) for file in files]
+    return [whole_file(file, file.resolve().relative_to(root).as_posix()) for file in files]
 
 
 def split(pieces: list[Piece]) -> dict[str, list[Piece]]:
@@ -180,7 +184,7 @@ def download(url: str, sha256: str, folder: Path) -> Path:
         try:
             fetch_rest(url, part)
             break
-        except (urllib.error.URLError, ConnectionError, TimeoutError, EOFError) as error:
+        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, EOFError) as error:
             if attempt == 4 or getattr(error, "code", 0) in (403, 404):
                 hint = f"try again later, or get the file another way and give --from {path.name}"
                 raise UserError(f"cannot download {url}: {error}; {hint}") from None
@@ -207,7 +211,12 @@ def fetch_rest(url: str, part: Path) -> None:
         have = have if response.status == 206 else 0  # a server that knows no ranges begins again
         length = response.length
         with tqdm(
-            desc=part.stem, total=have + length if length else None, initial=have, unit="B", unit_scale=True
+            desc=part.stem,
+            total=have + length if length else None,
+            initial=have,
+            unit="B",
+            unit_scale=True,
+            disable=None,
         ) as bar:
             while block := response.read(1 << 16):
                 file.write(block)
@@ -242,22 +251,29 @@ def public_corpus(name: str, source: Path | None) -> dict[str, list[Piece]]:
     if name == "wikitext2" and source and source.is_dir():
         wiki = {part: source / f"wiki.{part}.raw" for part in ("train", "valid", "test")}
         local_copy(source, [path.name for path in wiki.values()])
-        return {"train": [whole(wiki["train"])], "val": [whole(wiki["valid"])], "test": [whole(wiki["test"])]}
+        return {
+            "train": [whole_file(wiki["train"])],
+            "val": [whole_file(wiki["valid"])],
+            "test": [whole_file(wiki["test"])],
+        }
     names = [url.split("/")[-1] for url, _ in DOWNLOADS[name]]
     paths = local_copy(source, names) if source else [download(*d, DATA / "downloads") for d in DOWNLOADS[name]]
     if name == "wikitext2":
-        folder = paths[0].parent / "wikitext-2-raw"
-        with zipfile.ZipFile(paths[0]) as archive:
-            for part in ("train", "valid", "test"):
-                archive.extract(f"wikitext-2-raw/wiki.{part}.raw", folder.parent)
+        folder = DATA / "downloads" / "wikitext-2-raw"
+        try:
+            with zipfile.ZipFile(paths[0]) as archive:
+                for part in ("train", "valid", "test"):
+                    archive.extract(f"wikitext-2-raw/wiki.{part}.raw", folder.parent)
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise UserError(f"{paths[0]} is not WikiText-2's zip file: {error}") from None
         return public_corpus(name, folder)
     if name == "tinystories":  # it has two splits: the validation stories become val and test, half each
-        train, valid = (whole(path, separator=b"<|endoftext|>") for path in paths)
+        train, valid = (whole_file(path, separator=b"<|endoftext|>") for path in paths)
         middle = story_start(valid, valid.stop // 2)
         halves = {"val": (0, middle), "test": (middle, valid.stop)}
         cut = {part: [Piece(valid.name, valid.path, *ends, valid.separator)] for part, ends in halves.items()}
         return {"train": [train], **cut}
-    return split([whole(paths[0])])
+    return split([whole_file(paths[0])])
 
 
 def story_start(piece: Piece, place: int) -> int:
@@ -270,7 +286,11 @@ def story_start(piece: Piece, place: int) -> int:
 def corpus(config: PrepareConfig) -> dict[str, list[Piece]]:
     """The splits that the flags name."""
     if config.text:
+        if config.name in ["stdlib", *DOWNLOADS]:
+            raise UserError(f"{config.name} is not your text: name it, python data/prepare.py NAME --text ...")
         return split(own_text(config.text))
+    if config.from_ and config.name not in DOWNLOADS:
+        raise UserError(f"--from is a copy of a download ({', '.join(DOWNLOADS)}); your own text is --text FILE")
     if config.name == "stdlib":
         return split(standard_library())
     if config.name in DOWNLOADS:
@@ -279,13 +299,21 @@ def corpus(config: PrepareConfig) -> dict[str, list[Piece]]:
     raise UserError(f"unknown data set {config.name!r}: take one of {known}, or give your own text with --text FILE")
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """A tokenizer.model, or the tokenizer inside a checkpoint."""
+def given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
+    """The one of `--tokenizer`: a tokenizer.model, or what a checkpoint carries."""
+    if not config.tokenizer:
+        return None
+    if config.vocab_size:
+        raise UserError("--tokenizer has a vocabulary of its own: drop --vocab_size")
+    path = Path(config.tokenizer)
     if path.suffix == ".pt":
         from checkpoint import load  # torch is needed for nothing else here
 
         return Tokenizer(load(path)["tokenizer"])
-    return Tokenizer(path.read_bytes())
+    tokenizer = Tokenizer(path.read_bytes())
+    if not tokenizer.is_exact():
+        print(f"note: {path} does not return every text as it was, so bits per byte will not be exact", file=sys.stderr)
+    return tokenizer
 
 
 def learn_tokenizer(pieces: list[Piece], vocab_size: int) -> Tokenizer:
@@ -298,9 +326,12 @@ def learn_tokenizer(pieces: list[Piece], vocab_size: int) -> Tokenizer:
     return Tokenizer.train(parts, vocab_size)
 
 
+def token_dtype(tokenizer: Tokenizer) -> str:
+    return "uint16" if tokenizer.vocab_size <= 65536 else "uint32"
+
+
 def write_split(pieces: list[Piece], tokenizer: Tokenizer, path: Path, seen: set[bytes]) -> dict:
     """Write one token file and return its record. `seen` holds the digests of the documents written so far."""
-    dtype = np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32
     record = {"documents": 0, "repeated": 0, "bytes": 0, "tokens": 0}
     total = sum(piece.stop - piece.start for piece in pieces)
     with open(path, "wb") as file, tqdm(desc=path.stem, total=total, unit="B", unit_scale=True, disable=None) as bar:
@@ -313,7 +344,9 @@ def write_split(pieces: list[Piece], tokenizer: Tokenizer, path: Path, seen: set
                     continue
                 seen.add(digest)
                 tokens = np.array([tokenizer.bos, *tokenizer.encode(text), tokenizer.eos])
-                tokens[tokens >= 0].astype(dtype).tofile(file)  # a tokenizer without BOS or EOS has -1 for it
+                tokens[tokens >= 0].astype(token_dtype(tokenizer)).tofile(
+                    file
+                )  # a tokenizer without BOS or EOS has -1 for it
                 record["documents"] += 1
                 record["bytes"] += size
                 record["tokens"] += int((tokens >= 0).sum())
@@ -327,15 +360,15 @@ def prepare(config: PrepareConfig) -> Path:
     folder = Path(config.out) if config.out else DATA / config.name
     if (folder / "meta.json").exists() and not config.overwrite:
         raise UserError(f"{folder} is already prepared: use it, or give --overwrite")
-    if folder.exists() and not (folder / "meta.json").exists() and any(folder.iterdir()):
+    ours = {"meta.json", "tokenizer.model", *(f"{name}.bin" for name in SPLITS)}
+    if folder.exists() and not {path.name for path in folder.iterdir()} <= ours:
         raise UserError(f"{folder} holds something else than a prepared data set: choose another name or --out")
-    splits = corpus(config)
+    tokenizer, splits = given_tokenizer(config), corpus(config)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        given = load_tokenizer(Path(config.tokenizer)) if config.tokenizer else None
-        tokenizer = given or learn_tokenizer(splits["train"], config.vocab_size)
+        tokenizer = tokenizer or learn_tokenizer(splits["train"], config.vocab_size or 4096)
         (partial / "tokenizer.model").write_bytes(tokenizer.model)
         seen: set[bytes] = set()
         records = {name: write_split(splits[name], tokenizer, partial / f"{name}.bin", seen) for name in SPLITS}
@@ -344,7 +377,7 @@ def prepare(config: PrepareConfig) -> Path:
             "source": " ".join(config.text) if config.text else config.from_ or source_of(config.name),
             "splits": records,
             "vocab_size": tokenizer.vocab_size,
-            "dtype": "uint16" if tokenizer.vocab_size <= 65536 else "uint32",
+            "dtype": token_dtype(tokenizer),
             "tokenizer_sha256": hashlib.sha256(tokenizer.model).hexdigest(),
             "tokenizer": config.tokenizer or SETTINGS,
             "python": sys.version.split()[0],

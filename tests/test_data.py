@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import data.prepare as module
 from config import UserError
-from data.prepare import Piece, PrepareConfig, download, prepare, split, whole
+from data.prepare import Piece, PrepareConfig, download, prepare, split, whole_file
 from dataset import open_split, read_meta
 from tokenizer import Tokenizer
 
@@ -51,7 +51,7 @@ def test_token_files_are_the_documents_end_to_end(tiny_data, tokenizer):
 def test_documents_are_split_whole_by_their_names_and_repeated_ones_dropped(tmp_path):
     for i in range(60):
         (tmp_path / f"{i}.txt").write_text(f"document number {i % 50} " * 20)  # ten of them repeat others
-    pieces = [whole(path) for path in sorted(tmp_path.iterdir())]
+    pieces = [whole_file(path) for path in sorted(tmp_path.iterdir())]
     parts = split(pieces)
     names = [piece.name for part in parts.values() for piece in part]
     assert sorted(names) == sorted(piece.name for piece in pieces) and min(map(len, parts.values())) >= 3
@@ -89,7 +89,7 @@ def test_large_vocabularies_get_uint32(tmp_path, tiny_data):
 
     (tmp_path / "a.txt").write_text("some words\n" * 50)
     record = module.write_split(
-        [whole(tmp_path / "a.txt")], Large((tiny_data / "tokenizer.model").read_bytes()), tmp_path / "x.bin", set()
+        [whole_file(tmp_path / "a.txt")], Large((tiny_data / "tokenizer.model").read_bytes()), tmp_path / "x.bin", set()
     )
     assert (tmp_path / "x.bin").stat().st_size == 4 * record["tokens"]
 
@@ -98,7 +98,7 @@ def test_separated_documents_are_found_across_chunks(tmp_path, monkeypatch):
     stories = [f"story {i} " + "é" * (i % 7) for i in range(50)]
     (tmp_path / "s.txt").write_text("\n<|endoftext|>\n".join(stories))
     monkeypatch.setattr(module, "CHUNK", 13)
-    piece = whole(tmp_path / "s.txt", separator=b"<|endoftext|>")
+    piece = whole_file(tmp_path / "s.txt", separator=b"<|endoftext|>")
     assert list(piece.documents()) == [story.strip() for story in stories]
 
 

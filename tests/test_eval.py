@@ -49,6 +49,12 @@ def test_every_token_is_scored_once_with_enough_past(context, stride, number):
     assert place == number, "some tokens were not scored"
 
 
+def test_a_larger_stride_samples_blocks_evenly():
+    model, tokens = sharp_model(), random_tokens(1000)
+    blocks, some = (window_nll(model, tokens, 32, stride, torch.float32) for stride in (32, 160))
+    assert len(some) == 7 and all(torch.allclose(a, b, atol=1e-5) for a, b in zip(some, blocks[::5], strict=True))
+
+
 def test_stride_of_the_context_is_blocks_and_block_mean_lies_above():
     record, _ = perplexities(
         sharp_model(), random_tokens(500), ["blocks", "sliding", "block_mean"], 32, 32, torch.float32, 8

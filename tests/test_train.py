@@ -55,7 +55,7 @@ def test_an_epoch_shows_every_block_once_and_steps_are_reproducible():
 
 
 def test_learning_rate_warms_up_and_falls_to_its_minimum():
-    config = TrainConfig(lr=1.0, warmup_steps=10, max_steps=110)
+    config = TrainConfig(lr=1.0, warmup_steps=10, max_steps=111)
     rates = [learning_rate(config, step) for step in range(111)]
     assert rates[0] == 0.1 and rates[9] == 1.0 and rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
     assert rates[10:] == sorted(rates[10:], reverse=True)
