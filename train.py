@@ -65,8 +65,8 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: give --{name} 1 or more")
         for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip"):
-            if not 0 <= (getattr(self, name) or 0) < math.inf:  # false for nan, too
-                raise UserError(f"{name} is {getattr(self, name)}: give --{name} 0 or more")
+            if not 0 <= (getattr(self, name) or 0) < 1e9:  # false for nan, too
+                raise UserError(f"{name} is {getattr(self, name)}: give --{name} 0 or more, below 1e9")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed is {self.seed}: give --seed 0 to {2**32 - 1}")
         if self.lr is None:
@@ -295,11 +295,12 @@ def validate(model: Llama, tokens: np.ndarray, dtype: torch.dtype, most: int | N
     return loss
 
 
-def check_health(loss: float, norm: float, model: Llama, where: str, kept: str) -> None:
+def check_health(loss: float, norm: float | None, model: Llama, where: str, kept: str) -> None:
     """Raise UserError when training has diverged: loss or gradient not finite, or a loss of ten blind guesses."""
-    if not loss < 10 * math.log(model.config.vocab_size) or not math.isfinite(norm):
+    if not loss < 10 * math.log(model.config.vocab_size) or not math.isfinite(norm or 0):
+        values = f"loss {loss:.4g}" + (f", gradient norm {norm:.4g}" if norm else "")
         remedy = "try --overwrite with a lower --lr or a longer --warmup_steps"
-        raise UserError(f"training diverged: loss {loss:.4g}, gradient norm {norm:.4g} {where}; {kept}; {remedy}")
+        raise UserError(f"training diverged: {values} {where}; {kept}; {remedy}")
 
 
 def report(model: Llama, tokenizer: Tokenizer, val_tokens: np.ndarray, position: dict, path: Path) -> dict:
@@ -354,7 +355,7 @@ def main() -> None:
         """What the last update did shows only in the loss after it."""
         with torch.no_grad(), autocast(device, dtype):
             loss = sum(model(x.to(device), y.to(device)).item() for x, y in batches) / count
-        check_health(loss, norm, model, f"after step {position['step']}", f"{path} keeps step {kept}")
+        check_health(loss, None, model, f"after step {position['step']}", f"{path} keeps step {kept}")
         save_checkpoint()
         return position["step"]
 
@@ -381,8 +382,8 @@ def main() -> None:
             lr, count = learning_rate(config, step), sum(y.numel() for _, y in batches)
             loss = forward_backward(model, batches, dtype, scaler).item()
             norm = update(model, optimizers, scaler, config, lr)
-            if not scaler.is_enabled():  # with it, an infinite gradient only means that the next scale is smaller
-                check_health(loss, norm, model, f"in step {step + 1}", f"{path} keeps step {kept}")
+            known = None if scaler.is_enabled() else norm  # to the scaler, infinity only means: a smaller scale next
+            check_health(loss, known, model, f"in step {step + 1}", f"{path} keeps step {kept}")
 
             step, seconds = step + 1, time.perf_counter() - began
             position = {"step": step, "tokens": position["tokens"] + count, "seconds": position["seconds"] + seconds}
@@ -399,9 +400,7 @@ def main() -> None:
             kept = save_if_healthy()
     if caught:
         name = signal.Signals(caught[0]).name
-        print(
-            f"{name}: {path} holds step {kept}; continue: python train.py --resume --out_dir {path.parent}", flush=True
-        )
+        print(f"{name}: saved step {kept}; continue with: python train.py --resume --out_dir {path.parent}", flush=True)
         sys.exit(128 + caught[0])
     log.write({"step": kept, **report(model, tokenizer, val_tokens, position, path)})
 

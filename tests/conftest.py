@@ -47,7 +47,7 @@ def small_run(data: Path, out: Path) -> list:
 def command(script: str, *args, **how) -> subprocess.CompletedProcess:
     """Run one of the project's commands as a user would."""
     line = [sys.executable, str(ROOT / script), *map(str, args)]
-    return subprocess.run(line, capture_output=True, text=True, timeout=240, cwd=ROOT, env=ONE_THREAD, **how)
+    return subprocess.run(line, capture_output=True, text=True, timeout=240, env=ONE_THREAD, **{"cwd": ROOT, **how})
 
 
 def quick(script: str, *args) -> subprocess.CompletedProcess:

@@ -1,14 +1,22 @@
 """Every mistake ends with one line that names the remedy, exit code 2, and nothing lost or half written."""
 
+import dataclasses
 import os
 import resource
 import shutil
+import signal
 
 import pytest
 import torch
 from conftest import ROOT, command, quick, small_run
 
 from checkpoint import load
+from config import NO_FLAG, comments, exit_cleanly
+from data.prepare import PrepareConfig, prepare
+from eval_ppl import EvalConfig
+from model import ModelConfig
+from sample import SampleConfig
+from train import TrainConfig
 
 
 def refused(done, *words):
@@ -33,7 +41,10 @@ def refused(done, *words):
         (["--block_size", 10**6], ["train tokens", "--block_size"]),
         (["--attention", "flash"], ["flash", "naive"]),
         (["--device", "tpu"], ["tpu", "cpu"]),
+        (["--device", "cpu:x"], ["cpu:x", "cpu"]),
         (["--batch_size", 0], ["batch_size is 0"]),
+        (["--lr", "nan"], ["lr is nan"]),
+        (["--seed", 2**70], ["seed is", "--seed"]),
         (["--lr", -1], ["lr is -1"]),
         (["--dataset", "nosuch"], ["nosuch", "prepare.py"]),
         (["--resume"], ["no run in", "drop --resume"]),
@@ -86,13 +97,15 @@ class Evil:
         return open, ("evil-was-here", "w")
 
 
-@pytest.mark.parametrize("script", ["eval_ppl.py", "sample.py"])
-def test_damaged_and_foreign_checkpoints(tiny_run, tmp_path, script, monkeypatch):
+@pytest.mark.parametrize("line", [["eval_ppl.py"], ["sample.py"], ["train.py", "--dataset", "DATA", "--init_from"]])
+def test_damaged_and_foreign_checkpoints(tiny_run, tiny_data, tmp_path, line, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    line = [tiny_data if word == "DATA" else word for word in line]
     for path in broken_checkpoints(tiny_run, tmp_path):
-        refused(quick(script, path))
-    refused(quick(script, tmp_path / "nothing.pt"), "nothing.pt", "no such checkpoint")
-    refused(quick(script, tmp_path), "no such checkpoint")
+        refused(quick(*line, path))
+    refused(quick(*line, tmp_path / "nothing.pt"), "nothing.pt", "no such checkpoint")
+    refused(quick(*line, tmp_path), "no such checkpoint")
+    assert not (tmp_path / "out").exists()
     assert not (tmp_path / "evil-was-here").exists()
 
 
@@ -115,6 +128,8 @@ def test_evaluation_flags(tiny_run, tmp_path):
 def test_sampling_flags(tiny_run):
     for flags, words in [
         (["--temperature", -1], ["temperature -1"]),
+        (["--temperature", "nan"], ["temperature nan"]),
+        (["--prompt", "broken \udcff"], ["not valid UTF-8"]),
         (["--top_p", 0], ["top_p 0"]),
         (["--max_new_tokens", 0], ["--max_new_tokens"]),
         (["--prompt", "word " * 100], ["context 32", "shorten"]),
@@ -130,8 +145,6 @@ def test_sampling_is_reproducible_and_the_cache_changes_nothing(tiny_run):
 
 
 def test_data_with_another_tokenizer_is_noticed(tiny_run, tmp_path):
-    from data.prepare import PrepareConfig, prepare
-
     other = prepare(PrepareConfig("x", text=[str(ROOT / "model.py")], vocab_size=350, out=str(tmp_path / "other")))
     refused(quick("eval_ppl.py", tiny_run, "--dataset", other), "another tokenizer")
     refused(
@@ -152,27 +165,30 @@ def test_changed_data_is_noticed_on_resume(tiny_data, tmp_path):
 
 
 def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(tiny_data, tmp_path):
-    flags = [*small_run(tiny_data, tmp_path), "--max_steps", 50, "--lr", 1e30, "--warmup_steps", 0, "--grad_clip", 0]
-    refused(command("train.py", *flags), "step ", "--lr", "ckpt.pt keeps")
-    assert all(tensor.isfinite().all() for tensor in load(tmp_path / "ckpt.pt")["model"].values())
+    explode = ["--lr", 10, "--warmup_steps", 0, "--grad_clip", 0, "--max_steps", 50]
+    for every in (1, 100):  # noticed by the loss before a save, by the loss of the next step
+        flags = [*small_run(tiny_data, tmp_path / str(every)), *explode, "--eval_every", every]
+        refused(command("train.py", *flags), "diverged", "step", "--lr", "ckpt.pt keeps step 0")
+        saved = load(tmp_path / str(every) / "ckpt.pt")
+        assert saved["step"] == 0 and all(tensor.abs().max() < 2 for tensor in saved["model"].values())
 
 
-def limited(megabytes: int):
-    """Files of at most so many bytes for the child, as on a full disk."""
-    import signal
-
+def small_files_only():
+    """Files of at most 60,000 bytes, as on a disk that is nearly full: a log fits, a checkpoint does not."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (megabytes << 20, megabytes << 20))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
 
 def test_a_full_disk_keeps_the_previous_checkpoint(tiny_data, tiny_run, tmp_path):
     shutil.copytree(tiny_run.parent, tmp_path / "run")
-    path = tmp_path / "run" / "ckpt.pt"
-    flags = [*small_run(tiny_data, tmp_path / "run"), "--max_steps", 40, "--lr", 0.01, "--resume"]
-    done = command("train.py", *flags, preexec_fn=lambda: limited(0))
-    refused(done)
+    path, log = tmp_path / "run" / "ckpt.pt", (tmp_path / "run" / "log.jsonl").read_text()
+    flags = [*small_run(tiny_data, path.parent), "--max_steps", 40, "--lr", 0.01, "--resume"]
+    refused(command("train.py", *flags, preexec_fn=small_files_only), "cannot save", "File too large", "kept in")
     assert load(path)["step"] == 30 and path.read_bytes() == tiny_run.read_bytes()
+    assert (tmp_path / "run" / "log.jsonl").read_text().startswith(log)
     assert not list(path.parent.glob("*.tmp"))
+    fresh = [*small_run(tiny_data, tmp_path / "fresh"), "--max_steps", 2]
+    refused(command("train.py", *fresh, preexec_fn=small_files_only), "cannot save", "File too large")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -185,7 +201,57 @@ def test_a_path_that_cannot_be_written_is_one_line(tiny_data):
     refused(command("train.py", *small_run(tiny_data, "/proc/none"), "--max_steps", 1), "/proc/none")
 
 
-def test_help_explains_every_flag():
-    for script in ("train.py", "eval_ppl.py", "sample.py", "data/prepare.py"):
-        done = quick(script, "--help")
-        assert done.returncode == 0 and "(default: " in done.stdout, done.stderr
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--text", "README.md"], ["stdlib is not your text"]),
+        (["mine", "--text", "nosuch.txt"], ["nosuch.txt", "no such file"]),
+        (["mine", "--from", "README.md"], ["--text FILE"]),
+        (["mine"], ["unknown data set", "stdlib", "--text FILE"]),
+        (["shakespeare", "--from", "nosuch.txt"], ["nosuch.txt", "does not exist"]),
+        (["wikitext2", "--from", ROOT / "LICENSE"], ["zip"]),
+        (["mine", "--text", ROOT / "model.py", "--tokenizer", ROOT / "LICENSE"], ["no SentencePiece model"]),
+        (["mine", "--text", ROOT / "model.py", "--tokenizer", "x", "--vocab_size", 300], ["drop --vocab_size"]),
+        (["mine", "--text", ROOT / "model.py", "--vocab_size", 100], ["--vocab_size", "or more"]),
+        (["mine", "--text", ROOT / "model.py", "--vocab_size", 10**5], ["--vocab_size", "at most"]),
+    ],
+)
+def test_preparation_flags(tmp_path, flags, words):
+    refused(quick("data/prepare.py", *flags, "--out", tmp_path / "out"), *words)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error, code", [(RuntimeError("CPU: not enough memory: 9 bytes"), 2), (MemoryError(), 2)])
+def test_too_little_memory_is_one_line(error, code, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as leave:
+        exit_cleanly(main)
+    assert leave.value.code == code and "memory" in capsys.readouterr().err
+
+
+def test_a_bug_shows_its_traceback():
+    def main():
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        exit_cleanly(main)
+
+
+@pytest.mark.parametrize(
+    "script, classes",
+    [
+        ("train.py", [ModelConfig, TrainConfig]),
+        ("eval_ppl.py", [EvalConfig]),
+        ("sample.py", [SampleConfig]),
+        ("data/prepare.py", [PrepareConfig]),
+    ],
+)
+def test_help_explains_every_flag(script, classes):
+    text = " ".join(quick(script, "--help").stdout.split())
+    for cls in classes:
+        for field in dataclasses.fields(cls):
+            shown = field.metadata == NO_FLAG or f"--{field.name.rstrip('_')} " in text or f" {field.name} " in text
+            assert shown, field.name
+        assert all(help_text.split(" (")[0][:30] in text for help_text in comments(cls).values())

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import math
 import threading
 import zipfile
 from pathlib import Path
@@ -17,7 +18,9 @@ import data.prepare as module
 from config import UserError
 from data.prepare import Piece, PrepareConfig, download, prepare, split, whole_file
 from dataset import open_split, read_meta
-from tokenizer import Tokenizer
+from eval_ppl import bits_per_byte
+from sample import readable
+from tokenizer import SETTINGS, Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +34,42 @@ def test_any_text_round_trips(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
+
+
+def other_tokenizer(monkeypatch, **settings):
+    """A tokenizer of other people's settings."""
+    monkeypatch.setattr("tokenizer.SETTINGS", {**SETTINGS, **settings})
+    return Tokenizer.train(
+        iter(["some words, and some more words"] * 20), 290 if settings.get("byte_fallback", 1) else 22
+    )
+
+
+def test_a_space_before_every_text_counts_for_no_byte(monkeypatch):
+    tokenizer, text = other_tokenizer(monkeypatch, add_dummy_prefix=True), "some words\nand more"
+    assert tokenizer.dummy_prefix and tokenizer.decode(tokenizer.encode(text)) == text
+    ids = np.array(tokenizer.prompt(text))
+    assert tokenizer.token_bytes()[ids].sum() == len(text)
+    assert bits_per_byte(math.log(2), ids, tokenizer) == (len(ids) - 1) / len(text)
+
+
+def test_tokenizers_that_lose_text_are_told_apart(monkeypatch, tokenizer):
+    assert tokenizer.is_exact()
+    assert not other_tokenizer(monkeypatch, normalization_rule_name="nmt_nfkc").is_exact()
+    assert not other_tokenizer(monkeypatch, byte_fallback=False).is_exact()
+
+
+def test_a_tokenizer_without_bos_begins_with_the_text(monkeypatch):
+    tokenizer = other_tokenizer(monkeypatch, bos_id=-1, eos_id=-1)
+    assert tokenizer.bos == -1 and tokenizer.prompt("some") == tokenizer.encode("some")
+
+
+def test_streamed_text_holds_back_unfinished_characters(tokenizer):
+    text = "naïve 😀 words"
+    ids = tokenizer.encode(text)
+    parts = list(readable([tokenizer.bos], iter(ids), tokenizer))
+    assert "".join(parts) == text and not any("\ufffd" in part for part in parts)
+    cut = ids[: ids.index(tokenizer.encode("😀")[0]) + 2]  # two of the four bytes of the last character
+    assert "".join(readable([tokenizer.bos], iter(cut), tokenizer)).startswith("naïve ")
 
 
 def test_token_files_are_the_documents_end_to_end(tiny_data, tokenizer):
@@ -74,11 +113,11 @@ def test_preparing_twice_gives_the_same_bytes(tmp_path, tiny_data):
         assert (again / name).read_bytes() == (tiny_data / name).read_bytes(), name
 
 
-def test_standard_library_is_real_code_without_tests(tmp_path, monkeypatch):
+def test_standard_library_is_real_code_without_tests():
     pieces = module.standard_library()
     names = {piece.name for piece in pieces}
     assert {"argparse.py", "json/decoder.py"} <= names and len(pieces) > 300
-    assert not [name for name in names if "/test" in name or "site-packages" in name]
+    assert not [name for name in names if "/test" in name or "site-packages" in name or "encodings/" in name]
 
 
 def test_large_vocabularies_get_uint32(tmp_path, tiny_data):

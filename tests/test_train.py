@@ -13,7 +13,7 @@ from conftest import TINY, command, sharp_model, small_run, start_command
 from checkpoint import load
 from dataset import step_batches
 from model import IGNORE, Llama, ModelConfig
-from train import TrainConfig, forward_backward, learning_rate, make_optimizers, update
+from train import Log, TrainConfig, forward_backward, learning_rate, make_optimizers, update
 
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
@@ -81,6 +81,19 @@ def test_overfits_one_batch(optimizer):
         loss = forward_backward(model, batches, torch.float32, NO_SCALER).item()
         update(model, optimizers, NO_SCALER, config, 0.01)
     assert loss < 0.01, f"loss is still {loss:.3f}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_gradient_that_is_not_finite_anywhere_steps_no_parameter(dtype):
+    model, config = Llama(ModelConfig(**TINY)), TrainConfig(optimizer="muon")
+    optimizers, scaler = make_optimizers(model, config), torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
+    x = torch.randint(64, (2, 33), generator=torch.Generator().manual_seed(0))
+    for bad in (math.inf, math.nan):
+        before = [p.clone() for p in model.parameters()]
+        forward_backward(model, [(x[:, :-1], x[:, 1:])], dtype, scaler)
+        model.layers[0].attention.wq.weight.grad[0, 0] = bad  # one matrix of Muon's; all else is AdamW's or finite
+        assert not math.isfinite(update(model, optimizers, scaler, config, 0.01))
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
 
 
 def test_float16_scaler_skips_an_overflowing_step():
@@ -156,6 +169,25 @@ def test_a_signal_saves_and_the_run_can_go_on(tiny_data, tmp_path, number, code)
     assert done.returncode == 0 and load(tmp_path / "run" / "ckpt.pt")["step"] == step + 2, done.stderr
 
 
+def test_a_tuned_run_resumes_by_the_same_command(tiny_data, tiny_run, tmp_path):
+    flags = ["--dataset", tiny_data, "--init_from", tiny_run, "--batch_size", 2, "--lr", 0.001]
+    environment = {"cwd": tmp_path}
+    assert command("train.py", *flags, "--max_steps", 2, **environment).returncode == 0
+    done = command("train.py", *flags, "--max_steps", 3, "--resume", **environment)
+    assert done.returncode == 0, done.stderr
+    assert load(tmp_path / "out" / "own-2x32-tuned" / "ckpt.pt")["step"] == 3
+
+
+def test_a_resumed_log_drops_what_the_checkpoint_does_not_know(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "val_loss": 1.5}\n{"step": 3, "loss": 1.0}\n{"step": 4, "lo')
+    log = Log(path, resume_step=2)
+    log.write({"step": 3, "loss": 1.25, "norm": math.inf})
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3] and lines[2] == {"step": 3, "loss": 1.25, "norm": None}
+    assert log.evaluated == {2} and not list(tmp_path.glob("*.tmp"))
+
+
 def test_the_log_holds_config_batch_arithmetic_and_every_step(tiny_run):
     first, *rest = [json.loads(line) for line in tiny_run.with_name("log.jsonl").read_text().splitlines()]
     assert first["model"]["n_layer"] == 2 and first["train"]["lr"] == 0.01
@@ -194,7 +226,7 @@ def test_a_new_run_starts_from_other_weights(tiny_data, tiny_run, tmp_path):
     assert ours["step"] == 1 and ours["config"]["n_layer"] == 2
 
 
-def test_compiled_blocks_keep_the_names_and_the_loss(tiny_data, tmp_path):
+def test_compiled_blocks_keep_the_names_and_the_loss():
     torch._dynamo.reset()
     model = sharp_model(novel=True).train()
     names, x = list(model.state_dict()), torch.randint(64, (2, 40), generator=torch.Generator().manual_seed(0))
