@@ -14,7 +14,10 @@ There is no random state in it, because none is needed: batches and dropout are 
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -23,20 +26,27 @@ from model import Llama, ModelConfig
 from tokenizer import Tokenizer
 
 
-def save(path: Path, checkpoint: dict) -> None:
-    """Write `path` whole or not at all: a temporary file beside it, flushed to the disk, then renamed over it."""
+@contextmanager
+def replacing(path: Path, mode: str) -> Iterator[IO]:
+    """A file that takes the place of `path`, whole and on the disk, when the block ends; an error changes nothing."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
+        with open(temporary, mode) as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
         temporary.unlink(missing_ok=True)
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
-        kept = f"; the one saved before is kept in {path}" if path.exists() else ""
-        raise UserError(f"cannot save the checkpoint: {reason}{kept}") from None
+        kept = "; the one written before is kept" if path.exists() else ""
+        raise UserError(f"cannot write {path}: {reason}{kept}") from None
+
+
+def save(path: Path, checkpoint: dict) -> None:
+    """Write `path` whole or not at all. Raises UserError when the disk is full or read-only."""
+    with replacing(path, "wb") as file:
+        torch.save(checkpoint, file)
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> dict:

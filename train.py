@@ -10,7 +10,6 @@ alone, so a resumed run sees what an uninterrupted one would have seen, and ends
 
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import load, load_weights, model_config, save
+from checkpoint import load, load_weights, model_config, replacing, save
 from config import UserError, exit_cleanly, parse, pick
 from dataset import Batch, open_split, prepared, step_batches
 from device import autocast, peak_memory_bytes, pick_device, pick_dtype
@@ -231,9 +230,8 @@ class Log:
                     continue
                 kept += [record] if record["step"] <= resume_step else []
         self.evaluated = {record["step"] for record in kept if "val_loss" in record}
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(temporary, path)
+        with replacing(path, "w") as file:
+            file.writelines(json.dumps(record) + "\n" for record in kept)
         self.file = open(path, "a")  # noqa: SIM115
 
     def write(self, record: dict) -> None:

@@ -343,13 +343,12 @@ def write_split(pieces: list[Piece], tokenizer: Tokenizer, path: Path, seen: set
                     record["repeated"] += 1
                     continue
                 seen.add(digest)
-                tokens = np.array([tokenizer.bos, *tokenizer.encode(text), tokenizer.eos])
-                tokens[tokens >= 0].astype(token_dtype(tokenizer)).tofile(
-                    file
-                )  # a tokenizer without BOS or EOS has -1 for it
+                ends = [] if tokenizer.eos < 0 else [tokenizer.eos]
+                tokens = np.array(tokenizer.prompt(text) + ends, dtype=token_dtype(tokenizer))
+                tokens.tofile(file)
                 record["documents"] += 1
                 record["bytes"] += size
-                record["tokens"] += int((tokens >= 0).sum())
+                record["tokens"] += len(tokens)
     if not record["documents"]:
         raise UserError(f"no text is left for the {path.stem} split: give more of it, in lines")
     return {**record, "sha256": sha256_of(path)}
@@ -385,6 +384,8 @@ def prepare(config: PrepareConfig) -> Path:
         (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error}; nothing was changed") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder

@@ -183,12 +183,14 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tiny_data, tiny_run, tmp_path
     shutil.copytree(tiny_run.parent, tmp_path / "run")
     path, log = tmp_path / "run" / "ckpt.pt", (tmp_path / "run" / "log.jsonl").read_text()
     flags = [*small_run(tiny_data, path.parent), "--max_steps", 40, "--lr", 0.01, "--resume"]
-    refused(command("train.py", *flags, preexec_fn=small_files_only), "cannot save", "File too large", "kept in")
+    refused(
+        command("train.py", *flags, preexec_fn=small_files_only), "cannot write", "ckpt.pt", "File too large", "kept"
+    )
     assert load(path)["step"] == 30 and path.read_bytes() == tiny_run.read_bytes()
     assert (tmp_path / "run" / "log.jsonl").read_text().startswith(log)
     assert not list(path.parent.glob("*.tmp"))
     fresh = [*small_run(tiny_data, tmp_path / "fresh"), "--max_steps", 2]
-    refused(command("train.py", *fresh, preexec_fn=small_files_only), "cannot save", "File too large")
+    refused(command("train.py", *fresh, preexec_fn=small_files_only), "cannot write", "ckpt.pt", "File too large")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
