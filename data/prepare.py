@@ -210,14 +210,8 @@ def fetch_rest(url: str, part: Path) -> None:
     with response, open(part, "ab" if response.status == 206 else "wb") as file:
         have = have if response.status == 206 else 0  # a server that knows no ranges begins again
         length = response.length
-        with tqdm(
-            desc=part.stem,
-            total=have + length if length else None,
-            initial=have,
-            unit="B",
-            unit_scale=True,
-            disable=None,
-        ) as bar:
+        total = have + length if length else None
+        with tqdm(desc=part.stem, total=total, initial=have, unit="B", unit_scale=True, disable=None) as bar:
             while block := response.read(1 << 16):
                 file.write(block)
                 bar.update(len(block))
