@@ -368,7 +368,8 @@ def main() -> None:
         save_checkpoint()  # a run that is killed early can be resumed too
     log = Log(path.with_name("log.jsonl"), kept if config.resume else None)
     log.write({"step": kept, **describe(model, config, len(tokens))})
-    print(f"on {device}, {str(dtype).removeprefix('torch.')} -> {path.parent}", flush=True)
+    since = f", continued from step {kept}" if config.resume else ""
+    print(f"on {device}, {str(dtype).removeprefix('torch.')} -> {path.parent}{since}", flush=True)
     if 0 < kept < last and kept % config.eval_every == 0 and kept not in log.evaluated:
         evaluate()  # the run was killed after it saved and before it evaluated
 
