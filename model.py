@@ -291,7 +291,8 @@ class Llama(nn.Module):
         """tokens (B, T) int64 -> logits (B, T, V); with `targets` (B, T) the loss instead, in nats, summed over the
         targets that are not IGNORE; with `cache` only the last token's logits (B, 1, V), and the cache grows by T.
 
-        padding: (B,) the number of tokens at each row's left that are no text: they get no position and are not seen.
+        padding: (B,) the number of tokens at each row's left that are no text and are not seen. They shift the
+        positions of the row, which changes nothing: rotary attention depends on differences of positions alone.
         """
         T, past = tokens.shape[1], cache.length if cache else 0
         positions, mask = torch.arange(past, past + T, device=tokens.device), None
@@ -299,10 +300,10 @@ class Llama(nn.Module):
             seen = torch.arange(past + T, device=tokens.device)
             mask = seen <= positions[:, None]  # (T, S)
             if padding is not None:  # a padded query sees itself: a row with nothing to see would be NaN
-                padding = padding[:, None, None]
-                mask = (mask & ((seen >= padding) | (seen == positions[:, None])))[:, None]  # (B, 1, T, S)
-                positions = (positions - padding[:, 0]).clamp(min=0)  # (B, T)
-        cos, sin = (a.unsqueeze(-3) for a in rope_angles(positions, self.config.head_dim, self.config.rope_theta))
+                mask = (mask & ((seen >= padding[:, None, None]) | (seen == positions[:, None])))[
+                    :, None
+                ]  # (B, 1, T, S)
+        cos, sin = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
 
         x = self.dropout(self.tok_embeddings(tokens))
         for layer in self.layers:

@@ -7,7 +7,7 @@ import torch
 from conftest import TINY, sharp_model, to_hugging_face
 
 from config import UserError
-from model import IGNORE, HeadGroups, KVCache, Llama, ModelConfig, pick_token
+from model import IGNORE, HeadGroups, KVCache, Llama, ModelConfig, RMSNorm, pick_token
 
 UNEVEN = {"k_groups": [[0, 1, 1, 1], [0, 1, 0, 2]], "v_groups": [[0, 0, 0, 0], [2, 1, 0, 2]]}
 SHAPES = {
@@ -167,6 +167,12 @@ def test_angles_are_float32_whatever_the_model_is():
     x = tokens_of((1, 600))
     far = model.bfloat16()(x).float()
     assert_close(far, model.float()(x), 0.05, "bfloat16 logits at position 600")
+
+
+def test_norms_are_computed_in_float32_whatever_the_model_is():
+    x, norm = 3 * torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).bfloat16(), RMSNorm(256, 1e-5)
+    exact = torch.nn.functional.rms_norm(x.double(), (256,), eps=1e-5)
+    assert torch.equal(norm.bfloat16()(x), exact.bfloat16())  # rounded once, at the end
 
 
 def test_top_p_draws_from_the_smallest_sufficient_set():
