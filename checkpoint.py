@@ -56,9 +56,9 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> dict:
         raise UserError(f"{path}: no such checkpoint; train one with python train.py")
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # the unpickler raises whatever the bytes of a foreign file make it stumble over
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} ({path.stat().st_size:,} bytes) is damaged or is no checkpoint: {reason}") from None
+    except Exception:  # the unpickler raises whatever the bytes of a foreign file make it stumble over
+        size = f"{path.stat().st_size:,} bytes"
+        raise UserError(f"{path} ({size}) is no checkpoint of train.py, or was cut short in a copy") from None
     keys = {"model": dict, "config": dict, "tokenizer": bytes}
     if not isinstance(checkpoint, dict) or any(not isinstance(checkpoint.get(k), t) for k, t in keys.items()):
         raise UserError(f"{path} is no checkpoint of train.py: it lacks {', '.join(keys)}")

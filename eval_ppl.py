@@ -125,7 +125,7 @@ def tokens_to_score(config: EvalConfig, checkpoint: dict, tokenizer: Tokenizer) 
             print(f"note: {folder} was prepared anew since training, which may have seen this text", file=sys.stderr)
     tokens = tokens if config.max_tokens is None else tokens[: config.max_tokens + 1]
     if len(tokens) < 2:
-        raise UserError(f"{source}: {len(tokens)} tokens are too few; the first is only a context for the second")
+        raise UserError(f"{source} is too short to predict a token from the one before it: give more text")
     return tokens, source
 
 

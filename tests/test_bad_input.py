@@ -115,7 +115,7 @@ def test_evaluation_flags(tiny_run, tmp_path):
     for flags, words in [
         (["--text", tmp_path / "no.txt"], ["no.txt", "no such file"]),
         (["--text", tmp_path / "latin.txt"], ["not UTF-8", "iconv"]),
-        (["--text", tmp_path / "empty.txt"], ["too few"]),
+        (["--text", tmp_path / "empty.txt"], ["too short"]),
         (["--stride", 100, "--context", 10], ["--stride"]),
         (["--context", 0], ["--context"]),
         (["--max_tokens", 0], ["--max_tokens"]),
