@@ -53,7 +53,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> dict:
     """Read a checkpoint without running any code in it. Raises UserError if it is missing, damaged or foreign."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint; train one with python train.py")
+        remedy = f"name {path / 'ckpt.pt'}" if (path / "ckpt.pt").exists() else "train one with python train.py"
+        raise UserError(f"{path}: no such checkpoint; {remedy}")
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except Exception:  # the unpickler raises whatever the bytes of a foreign file make it stumble over

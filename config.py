@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """One line instead of argparse's page of usage, with the nearest flag when one was misspelt."""
         for word in re.findall(r"--\w+", message) if "unrecognized" in message else []:
-            near = difflib.get_close_matches(word, self._option_string_actions, n=1)
+            near = difflib.get_close_matches(word, self._option_string_actions, n=1, cutoff=0.8)
             message += f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"{message} (--help lists the flags)")
 

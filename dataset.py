@@ -23,7 +23,8 @@ def read_meta(dataset: str) -> tuple[Path, dict]:
     """The folder and record (meta.json) of a prepared data set, by its name or by its folder's path."""
     folder = next((f for f in (Path(dataset), DATA / dataset) if (f / "meta.json").exists()), None)
     if folder is None:
-        remedy = f"python data/prepare.py {dataset}, for your own text with --text FILE"
+        remedy = f"python data/prepare.py {Path(dataset).name}"
+        remedy += "" if dataset in ["stdlib", *DOWNLOADS] else " --text FILE"
         raise UserError(f"no prepared data set {dataset!r}: make it with {remedy}")
     try:
         meta = json.loads((folder / "meta.json").read_text())

@@ -72,7 +72,9 @@ def window_nll(
     starts = [start for start in range(0, last, stride) if start == 0 or start - stride + context < last]
     ends = [min(start + context, last) for start in starts]
     windows = [(start, end, end - max(start, before)) for start, end, before in zip(starts, ends, [0, *ends])]
-    result: list[torch.Tensor] = []
+    # all losses in one tensor: small ones kept from every batch would pin the heap between the freed logits
+    losses = torch.empty(sum(new for _, _, new in windows), dtype=widen(model.tok_embeddings.weight[:0]).dtype)
+    result = list(losses.split([new for _, _, new in windows]))
     for i in tqdm(range(0, len(windows), batch_size), desc="evaluating", disable=quiet or None, leave=False):
         batch = windows[i : i + batch_size]
         longest = max(end - start for start, end, _ in batch)
@@ -84,7 +86,8 @@ def window_nll(
         with autocast(device, dtype):
             logits = widen(model(x.to(device)))
         nll = F.cross_entropy(logits.transpose(1, 2), y.to(device), reduction="none").cpu()  # (B, T)
-        result += [nll[row, end - start - new : end - start] for row, (start, end, new) in enumerate(batch)]
+        for row, (start, end, new) in enumerate(batch):
+            result[i + row].copy_(nll[row, end - start - new : end - start])
     return result
 
 
@@ -101,7 +104,7 @@ def mean_nll(windows: list[torch.Tensor]) -> float:
 def text_tokens(path: Path, tokenizer: Tokenizer) -> np.ndarray:
     """A whole UTF-8 file as one document."""
     if not path.is_file():
-        raise UserError(f"--text {path}: no such file")
+        raise UserError(f"--text {path}: {'a folder, give one file' if path.is_dir() else 'no such file'}")
     text = "".join(whole_file(path).documents())
     return np.array(tokenizer.prompt(text))
 

@@ -64,10 +64,10 @@ def main() -> None:
         )  # fmt: skip
         if config.num_samples > 1:
             print(f"--- sample {number + 1}, seed {config.seed + number}")
-        print(config.prompt, end="")
-        ids = list(prompt)
+        ids, waiting = list(prompt), config.prompt  # printed with the first token, when no error can come before it
         for text in readable(ids, (row[0] for row in steps), tokenizer):
-            print(text, end="", flush=True)
+            print(waiting + text, end="", flush=True)
+            waiting = ""
         print()
         if len(ids) == model.config.block_size < len(prompt) + config.max_new_tokens:
             print(f"(stopped: the model's context of {len(ids)} tokens is full)", file=sys.stderr)

@@ -50,13 +50,24 @@ class Tokenizer:
     @classmethod
     def train(cls, lines: Iterator[str], vocab_size: int) -> "Tokenizer":
         """Learn `vocab_size` pieces from lines of text. Raises UserError when the text has too few for that."""
-        model = io.BytesIO()
+        model, failures = io.BytesIO(), []
+
+        def watched() -> Iterator[str]:
+            try:
+                yield from lines
+            except UserError as error:  # SentencePiece would wrap it in one of its own
+                failures.append(error)
+
         try:
             spm.SentencePieceTrainer.train(
-                sentence_iterator=lines, model_writer=model, vocab_size=vocab_size, minloglevel=2, **SETTINGS,
+                sentence_iterator=watched(), model_writer=model, vocab_size=vocab_size, minloglevel=2, **SETTINGS,
             )  # fmt: skip
         except RuntimeError as error:
+            if failures:
+                raise failures[0] from None
             raise UserError(f"--vocab_size {vocab_size} does not fit this text: {remedy(str(error))}") from None
+        if failures:
+            raise failures[0]
         return cls(model.getvalue())
 
     def encode(self, text: str) -> list[int]:

@@ -161,7 +161,7 @@ def settle(flags: dict) -> tuple[ModelConfig, TrainConfig, dict | None]:
     path = out_dir / "ckpt.pt"
     if config.resume:
         if not path.exists():
-            raise UserError(f"no run in {out_dir} to resume: drop --resume, or name its directory with --out_dir")
+            raise UserError(f"no run in {out_dir.resolve()} to resume: drop --resume, or give another --out_dir")
         checkpoint = load(path)
         if not set(POSITION) | {"train", "data", "optimizers", "scaler"} <= set(checkpoint):
             raise UserError(f"{path} has no training state to resume: start a new run with --init_from {path}")
@@ -288,7 +288,7 @@ def validate(model: Llama, tokens: np.ndarray, dtype: torch.dtype, most: int | N
     stride = max(context, context * len(tokens) // most) if most else context
     model.eval()
     with torch.compiler.set_stance("force_eager"):  # compiling once more would take longer than the evaluation
-        loss = mean_nll(window_nll(model, tokens, context, stride, dtype))
+        loss = mean_nll(window_nll(model, tokens, context, stride, dtype, quiet=most is not None))
     model.train()
     return loss
 
@@ -316,7 +316,7 @@ def report(model: Llama, tokenizer: Tokenizer, val_tokens: np.ndarray, position:
     model.eval()
     with torch.compiler.set_stance("force_eager"):
         print("".join(readable(prompt, (row[0] for row in model.stream([prompt], 160, **settings)), tokenizer)))
-    print(f"--- next:\npython eval_ppl.py {path} --split test\npython sample.py {path} --prompt 'def '")
+    print(f"--- next:\npython eval_ppl.py {path} --split test\npython sample.py {path}")
     return {"val_loss": loss, "val_tokens": len(val_tokens) - 1, "bits_per_byte": bits, "peak_memory_bytes": peak}
 
 

@@ -125,13 +125,22 @@ def standard_library() -> list[Piece]:
     return [whole_file(file, file.relative_to(root).as_posix()) for file in files]
 
 
+def is_text(file: Path, folder: Path) -> bool:
+    """Whether a file found in a folder is meant to be read: not hidden, not in a __pycache__, without a zero byte."""
+    hidden = any(part.startswith(".") or part == "__pycache__" for part in file.relative_to(folder).parts)
+    if hidden or not file.is_file():
+        return False
+    with open(file, "rb") as content:
+        return b"\0" not in content.read(4096)
+
+
 def own_text(patterns: list[str]) -> list[Piece]:
-    """The files that paths, folders and globs name."""
+    """The files that paths and globs name, and in folders those that are text: not hidden, compiled or binary."""
     found: set[Path] = set()
     for pattern in patterns:
         matches = [Path(p) for p in glob.glob(pattern, recursive=True)] or [Path(pattern)]
         for path in matches:
-            found |= set(path.rglob("*")) if path.is_dir() else {path}
+            found |= {file for file in path.rglob("*") if is_text(file, path)} if path.is_dir() else {path}
     files = sorted(f for f in found if not f.is_dir())
     if missing := [f for f in files if not f.exists()]:
         raise UserError(f"--text {missing[0]}: no such file")
@@ -300,6 +309,8 @@ def given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
     if config.vocab_size:
         raise UserError("--tokenizer has a vocabulary of its own: drop --vocab_size")
     path = Path(config.tokenizer)
+    if not path.is_file():
+        raise UserError(f"--tokenizer {path}: no such file")
     if path.suffix == ".pt":
         from checkpoint import load  # torch is needed for nothing else here
 

@@ -214,6 +214,7 @@ def test_a_path_that_cannot_be_written_is_one_line(tiny_data):
         (["wikitext2", "--from", ROOT / "LICENSE"], ["zip"]),
         (["mine", "--text", ROOT / "model.py", "--tokenizer", ROOT / "LICENSE"], ["no SentencePiece model"]),
         (["mine", "--text", ROOT / "model.py", "--tokenizer", "x", "--vocab_size", 300], ["drop --vocab_size"]),
+        (["mine", "--text", ROOT / "model.py", "--tokenizer", "nosuch.model"], ["nosuch.model", "no such file"]),
         (["mine", "--text", ROOT / "model.py", "--vocab_size", 100], ["--vocab_size", "or more"]),
         (["mine", "--text", ROOT / "model.py", "--vocab_size", 10**5], ["--vocab_size", "at most"]),
     ],

@@ -243,6 +243,18 @@ def test_unusable_text_is_refused_and_leaves_nothing(tmp_path, content, word):
     assert {p.name for p in tmp_path.iterdir()} <= {"a.txt"}
 
 
+def test_a_folder_gives_its_text_files_and_one_bad_file_its_own_error(tmp_path):
+    folder = tmp_path / "texts"
+    (folder / "__pycache__").mkdir(parents=True)
+    for name in ("a.md", "b.txt", ".hidden", "__pycache__/c.pyc"):
+        (folder / name).write_text(f"{name}: some words\n" * 30)
+    (folder / "image.png").write_bytes(b"\x89PNG\0\xff" * 100)
+    assert [piece.name for piece in module.own_text([str(folder)])] == ["a.md", "b.txt"]
+    (folder / "latin.txt").write_bytes("Bj\u00f6rk\n".encode("latin1") * 99)
+    with pytest.raises(UserError, match=r"latin\.txt is not UTF-8"):
+        prepare(PrepareConfig("x", text=[str(folder)], out=str(tmp_path / "out")))
+
+
 def test_prepared_data_is_not_replaced_unless_asked(tiny_data, tmp_path):
     config = {"text": [str(ROOT / "model.py")], "vocab_size": 350}
     with pytest.raises(UserError, match="--overwrite"):
