@@ -87,18 +87,19 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 def make_optimizers(model: Llama, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW for all, or Muon for the blocks' matrices and AdamW for embeddings, output, norms and biases."""
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and name.startswith("layers.")]
-    optimizers: list[torch.optim.Optimizer] = []
-    if config.optimizer == "muon":
-        # match_rms_adamw scales an update to the size of AdamW's, so that one learning rate serves both
-        muon = {"lr": config.lr, "weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-        optimizers.append(torch.optim.Muon(matrices, **muon))
-    taken = {id(p) for group in optimizers for p in matrices}
+    matrices = matrices if config.optimizer == "muon" else []
+    taken = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in taken]
     groups = [
         {"params": [p for p in rest if p.dim() == 2], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if p.dim() != 2], "weight_decay": 0.0},
     ]
-    return [*optimizers, torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)]
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+    if not matrices:
+        return [adamw]
+    # match_rms_adamw scales an update to the size of AdamW's, so that one learning rate serves both
+    muon = {"lr": config.lr, "weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+    return [torch.optim.Muon(matrices, **muon), adamw]
 
 
 def forward_backward(
