@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from config import UserError
-from data.prepare import DATA, DOWNLOADS
+from data.prepare import BUILT_IN, DATA
 from tokenizer import Tokenizer
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, (B, T) int64
@@ -24,7 +24,7 @@ def read_meta(dataset: str) -> tuple[Path, dict]:
     folder = next((f for f in (Path(dataset), DATA / dataset) if (f / "meta.json").exists()), None)
     if folder is None:
         remedy = f"python data/prepare.py {Path(dataset).name}"
-        remedy += "" if dataset in ["stdlib", *DOWNLOADS] else " --text FILE"
+        remedy += "" if dataset in BUILT_IN else " --text FILE"
         raise UserError(f"no prepared data set {dataset!r}: make it with {remedy}")
     try:
         meta = json.loads((folder / "meta.json").read_text())
@@ -35,13 +35,13 @@ def read_meta(dataset: str) -> tuple[Path, dict]:
     return folder, meta
 
 
-def prepared(dataset: str, *flags) -> tuple[Path, dict, Tokenizer]:
+def prepared(dataset: str, *flags: str) -> tuple[Path, dict, Tokenizer]:
     """Folder, record and tokenizer; a data set that prepare.py knows by name is made first if need be, with `flags`."""
-    if dataset in ["stdlib", *DOWNLOADS] and not (DATA / dataset / "meta.json").exists():
-        line = ["data/prepare.py", dataset, *map(str, flags)]
-        print(f"data set {dataset} is not prepared yet; doing it now: python {' '.join(line)}", flush=True)
+    if dataset in BUILT_IN and not (DATA / dataset / "meta.json").exists():
+        line = " ".join(["python data/prepare.py", dataset, *flags])
+        print(f"data set {dataset} is not prepared yet; doing it now: {line}", flush=True)
         # a process of its own, so that the peak memory of the training is the training's
-        if code := subprocess.run([sys.executable, *line], cwd=DATA.parent).returncode:
+        if code := subprocess.run([sys.executable, str(DATA / "prepare.py"), dataset, *flags]).returncode:
             sys.exit(code)  # it has said why
     folder, meta = read_meta(dataset)
     return folder, meta, Tokenizer((folder / "tokenizer.model").read_bytes())

@@ -194,8 +194,8 @@ def default_out_dir(c: ModelConfig, config: TrainConfig) -> Path:
 def training_data(config: TrainConfig, flags: dict, checkpoint: dict | None) -> tuple[Path, dict, Tokenizer]:
     """Folder, record and tokenizer of the data set, which is prepared if need be and fits the checkpoint."""
     source = f"{config.out_dir}/ckpt.pt" if config.resume else config.init_from
-    how = ["--tokenizer", source] if source else ["--vocab_size", flags.get("vocab_size", 4096)]
-    folder, meta, tokenizer = prepared(config.dataset, *how)
+    how = ["--vocab_size", str(flags["vocab_size"])] if "vocab_size" in flags else []
+    folder, meta, tokenizer = prepared(config.dataset, *(["--tokenizer", source] if source else how))
     if checkpoint and tokenizer.model != checkpoint["tokenizer"]:
         remedy = f"prepare the text with --tokenizer {source} --out FOLDER, and give --dataset FOLDER"
         raise UserError(f"{folder} has another tokenizer than the checkpoint: {remedy}")

@@ -58,6 +58,7 @@ DOWNLOADS = {  # name: [(address, sha256), ...]
          "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d"),
     ],
 }  # fmt: skip
+BUILT_IN = ("stdlib", *DOWNLOADS)  # the names that need no --text
 
 
 @dataclass
@@ -289,7 +290,7 @@ def story_start(piece: Piece, place: int) -> int:
 def corpus(config: PrepareConfig) -> dict[str, list[Piece]]:
     """The splits that the flags name."""
     if config.text:
-        if config.name in ["stdlib", *DOWNLOADS]:
+        if config.name in BUILT_IN:
             raise UserError(f"{config.name} is not your text: name it, python data/prepare.py NAME --text ...")
         return split(own_text(config.text))
     if config.from_ and config.name not in DOWNLOADS:
@@ -298,7 +299,7 @@ def corpus(config: PrepareConfig) -> dict[str, list[Piece]]:
         return split(standard_library())
     if config.name in DOWNLOADS:
         return public_corpus(config.name, Path(config.from_) if config.from_ else None)
-    known = ", ".join(["stdlib", *DOWNLOADS])
+    known = ", ".join(BUILT_IN)
     raise UserError(f"unknown data set {config.name!r}: take one of {known}, or give your own text with --text FILE")
 
 
