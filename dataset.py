@@ -14,7 +14,7 @@ import torch
 
 from config import UserError
 from data.prepare import BUILT_IN, DATA
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, read_tokenizer
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, (B, T) int64
 
@@ -44,7 +44,7 @@ def prepared(dataset: str, *flags: str) -> tuple[Path, dict, Tokenizer]:
         if code := subprocess.run([sys.executable, str(DATA / "prepare.py"), dataset, *flags]).returncode:
             sys.exit(code)  # it has said why
     folder, meta = read_meta(dataset)
-    return folder, meta, Tokenizer((folder / "tokenizer.model").read_bytes())
+    return folder, meta, read_tokenizer((folder / "tokenizer.model").read_bytes())
 
 
 def open_split(folder: Path, meta: dict, split: str) -> np.ndarray:

@@ -16,7 +16,7 @@ D head width, V vocabulary.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -28,6 +28,9 @@ from torch.utils.checkpoint import checkpoint
 from config import NO_FLAG, UserError
 
 IGNORE = -1  # a target that carries no loss
+ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+# a damaged file must not make us build lists of 10^9 layers before its weights are seen to be absent
+LARGEST = {"n_layer": 1024, "n_head": 1024, "block_size": 2**24}  # other sizes: 2^20
 
 
 @dataclass
@@ -43,6 +46,8 @@ class ModelConfig:
     block_size: int = 256  # longest context, tokens
     vocab_size: int = 4096  # tokens in the vocabulary
     rope_theta: float = 10000.0  # base of the rotary wavelengths
+    # Llama 3's stretching of long ones: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
+    rope_scaling: dict[str, float] | None = field(default=None, metadata=NO_FLAG)
     norm_eps: float = 1e-5  # keeps RMSNorm from dividing by zero
     tie_embeddings: bool = True  # one matrix for the token embeddings and the output
     novel: bool = False  # the per-head layer: head_dim x head_dim linear + SiLU on each head's attention output
@@ -53,8 +58,7 @@ class ModelConfig:
     v_groups: list[list[int]] | None = field(default=None, metadata=NO_FLAG)
 
     def __post_init__(self):
-        for name in ("n_layer", "n_head", "dim", "block_size", "vocab_size"):
-            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: give --{name} 1 or more")
+        self.check_size("n_layer", "n_head", "dim", "block_size", "vocab_size")
         if self.head_dim is None:
             hint = f"give --n_head a divisor of {self.dim}, or set --head_dim"
             _require(self.dim % self.n_head == 0, f"dim {self.dim} is not divisible by n_head {self.n_head}: {hint}")
@@ -63,9 +67,11 @@ class ModelConfig:
         _require(self.head_dim >= 2 and self.head_dim % 2 == 0, f"head_dim is {self.head_dim}: {hint}")
         if self.hidden_dim is None:
             self.hidden_dim = 32 * math.ceil(8 * self.dim / 3 / 32)
-        _require(self.hidden_dim >= 1, f"hidden_dim is {self.hidden_dim}: give --hidden_dim 1 or more")
+        self.check_size("head_dim", "hidden_dim")
         _require(0 <= self.dropout < 1, f"dropout is {self.dropout}: give --dropout from 0 up to, not including, 1")
-        _require(self.rope_theta > 0 and self.norm_eps > 0, "rope_theta and norm_eps must be above 0")
+        positive = 0 < self.rope_theta < math.inf and 0 < self.norm_eps < math.inf
+        _require(positive, f"rope_theta {self.rope_theta} and norm_eps {self.norm_eps} must be above 0, and finite")
+        self.check_rope_scaling()
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
         hint = f"give --n_kv_head a divisor of {self.n_head}"
@@ -78,9 +84,23 @@ class ModelConfig:
             groups = getattr(self, name)
             _require(len(groups) == self.n_layer, f"{name} has {len(groups)} layers, n_layer is {self.n_layer}")
             for layer, of_head in enumerate(groups):
-                dense = len(of_head) == self.n_head and set(of_head) == set(range(max(of_head, default=0) + 1))
+                dense = len(of_head) == self.n_head and sorted(set(of_head)) == list(range(len(set(of_head))))
                 hint = f"give {self.n_head} group numbers, one a head, that skip none from 0 on"
                 _require(dense, f"{name}[{layer}] is {of_head}: {hint}")
+
+    def check_size(self, *names: str) -> None:
+        for name in names:
+            most = LARGEST.get(name, 2**20)
+            _require(
+                1 <= getattr(self, name) <= most, f"{name} is {getattr(self, name)}: give --{name} from 1 to {most}"
+            )
+
+    def check_rope_scaling(self) -> None:
+        scaling = self.rope_scaling
+        if scaling is not None:
+            named = set(scaling) == set(ROPE_SCALING) and all(0 < value < math.inf for value in scaling.values())
+            ordered = named and scaling["low_freq_factor"] < scaling["high_freq_factor"]
+            _require(ordered, f"rope_scaling is {scaling}: give {', '.join(ROPE_SCALING)}, above 0, low below high")
 
     @property
     def kv_numbers_per_token(self) -> int:
@@ -111,13 +131,24 @@ class RMSNorm(nn.Module):
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
 
 
-def rope_angles(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_angles(
+    positions: torch.Tensor, head_dim: int, theta: float, scaling: dict[str, float] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin, each positions.shape + (D/2,), of position * theta^(-2f/D) for each pair f (RoPE, arXiv 2104.09864).
+
+    `scaling` is Llama 3's (arXiv 2407.21783, and its reference code): a pair that turns fewer than low_freq_factor
+    times in the original context turns `factor` times slower, one that turns more than high_freq_factor times stays,
+    and between them the speed is interpolated. So a model learns a context longer than its first.
 
     They are made anew in every forward, which costs nothing, because a buffer would be rounded by `model.bfloat16()`:
     in bfloat16 the positions 256 and 257 are the same number.
     """
     frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
+    if scaling:
+        factor, low, high, context = (scaling[name] for name in ROPE_SCALING)
+        turns = context * frequencies / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / factor)
     angles = positions[..., None].float() * frequencies
     return angles.cos(), angles.sin()
 
@@ -138,13 +169,16 @@ class HeadGroups(nn.Module):
 
     def __init__(self, of_head: list[int]):
         super().__init__()
-        members = [[h for h, g in enumerate(of_head) if g == group] for group in range(max(of_head) + 1)]
+        members: list[list[int]] = [[] for _ in range(max(of_head) + 1)]
+        for head, group in enumerate(of_head):
+            members[group].append(head)
         self.n_group, self.size = len(members), max(len(heads) for heads in members)
         rows = [heads[i] if i < len(heads) else heads[0] for heads in members for i in range(self.size)]
         slots = [group * self.size + members[group].index(head) for head, group in enumerate(of_head)]
         self.in_order = slots == list(range(len(rows)))  # MHA, uniform neighbours, MQA: gather and scatter are views
         for name, index in (("of_head", of_head), ("rows", rows), ("slots", slots)):
-            self.register_buffer(name, torch.tensor(index), persistent=False)
+            # on the CPU even inside `with torch.device("meta")`: a checkpoint holds the weights, but not these
+            self.register_buffer(name, torch.tensor(index, device="cpu"), persistent=False)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, T, X) -> (B, G, size * T, X)."""
@@ -300,10 +334,10 @@ class Llama(nn.Module):
             seen = torch.arange(past + T, device=tokens.device)
             mask = seen <= positions[:, None]  # (T, S)
             if padding is not None:  # a padded query sees itself: a row with nothing to see would be NaN
-                mask = (mask & ((seen >= padding[:, None, None]) | (seen == positions[:, None])))[
-                    :, None
-                ]  # (B, 1, T, S)
-        cos, sin = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
+                mask = mask & ((seen >= padding[:, None, None]) | (seen == positions[:, None]))
+                mask = mask[:, None]  # (B, 1, T, S)
+        c = self.config
+        cos, sin = rope_angles(positions, c.head_dim, c.rope_theta, c.rope_scaling)
 
         x = self.dropout(self.tok_embeddings(tokens))
         for layer in self.layers:
@@ -326,9 +360,9 @@ class Llama(nn.Module):
     @torch.no_grad()
     def stream(
         self, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 0.0, top_p: float = 1.0,
-        stop: int | None = None, use_cache: bool = True, generator: torch.Generator | None = None,
+        stop: Sequence[int] = (), use_cache: bool = True, generator: torch.Generator | None = None,
     ) -> Iterator[list[int | None]]:  # fmt: skip
-        """Yield, token by token, the next token of every prompt; None for a prompt that has met the `stop` token.
+        """Yield, token by token, the next token of every prompt; None for a prompt that has met a `stop` token.
 
         Ends when all have stopped, after max_new_tokens, or when the longest text fills block_size. Temperature 0 is
         greedy; above it, tokens are drawn from the smallest set of probability `top_p` or more (arXiv 1904.09751).
@@ -345,10 +379,11 @@ class Llama(nn.Module):
         last = min(longest + max_new_tokens, room)
         cache = KVCache(self.config, last) if use_cache else None
         stopped, step = torch.zeros(len(prompts), dtype=torch.bool, device=device), tokens
+        stops = torch.tensor(stop, dtype=torch.int64, device=device)
         while tokens.shape[1] < last:
             logits = self(step if cache else tokens, cache=cache, padding=padding)[:, -1]
             step = pick_token(logits, temperature, top_p, generator)  # (B, 1)
-            stopped |= step[:, 0] == (-1 if stop is None else stop)
+            stopped |= torch.isin(step[:, 0], stops)
             if stopped.all():
                 return
             yield [None if s else t for s, t in zip(stopped.tolist(), step[:, 0].tolist(), strict=True)]

@@ -60,7 +60,7 @@ def main() -> None:
         generator = torch.Generator(device).manual_seed(config.seed + number)
         steps = model.stream(
             [prompt], config.max_new_tokens, temperature=config.temperature, top_p=config.top_p,
-            stop=tokenizer.eos, use_cache=not config.no_cache, generator=generator,
+            stop=tokenizer.stop, use_cache=not config.no_cache, generator=generator,
         )  # fmt: skip
         if config.num_samples > 1:
             print(f"--- sample {number + 1}, seed {config.seed + number}")

@@ -2,9 +2,13 @@
 
 SentencePiece writes a space as U+2581 inside its pieces, so a U+2581 of the text itself would come back as a space;
 here it goes through its three byte tokens instead.
+
+A tokenizer is held as bytes, the way that a checkpoint carries it: a SentencePiece model, or the JSON of Hugging Face's
+`tokenizers` (`JsonTokenizer`), which some models have alone and which cannot be turned into the former.
 """
 
 import io
+import json
 import re
 from collections.abc import Iterator
 
@@ -33,8 +37,24 @@ def remedy(reason: str) -> str:
     return reason.strip()
 
 
+def check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # a lone surrogate, which Python makes of a shell's broken bytes
+        raise UserError(f"the text is not valid UTF-8 at character {error.start}: retype it") from None
+
+
+def read_tokenizer(model: bytes | None) -> "Tokenizer":
+    """The tokenizer of a file's or a checkpoint's bytes. Raises UserError when they are none, or damaged."""
+    if model is None:
+        raise UserError("this checkpoint has no tokenizer: import it again, with --tokenizer FILE")
+    return (JsonTokenizer if model[:1] == b"{" else Tokenizer)(model)
+
+
 class Tokenizer:
-    """A SentencePiece model held as bytes, the way that a checkpoint carries it."""
+    """A SentencePiece model; `stop` are the tokens that end a text: EOS, and the BOS of a next one."""
+
+    kind = "SentencePiece"
 
     def __init__(self, model: bytes):
         self.model = model
@@ -43,6 +63,7 @@ class Tokenizer:
         except RuntimeError:
             raise UserError(f"these {len(model):,} bytes are no SentencePiece model: name a tokenizer.model") from None
         self.vocab_size, self.bos, self.eos = self.sp.vocab_size(), self.sp.bos_id(), self.sp.eos_id()
+        self.stop = [token for token in (self.eos, self.bos) if token >= 0]
         # Llama 2's model puts a space before every text. It is no byte of the text, and decoding drops it.
         self.dummy_prefix = self.sp.encode("a", out_type=str)[0].startswith(SPACE)
         self.space_bytes = [self.sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
@@ -72,10 +93,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, without BOS and EOS. Raises UserError for a string that is no valid Unicode."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # a lone surrogate, which Python makes of a shell's broken bytes
-            raise UserError(f"the text is not valid UTF-8 at character {error.start}: retype it") from None
+        check_unicode(text)
         if SPACE not in text or self.dummy_prefix:
             return self.sp.encode(text)
         first, *rest = (self.sp.encode(part) for part in text.split(SPACE))
@@ -88,6 +106,10 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """Text of the ids; control tokens are nothing, and an incomplete UTF-8 sequence is U+FFFD."""
         return self.sp.decode([i for i in ids if i < self.vocab_size])  # a model's vocabulary may be padded
+
+    def piece(self, token: int) -> str:
+        """How the token is written, for control tokens such as </s>."""
+        return self.sp.id_to_piece(token)
 
     def is_exact(self) -> bool:
         """Whether text comes back as it was; an older model without byte fallback, or one that normalizes, fails."""
@@ -105,3 +127,62 @@ class Tokenizer:
         if self.dummy_prefix and self.bos >= 0:
             sizes[self.bos] = -1  # BOS opens a document, and the space put before it counts for nothing
         return np.array(sizes)
+
+
+class JsonTokenizer(Tokenizer):
+    """A tokenizer.json of Hugging Face, with `bos_id` and `eos_ids`, from their config.json, beside its own keys."""
+
+    kind = "tokenizer.json"
+
+    def __init__(self, model: bytes):
+        try:
+            from tokenizers import Tokenizer as Backend
+        except ImportError:
+            raise UserError("a tokenizer.json needs a library to read it: pip install tokenizers") from None
+        self.model = model
+        try:
+            fields = json.loads(model)
+            self.bos, eos = fields.pop("bos_id", -1), fields.pop("eos_ids", [])
+            self.backend = Backend.from_str(json.dumps(fields))
+            self.backend.no_truncation()
+            self.backend.no_padding()
+            self.vocab_size = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
+            self.eos, self.stop = (eos or [-1])[0], sorted(token for token in {*eos, self.bos} if token >= 0)
+            # GPT-2's alphabet has a character for each byte; the other kind writes pieces as SentencePiece does
+            self.byte_level = '"ByteLevel"' in json.dumps([fields["pre_tokenizer"], fields["decoder"]])
+            self.adds_bos = self.backend.encode("").ids[:1] == [self.bos]
+            self.dummy_prefix = self.backend.encode("a", add_special_tokens=False).tokens[0].startswith((SPACE, "Ġ"))
+        except Exception as error:  # the library raises plain Exceptions
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"these {len(model):,} bytes are no tokenizer.json: {reason}") from None
+
+    def encode(self, text: str) -> list[int]:
+        check_unicode(text)
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def prompt(self, text: str) -> list[int]:
+        """As the tokenizer itself begins a text: some models were trained without a BOS, which then opens only ""."""
+        ids = self.encode(text)
+        return [self.bos, *ids] if self.bos >= 0 and (self.adds_bos or not ids) else ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.backend.decode([i for i in ids if i < self.vocab_size])
+
+    def piece(self, token: int) -> str:
+        return self.backend.id_to_token(token)
+
+    def original(self) -> bytes:
+        """The file without the keys that we added."""
+        fields = {k: v for k, v in json.loads(self.model).items() if k not in ("bos_id", "eos_ids")}
+        return json.dumps(fields, ensure_ascii=False).encode()
+
+    def token_bytes(self) -> np.ndarray:
+        sizes = np.zeros(self.vocab_size, dtype=np.int64)
+        special = {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
+        for piece, i in self.backend.get_vocab(with_added_tokens=True).items():
+            is_byte = re.fullmatch("<0x[0-9A-F]{2}>", piece) and not self.byte_level
+            text = piece if self.byte_level else piece.replace(SPACE, " ")
+            sizes[i] = 0 if i in special else 1 if is_byte else len(text) if self.byte_level else len(text.encode())
+        if self.dummy_prefix and self.adds_bos:
+            sizes[self.bos] = -1
+        return sizes

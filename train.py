@@ -312,7 +312,7 @@ def report(model: Llama, tokenizer: Tokenizer, val_tokens: np.ndarray, position:
     minutes = position["seconds"] / 60
     print(f"{position['tokens']:,} tokens in {minutes:.1f} min of training | peak memory {peak / 2**30:.2f} GiB")
     prompt, generator = tokenizer.prompt("") or [0], torch.Generator(device).manual_seed(0)
-    settings = {"temperature": 0.8, "top_p": 0.95, "stop": tokenizer.eos, "generator": generator}
+    settings = {"temperature": 0.8, "top_p": 0.95, "stop": tokenizer.stop, "generator": generator}
     print("--- a sample:")
     model.eval()
     with torch.compiler.set_stance("force_eager"):

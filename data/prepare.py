@@ -36,7 +36,7 @@ DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))  # run as a script, Python looks for modules beside this file only
 
 from config import POSITIONAL, UserError, exit_cleanly, parse
-from tokenizer import SETTINGS, Tokenizer
+from tokenizer import SETTINGS, Tokenizer, read_tokenizer
 
 SPLITS = {"train": 0.90, "val": 0.05, "test": 0.05}
 TOKENIZER_BYTES = 50_000_000  # text that the tokenizer learns from; more changes the pieces little and costs memory
@@ -315,8 +315,8 @@ def given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
     if path.suffix == ".pt":
         from checkpoint import load  # torch is needed for nothing else here
 
-        return Tokenizer(load(path)["tokenizer"])
-    tokenizer = Tokenizer(path.read_bytes())
+        return read_tokenizer(load(path)["tokenizer"])
+    tokenizer = read_tokenizer(path.read_bytes())
     if not tokenizer.is_exact():
         print(f"note: {path} does not return every text as it was, so bits per byte will not be exact", file=sys.stderr)
     return tokenizer

@@ -65,9 +65,24 @@ def quick(script: str, *args) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(args, code or 0, out.getvalue(), err.getvalue())
 
 
+def refused(done, *words):
+    """Exit code 2, one line on stderr that has the words, no traceback."""
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2, f"exit code {done.returncode}: {done.stderr or done.stdout}"
+    assert "Traceback" not in done.stderr and "error: " in lines[-1], done.stderr
+    assert sum("error: " in line for line in lines) == 1 and len(lines[-1]) < 500
+    for word in words:
+        assert str(word) in lines[-1], lines[-1]
+
+
 def start_command(script: str, *args) -> subprocess.Popen:
     line = [sys.executable, str(ROOT / script), *map(str, args)]
     return subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ONE_THREAD)
+
+
+def assert_close(ours, theirs, tolerance, what=""):
+    worst = (ours - theirs).abs().max().item() / max(theirs.abs().max().item(), 1e-30)
+    assert worst <= tolerance, f"{what}: largest difference is {worst:.2e} of the largest value, above {tolerance:.0e}"
 
 
 def sharp_model(seed: int = 0, **settings) -> Llama:

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 import torch
-from conftest import ROOT, command, quick, small_run
+from conftest import ROOT, command, quick, refused, small_run
 
 from checkpoint import load
 from config import NO_FLAG, comments, exit_cleanly
@@ -17,16 +17,6 @@ from eval_ppl import EvalConfig
 from model import ModelConfig
 from sample import SampleConfig
 from train import TrainConfig
-
-
-def refused(done, *words):
-    """Exit code 2, one line on stderr that has the words, no traceback."""
-    lines = done.stderr.strip().splitlines()
-    assert done.returncode == 2, f"exit code {done.returncode}: {done.stderr or done.stdout}"
-    assert "Traceback" not in done.stderr and "error: " in lines[-1], done.stderr
-    assert sum("error: " in line for line in lines) == 1 and len(lines[-1]) < 500
-    for word in words:
-        assert str(word) in lines[-1], lines[-1]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import TINY, sharp_model, to_hugging_face
+from conftest import TINY, assert_close, sharp_model, to_hugging_face
 
 from config import UserError
 from model import IGNORE, HeadGroups, KVCache, Llama, ModelConfig, RMSNorm, pick_token
@@ -25,11 +25,6 @@ TOLERANCE = 1e-5
 
 def tokens_of(shape, seed=0, vocab_size=TINY["vocab_size"]):
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def assert_close(ours, theirs, tolerance, what=""):
-    worst = (ours - theirs).abs().max().item() / max(theirs.abs().max().item(), 1e-30)
-    assert worst <= tolerance, f"{what}: largest difference is {worst:.2e} of the largest value, above {tolerance:.0e}"
 
 
 @pytest.mark.parametrize("attention", ["naive", "sdpa"])
@@ -193,7 +188,7 @@ def test_a_stop_token_ends_its_row_and_the_context_ends_all():
     model = sharp_model()
     free = model.generate([[1], [2]], 30)
     stop = free[0][4]
-    stopped = model.generate([[1], [2]], 30, stop=stop)
+    stopped = model.generate([[1], [2]], 30, stop=[stop])
     for row, whole in zip(stopped, free):
         assert row == (whole[: whole.index(stop)] if stop in whole else whole)
     assert len(model.generate([[1] * 60], 30)[0]) == TINY["block_size"] - 60
