@@ -1,10 +1,17 @@
-"""Save and load one-file checkpoints: atomic on the way out, safe and checked on the way in.
+"""One-file checkpoints: saved whole or not at all, loaded without running code; and a command to look at them, and to
+exchange them with other programs (`convert.py`, `hugging_face.py`).
+
+    python checkpoint.py show out/RUN/ckpt.pt
+    python checkpoint.py import TinyLlama-1.1B/ tiny.pt                       # a Hugging Face folder, or Meta's own
+    python checkpoint.py import stories260K.bin stories.pt --tokenizer tok512.bin        # llama2.c's
+    python checkpoint.py export out/RUN/ckpt.pt FOLDER                        # a Hugging Face folder
 
 A checkpoint is a dict that `torch.load(path, weights_only=True)` reads, and that needs no other file:
 
-    model       the plain state dict, float32
+    model       the plain state dict: float32 from train.py, an imported model's own dtype
     config      the fields of ModelConfig
-    tokenizer   the bytes of the SentencePiece model
+    tokenizer   the bytes of the SentencePiece model or tokenizer.json, or None
+    source      what it was imported from; else, from train.py:
     data        the record of the training data: meta.json, with its checksums
     train       the fields of TrainConfig
     step, tokens, seconds    training position: optimizer steps, tokens seen, seconds spent
@@ -14,16 +21,24 @@ There is no random state in it, because none is needed: batches and dropout are 
 """
 
 import os
+import string
+import types
+import typing
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 import torch
 
-from config import UserError, pick
+from config import POSITIONAL, UserError, exit_cleanly, parse, pick
 from model import Llama, ModelConfig
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, read_tokenizer
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @contextmanager
@@ -49,48 +64,212 @@ def save(path: Path, checkpoint: dict) -> None:
         torch.save(checkpoint, file)
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> dict:
-    """Read a checkpoint without running any code in it. Raises UserError if it is missing, damaged or foreign."""
+def map_file(path: Path) -> object:
+    """What torch.save wrote, its tensors mapped from the file: a page takes memory when it is read, writing to a tensor
+    changes the memory alone. Raises whatever the bytes of a foreign file make the readers stumble over."""
+    with zipfile.ZipFile(path) as archive:  # torch.save never compresses; a compressed pickle could fill the memory
+        assert sum(entry.file_size for entry in archive.infolist()) <= path.stat().st_size, "a compressed archive"
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+
+
+def load(path: str | Path) -> dict:
+    """Map a checkpoint, on the CPU, without running any code in it. Raises UserError if it is missing, damaged or
+    foreign."""
     path = Path(path)
     if not path.is_file():
         remedy = f"name {path / 'ckpt.pt'}" if (path / "ckpt.pt").exists() else "train one with python train.py"
         raise UserError(f"{path}: no such checkpoint; {remedy}")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except Exception:  # the unpickler raises whatever the bytes of a foreign file make it stumble over
+        checkpoint = map_file(path)
+    except Exception:
         size = f"{path.stat().st_size:,} bytes"
         raise UserError(f"{path} ({size}) is no checkpoint of train.py, or was cut short in a copy") from None
-    keys = {"model": dict, "config": dict, "tokenizer": bytes}
-    if not isinstance(checkpoint, dict) or any(not isinstance(checkpoint.get(k), t) for k, t in keys.items()):
+    keys = {"model": dict, "config": dict, "tokenizer": (bytes, type(None))}
+    if not isinstance(checkpoint, dict) or any(not isinstance(checkpoint.get(k, 0), t) for k, t in keys.items()):
         raise UserError(f"{path} is no checkpoint of train.py: it lacks {', '.join(keys)}")
+    check_tensors(checkpoint["model"], path, path.stat().st_size)
     return checkpoint
+
+
+def check_tensors(weights: dict, path: Path, size: int) -> None:
+    """Raise UserError for what is no plain tensor of floats, and for views that claim more than the file's `size`."""
+    total = 0
+    for name, x in weights.items():
+        dense = isinstance(x, torch.Tensor) and x.device.type == "cpu" and x.layout == torch.strided
+        if not isinstance(name, str) or not dense or x.dtype not in FLOATS or not x.is_contiguous():
+            kind = f"{x.dtype} on {x.device}" if isinstance(x, torch.Tensor) else type(x).__name__
+            raise UserError(f"{path}: {name} is {kind}; plain tensors are read, of {', '.join(map(str, FLOATS))}")
+        tied = name == "output.weight" and x.data_ptr() == weights.get("tok_embeddings.weight", x[:0]).data_ptr()
+        total += 0 if tied else x.nbytes
+    if total > size:
+        raise UserError(f"{path} is damaged: its {size:,} bytes cannot hold tensors of {total:,}")
+
+
+def is_a(value: object, kind: object) -> bool:
+    """Whether a value has a type such as int, float | None, Literal["a", "b"] or list[list[int]]."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:
+        return any(is_a(value, k) for k in args)
+    if origin is Literal:
+        return value in args
+    if origin is list:
+        return isinstance(value, list) and all(is_a(v, args[0]) for v in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(is_a(v, args[1]) for v in value.values())
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 def model_config(checkpoint: dict, **changes) -> ModelConfig:
     """The checkpoint's ModelConfig, with the fields in `changes` replaced. Raises UserError if it cannot be read."""
     settings = {**checkpoint["config"], **changes}
     if unknown := set(settings) - set(pick(ModelConfig, settings)):
-        raise UserError(f"the checkpoint has settings that this version does not know: {', '.join(sorted(unknown))}")
-    try:
-        return ModelConfig(**settings)
-    except (TypeError, AttributeError) as error:
-        raise UserError(f"the checkpoint's config has a value of a wrong type: {error}") from None
+        names = ", ".join(sorted(map(str, unknown)))
+        raise UserError(f"the checkpoint has settings that this version does not know: {names}")
+    kinds = typing.get_type_hints(ModelConfig)
+    if wrong := [name for name, value in settings.items() if not is_a(value, kinds[name])]:
+        value = repr(settings[wrong[0]])[:80]
+        raise UserError(f"the checkpoint's config has a value of a wrong type: {wrong[0]} is {value}")
+    return ModelConfig(**settings)
+
+
+def compare(wanted: dict[str, torch.Tensor], found: dict[str, torch.Tensor], where: str) -> None:
+    """Raise UserError unless `where` has the tensors that its config asks for, in their shapes, and no others."""
+    for name in sorted(wanted | found):
+        ask, have = (list(state[name].shape) if name in state else None for state in (wanted, found))
+        if ask != have:
+            shapes = f"its config makes {name} {ask or 'absent'}, and it holds {have or 'none'}"
+            hint = "a bias, which this Llama does not have" if name.endswith(".bias") and not ask else ""
+            raise UserError(f"{where} contradicts itself: {shapes}; {hint or 'it is damaged or of another version'}")
+
+
+def empty_model(config: ModelConfig) -> Llama:
+    """A model without memory for its weights, which are to be assigned."""
+    with torch.device("meta"):
+        return Llama(config)
 
 
 def load_weights(model: Llama, checkpoint: dict) -> None:
     """Copy the checkpoint's weights into the model. Raises UserError when one is missing or misshapen."""
-    wanted, found = (
-        {k: list(v.shape) for k, v in state.items()} for state in (model.state_dict(), checkpoint["model"])
-    )
-    for name in sorted(wanted | found):
-        if wanted.get(name) != found.get(name):
-            shapes = f"its config makes {name} {wanted.get(name, 'absent')}, and it holds {found.get(name, 'none')}"
-            raise UserError(f"the checkpoint contradicts itself: {shapes}; it is damaged or of another version")
+    compare(model.state_dict(), checkpoint["model"], "the checkpoint")
     model.load_state_dict(checkpoint["model"])
+
+
+def build_model(checkpoint: dict, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Llama:
+    """The model of a loaded checkpoint, in eval mode. Its weights are the mapped file's, in their own dtype, as long as
+    they stay on the CPU and no other `dtype` is asked for; weights of several dtypes become float32."""
+    model = empty_model(model_config(checkpoint))
+    compare(model.state_dict(), checkpoint["model"], "the checkpoint")
+    model.load_state_dict(checkpoint["model"], assign=True)
+    if model.config.tie_embeddings:  # assigning has made two parameters of the one
+        model.output.weight = model.tok_embeddings.weight
+    if len({p.dtype for p in model.parameters()}) > 1:
+        dtype = dtype or torch.float32
+    return model.to(device, dtype).eval()
 
 
 def build(checkpoint: dict, device: str | torch.device = "cpu") -> tuple[Llama, Tokenizer]:
     """The model, in eval mode, and the tokenizer of a loaded checkpoint."""
-    model = Llama(model_config(checkpoint)).to(device)
-    load_weights(model, checkpoint)
-    return model.eval(), Tokenizer(checkpoint["tokenizer"])
+    tokenizer = read_tokenizer(checkpoint["tokenizer"])
+    return build_model(checkpoint, device), tokenizer
+
+
+# ---- the command ----
+
+
+@dataclass
+class CheckpointConfig:
+    """checkpoints"""
+
+    action: Literal["show", "import", "export"]  # what to do
+    source: str  # the checkpoint; for import a Hugging Face or Meta folder, or a llama2.c .bin
+    out: str | None = field(default=None, metadata=POSITIONAL)  # import: the checkpoint; export: the folder to write
+    tokenizer: str | None = None  # import: tokenizer.model, tokenizer.json or llama2.c's .bin (default: the folder's)
+    block_size: int | None = None  # import: longest context, tokens (default: what the source says)
+    overwrite: bool = False  # replace what stands at OUT
+
+
+def picture(groups: list[list[int]]) -> list[str]:
+    """One line for each run of equal layers: its numbers, and the group of every query head as a letter."""
+    letters, lines = string.ascii_uppercase + string.ascii_lowercase, []
+    for of_head, run in groupby(enumerate(groups), key=lambda pair: pair[1]):
+        layers = [layer for layer, _ in run]
+        span = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else f"{layers[0]}"
+        few = max(of_head) < len(letters)
+        heads = "".join(letters[g] for g in of_head) if few else " ".join(map(str, of_head))
+        lines.append(f"  {span:7} {heads}  ({max(of_head) + 1} of {len(of_head)})")
+    return lines
+
+
+def parts(model: Llama) -> dict[str, int]:
+    """Parameters of each kind of layer, tied ones counted once."""
+    sizes: dict[str, int] = {}
+    for name, p in model.named_parameters():
+        part = name.removesuffix(".weight").removesuffix(".bias").split(".", 2)[-1] if "layers." in name else name
+        part = "norms" if "norm" in part else part.removesuffix(".weight")
+        sizes[part] = sizes.get(part, 0) + p.numel()
+    return sizes
+
+
+def training_position(checkpoint: dict) -> str:
+    """How far the training is, or that there was none here."""
+    if "step" not in checkpoint:
+        return f"none here; imported from {checkpoint.get('source', 'an unknown place')}"
+    train, minutes = checkpoint["train"], checkpoint["seconds"] / 60
+    done = f"step {checkpoint['step']} of {train['max_steps']}, {checkpoint['tokens']:,} tokens, {minutes:.1f} min"
+    return f"{done}, with {train['optimizer']} on {train['dataset']}, seed {train['seed']}"
+
+
+def show(path: str) -> None:
+    """Print what a checkpoint is; its weights are not read."""
+    checkpoint = load(path)
+    c, weights = model_config(checkpoint), checkpoint["model"]
+    model = empty_model(c)
+    compare(model.state_dict(), weights, path)
+    stored = sorted({str(x.dtype).removeprefix("torch.") for x in weights.values()})
+    print(f"{path}: {model.num_params():,} parameters, {', '.join(stored)}, {Path(path).stat().st_size:,} bytes")
+    settings = {k: v for k, v in asdict(c).items() if not k.endswith("_groups") and v is not None}
+    print("config\n  " + "\n  ".join(f"{name:14} {value}" for name, value in settings.items()))
+    print("parameters by part")
+    for part, size in parts(model).items():
+        print(f"  {part:20} {size:>14,}  {100 * size / model.num_params():5.1f}%")
+    for name in ("k_groups", "v_groups"):
+        print(f"{name}: layers, and a letter for the {name[0].upper()} group that each query head reads")
+        print("\n".join(picture(getattr(c, name))))
+    itemsize = weights["tok_embeddings.weight"].itemsize
+    cache, whole = c.kv_numbers_per_token * itemsize, 2 * c.n_layer * c.n_head * c.head_dim * itemsize
+    full = f"{cache * c.block_size / 2**20:,.1f} MiB for a context of {c.block_size:,}"
+    print(f"KV cache: {cache:,} bytes a token ({100 * cache / whole:.0f}% of multi-head attention's {whole:,}), {full}")
+    if checkpoint["tokenizer"]:
+        tokenizer = read_tokenizer(checkpoint["tokenizer"])
+        print(f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, BOS {tokenizer.bos}, EOS {tokenizer.eos}")
+    else:
+        print("tokenizer: none")
+    print(f"LoRA: none\ntraining: {training_position(checkpoint)}")
+
+
+def main() -> None:
+    config = CheckpointConfig(**parse(__doc__, CheckpointConfig))
+    if config.action == "show":
+        show(config.source)
+        return
+    from convert import read  # both need this module
+    from hugging_face import export
+
+    if not config.out:
+        raise UserError(f"{config.action} writes a file or folder: name it behind {config.source}")
+    out = Path(config.out)
+    if out.exists() and not config.overwrite:
+        raise UserError(f"{out} exists: give another name, or --overwrite")
+    if config.action == "export":
+        print(export(load(config.source), out))
+        return
+    checkpoint, notes = read(Path(config.source), config.tokenizer, config.block_size)
+    save(out, checkpoint)
+    print("".join(f"note: {note}\n" for note in notes), end="")
+    show(config.out)
+    if checkpoint["tokenizer"]:
+        print(f"--- next:\npython eval_ppl.py {out} --text FILE\npython sample.py {out}")
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

@@ -53,7 +53,7 @@ class EvalConfig:
     max_tokens: int | None = None  # stop after so many tokens (default: all)
     batch_size: int = 16  # windows computed at a time
     device: str = "auto"  # cuda, mps, cpu or auto
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"  # of matrix products
+    dtype: Literal["own", "auto", "float32", "bfloat16", "float16"] = "own"  # of matrix products; own: the weights'
     json: bool = False  # print one JSON object and nothing else
 
 
@@ -161,10 +161,11 @@ def bits_per_byte(nats: float, tokens: np.ndarray, tokenizer: Tokenizer) -> floa
 
 def evaluate(config: EvalConfig) -> tuple[dict, str]:
     """The JSON record, and a line about the text and the arithmetic."""
-    device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
-    checkpoint = load(config.ckpt)
+    device, checkpoint = pick_device(config.device), load(config.ckpt)
     model, tokenizer = build(checkpoint, device)
+    dtype = own = model.tok_embeddings.weight.dtype
+    if config.dtype != "own" and (dtype := pick_dtype(config.dtype, device)) != own:
+        model.float()  # autocast rounds the operands of matrix products, and leaves all else in the weights' dtype
     context = model.config.block_size if config.context is None else config.context
     stride = max(1, context // 2) if config.stride is None else config.stride
     for name in ("max_tokens", "batch_size"):
@@ -180,11 +181,12 @@ def evaluate(config: EvalConfig) -> tuple[dict, str]:
     passes = ("sliding" in methods) + (set(methods) != {"sliding"})
     return {
         **record,
+        "loss": nats,
         "bits_per_byte": bits_per_byte(nats, tokens, tokenizer),
         "tokens": len(tokens) - 1,
         "context": context,
         "stride": stride if "sliding" in methods else None,
-        "tokenizer": f"SentencePiece {tokenizer.vocab_size:,} {hashlib.sha256(tokenizer.model).hexdigest()[:8]}",
+        "tokenizer": f"{tokenizer.kind} {tokenizer.vocab_size:,} {hashlib.sha256(tokenizer.model).hexdigest()[:8]}",
         "params": model.num_params(),
         "kv_bytes_per_token": model.config.kv_numbers_per_token * model.tok_embeddings.weight.itemsize,
         "tokens_per_s": passes * (len(tokens) - 1) / (time.perf_counter() - began),
@@ -203,7 +205,7 @@ def main() -> None:
         if record[method] is not None:
             stride = f", stride {record['stride']}" if method == "sliding" else ""
             print(f"perplexity {record[method]:.4f} | {method} | {protocol}{stride}")
-    print(f"bits per byte {record['bits_per_byte']:.4f}")
+    print(f"loss {record['loss']:.4f} nats a token | bits per byte {record['bits_per_byte']:.4f}")
     kv, rate = record["kv_bytes_per_token"], record["tokens_per_s"]
     print(f"parameters {record['params']:,} | KV cache {kv:,} bytes a token | {rate:,.0f} tokens/s")
 

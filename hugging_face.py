@@ -1,0 +1,282 @@
+"""Hugging Face's folder of a LlamaForCausalLM, read and written.
+
+    config.json    model.safetensors or pytorch_model.bin, whole or sharded    tokenizer.model or tokenizer.json
+
+Two conventions differ from ours. Hugging Face turns the pairs (f, f + D/2) of a head where Meta's Llama and ours turn
+(2f, 2f + 1), so the rows of wq and wk are permuted on the way. And it knows K/V groups of one size alone: uneven ones
+are written as the smallest number of K/V heads that represents them. What cannot be represented exactly is refused.
+"""
+
+import json
+import math
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from checkpoint import check_tensors, compare, empty_model, map_file, model_config
+from config import UserError
+from model import ROPE_SCALING, ModelConfig
+from tokenizer import JsonTokenizer, read_tokenizer
+
+FILES = ("config.json", "model.safetensors", "tokenizer.model", "tokenizer.json", "tokenizer_config.json")  # we write
+Settings, Weights = dict[str, object], dict[str, torch.Tensor]
+
+NAMES = {  # ours: Hugging Face's; within a layer, and outside
+    "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",
+}  # fmt: skip
+FIELDS = {  # ours: (config.json's, what a missing one means there)
+    "n_layer": ("num_hidden_layers",), "n_head": ("num_attention_heads",), "n_kv_head": ("num_key_value_heads", None),
+    "dim": ("hidden_size",), "head_dim": ("head_dim", None), "hidden_dim": ("intermediate_size",),
+    "block_size": ("max_position_embeddings", 2048), "vocab_size": ("vocab_size",),
+    "norm_eps": ("rms_norm_eps", 1e-6), "tie_embeddings": ("tie_word_embeddings", False),
+}  # fmt: skip
+
+
+def their_name(ours: str) -> str:
+    """layers.3.attention.wq.weight -> model.layers.3.self_attn.q_proj.weight"""
+    layer, part = re.fullmatch(r"(layers\.\d+\.)?(.+)\.weight", ours).groups()
+    return f"{'model.' + layer if layer else ''}{NAMES[part]}.weight"
+
+
+def our_name(theirs: str) -> str:
+    """The reverse; a name that we do not know stays, for the error to tell."""
+    layer, part = re.fullmatch(r"(?:model\.(layers\.\d+\.))?(.+?)(?:\.weight)?", theirs).groups()
+    ours = {theirs: ours for ours, theirs in NAMES.items()}.get(part)
+    return f"{layer or ''}{ours}.weight" if ours and theirs.endswith(".weight") else theirs
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file. Raises UserError when it is none."""
+    try:
+        content = json.loads(path.read_bytes())
+        assert isinstance(content, dict), "no JSON object"
+        return content
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} has no {path.name}: is it a Hugging Face or Meta folder of a model?") from None
+    except (ValueError, AssertionError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {str(error)[:120]}") from None
+
+
+def read_hugging_face(folder: Path) -> tuple[Settings, Weights, dict]:
+    config = read_json(folder / "config.json")
+    settings = hugging_face_settings(config, folder / "config.json")
+    weights = {}
+    for name, x in hugging_face_tensors(folder).items():
+        if not name.endswith("rotary_emb.inv_freq"):  # a buffer that old releases saved; it follows from the config
+            weights[our_name(name)] = x
+    head_dim = model_config({"config": settings}).head_dim
+    for name, x in weights.items():
+        if name.endswith(("attention.wq.weight", "attention.wk.weight")) and x.shape[0] % head_dim == 0:
+            permute_rows(x, head_dim, to_pairs=True)
+    return settings, weights, config
+
+
+def hugging_face_settings(config: dict, path: Path) -> Settings:
+    """The fields of ModelConfig. Raises UserError for what a Llama of ours cannot be."""
+    named = config.get("architectures") or [{"llama": "LlamaForCausalLM"}.get(config.get("model_type"), "unnamed")]
+    if named != ["LlamaForCausalLM"]:
+        raise UserError(f"{path}: architecture {' '.join(map(str, named))} is not supported, LlamaForCausalLM alone is")
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = scaling if isinstance(scaling, dict) else {"rope_type": scaling}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    unsupported = {
+        "attention_bias": config.get("attention_bias"),
+        "mlp_bias": config.get("mlp_bias"),
+        "quantization_config": config.get("quantization_config"),
+        "hidden_act": config.get("hidden_act", "silu") != "silu" and config["hidden_act"],
+        "RoPE type": kind not in ("default", "llama3") and kind,
+        "partial_rotary_factor": partial not in (None, 1) and partial,
+    }
+    if found := [f"{name} {str(value)[:60]}" for name, value in unsupported.items() if value]:
+        raise UserError(f"{path}: {', '.join(found)} is not supported")
+    settings: Settings = {}
+    for ours, (theirs, *default) in FIELDS.items():
+        if theirs not in config and not default:
+            raise UserError(f"{path} lacks {theirs}")
+        settings[ours] = config.get(theirs, *default)
+    settings["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    if kind == "llama3":
+        known = {"original_max_position_embeddings": settings["block_size"], **rope}
+        settings["rope_scaling"] = {name: known.get(name) for name in ROPE_SCALING}
+    return settings
+
+
+def hugging_face_tensors(folder: Path) -> Weights:
+    """All tensors of the folder's weight files, mapped. Raises UserError when files are missing or damaged."""
+    for whole in (folder / "model.safetensors", folder / "pytorch_model.bin"):
+        index = folder / (whole.name + ".index.json")
+        if whole.exists():
+            return open_weights(whole)
+        if index.exists():
+            weights: Weights = {}
+            shards = read_json(index).get("weight_map")
+            shards = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
+            for shard in shards:
+                if Path(shard).name != shard or not (folder / shard).is_file():
+                    raise UserError(f"{index} names {shard}, which is not there: complete the download")
+                more = open_weights(folder / shard)
+                if twice := set(more) & set(weights):
+                    raise UserError(f"{folder / shard}: {min(twice)} is in another file, too")
+                weights |= more
+            return weights
+    raise UserError(f"{folder} has no model.safetensors and no pytorch_model.bin, whole or sharded: is this all of it?")
+
+
+def open_weights(path: Path) -> Weights:
+    """The tensors of a .safetensors or torch.save file, mapped. Raises UserError when it is damaged."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with safe_open(path, framework="pt") as file:
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        else:
+            weights = map_file(path)
+            assert isinstance(weights, dict) and all(isinstance(name, str) for name in weights), "no state dict"
+            weights = {k: x.detach() if isinstance(x, torch.Tensor) else x for k, x in weights.items()}
+    except ImportError:
+        raise UserError(f"{path} needs a library to read it: pip install safetensors") from None
+    except Exception as error:  # the readers raise whatever the bytes make them stumble over
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise UserError(f"{path} is damaged, or was cut short in a download: {reason}") from None
+    check_tensors(weights, path, path.stat().st_size)
+    return weights
+
+
+@torch.no_grad()
+def permute_rows(weight: torch.Tensor, head_dim: int, to_pairs: bool) -> None:
+    """Rows f, f + D/2 of every head of wq or wk become 2f, 2f + 1, or back; in place, which a mapped file does not see:
+    its private pages replace those of the file, so that nothing is held twice."""
+    split = (2, head_dim // 2) if to_pairs else (head_dim // 2, 2)
+    weight.copy_(weight.unflatten(0, (-1, *split)).transpose(1, 2).flatten(0, 2))
+
+
+# ---- out ----
+
+
+def export(checkpoint: dict, folder: Path) -> str:
+    """Write the Hugging Face folder of a checkpoint, whole or not at all, and return what was written, in words.
+
+    Raises UserError for what LlamaForCausalLM cannot be.
+    """
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise UserError("Hugging Face's format needs a library to write it: pip install safetensors") from None
+    c, weights = model_config(checkpoint), dict(checkpoint["model"])
+    compare(empty_model(c).state_dict(), weights, "the checkpoint")
+    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= set(FILES)):
+        raise UserError(f"{folder} holds something else than an exported model: choose another name")
+    if c.novel:
+        raise UserError("a --novel model has a layer that no other Llama has: it cannot be exported")
+    if c.dim % c.n_head:
+        raise UserError(f"dim {c.dim} is no multiple of n_head {c.n_head}, which transformers asks for")
+    heads = expand_groups(weights, c)
+    for name in weights:
+        if name.endswith(("attention.wq.weight", "attention.wk.weight")):
+            permute_rows(weights[name], c.head_dim, to_pairs=False)
+    if c.tie_embeddings:
+        del weights["output.weight"]
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        save_file({their_name(k): x for k, x in weights.items()}, partial / "model.safetensors", {"format": "pt"})
+        if checkpoint["tokenizer"]:
+            write_tokenizer(checkpoint["tokenizer"], partial)
+        config = hugging_face_config(c, heads, checkpoint, weights)
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except Exception as error:  # safetensors has an error of its own for a full disk
+        raise UserError(f"cannot write {folder}: {error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return words(c, heads, checkpoint["model"], weights, folder)
+
+
+def uniform_heads(c: ModelConfig) -> tuple[int, list[list[int]]]:
+    """The smallest number of equal K/V groups that represents the model, and the order of query heads in each layer.
+
+    Heads may change places, if the columns of wo go with them. Heads of the same K and the same V group make a class;
+    equal runs of `run` heads can be cut from classes of any sizes that `run` divides, in every layer, so the longest
+    run is the greatest common divisor of all sizes.
+    """
+    classes = [list(zip(k, v)) for k, v in zip(c.k_groups, c.v_groups)]
+    run = math.gcd(*(size for layer in classes for size in Counter(layer).values()))
+    return c.n_head // run, [sorted(range(c.n_head), key=lambda h, of=of: of.index(of[h])) for of in classes]
+
+
+def expand_groups(weights: Weights, c: ModelConfig) -> int:
+    """Rewrite the attention weights, in the dict, for equal neighbouring groups; return their number."""
+    heads, orders = uniform_heads(c)
+    run = c.n_head // heads
+
+    def pick(name: str, ids: list[int], dim: int = 0) -> None:
+        """Rows or columns of the heads `ids`; none are copied where all stay."""
+        x = weights[name].unflatten(dim, (-1, c.head_dim))
+        if ids != list(range(x.shape[dim])):
+            index = torch.tensor(ids)
+            weights[name] = x.index_select(dim, index).flatten(dim, dim + 1).contiguous()
+
+    for layer, order in enumerate(orders):
+        at = f"layers.{layer}.attention."
+        pick(at + "wq.weight", order)
+        pick(at + "wo.weight", order, dim=1)
+        pick(at + "wk.weight", [c.k_groups[layer][head] for head in order[::run]])
+        pick(at + "wv.weight", [c.v_groups[layer][head] for head in order[::run]])
+    return heads
+
+
+def hugging_face_config(c: ModelConfig, heads: int, checkpoint: dict, weights: Weights) -> dict:
+    """config.json, in the words that transformers 4 and 5, vLLM and llama.cpp all read."""
+    dtypes = {str(x.dtype).removeprefix("torch.") for x in weights.values()}
+    values = {ours: getattr(c, ours) for ours in FIELDS} | {"n_kv_head": heads}
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        **{FIELDS[ours][0]: value for ours, value in values.items()},
+        "attention_bias": False, "mlp_bias": False, "rope_theta": c.rope_theta,
+        "rope_scaling": {"rope_type": "llama3", **c.rope_scaling} if c.rope_scaling else None,
+        "torch_dtype": dtypes.pop() if len(dtypes) == 1 else "float32",
+    }  # fmt: skip
+    if checkpoint["tokenizer"]:
+        tokenizer = read_tokenizer(checkpoint["tokenizer"])
+        ends = [token for token in tokenizer.stop if token != tokenizer.bos] or [tokenizer.eos]
+        ids = {"bos_token_id": tokenizer.bos, "eos_token_id": ends[0] if len(ends) == 1 else ends}
+        config |= {name: None if value == -1 else value for name, value in ids.items()}
+    return config
+
+
+def write_tokenizer(data: bytes, folder: Path) -> None:
+    """The tokenizer's file, and the one that says how to open it."""
+    tokenizer = read_tokenizer(data)
+    settings = {"add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}
+    if isinstance(tokenizer, JsonTokenizer):
+        (folder / "tokenizer.json").write_bytes(tokenizer.original())
+        settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": tokenizer.adds_bos}
+    else:
+        (folder / "tokenizer.model").write_bytes(data)
+        settings |= {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_prefix_space": tokenizer.dummy_prefix}
+    names = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
+    settings |= {name: tokenizer.piece(token) for name, token in names.items() if token >= 0}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def words(c: ModelConfig, heads: int, before: Weights, after: Weights, folder: Path) -> str:
+    """What was written, and what an expansion of uneven groups costs."""
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    text = f"wrote {folder}, {size:,} bytes, {heads} K/V heads of {c.n_head}"
+    itemsize = after["tok_embeddings.weight"].itemsize
+    ours, theirs = c.kv_numbers_per_token * itemsize, 2 * c.n_layer * heads * c.head_dim * itemsize
+    if theirs != ours:
+        grown = sum(after[name].nbytes - before[name].nbytes for name in after)
+        text += f"\nuneven groups, expanded to {heads} equal ones: the KV cache takes {theirs:,} bytes a token there"
+        text += f" and {ours:,} here, the weights {grown:,} bytes more"
+    return text
