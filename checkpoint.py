@@ -21,11 +21,13 @@ There is no random state in it, because none is needed: batches and dropout are 
 """
 
 import os
+import re
 import string
 import types
 import typing
 import zipfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
@@ -69,6 +71,7 @@ def map_file(path: Path) -> object:
     changes the memory alone. Raises whatever the bytes of a foreign file make the readers stumble over."""
     with zipfile.ZipFile(path) as archive:  # torch.save never compresses; a compressed pickle could fill the memory
         assert sum(entry.file_size for entry in archive.infolist()) <= path.stat().st_size, "a compressed archive"
+        assert not archive.testzip(), "a checksum is wrong"  # torch.load would not look
     return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
@@ -93,14 +96,14 @@ def load(path: str | Path) -> dict:
 
 def check_tensors(weights: dict, path: Path, size: int) -> None:
     """Raise UserError for what is no plain tensor of floats, and for views that claim more than the file's `size`."""
-    total = 0
+    total, tied = 0, {"output.weight": "tok_embeddings.weight", "lm_head.weight": "model.embed_tokens.weight"}
     for name, x in weights.items():
         dense = isinstance(x, torch.Tensor) and x.device.type == "cpu" and x.layout == torch.strided
         if not isinstance(name, str) or not dense or x.dtype not in FLOATS or not x.is_contiguous():
             kind = f"{x.dtype} on {x.device}" if isinstance(x, torch.Tensor) else type(x).__name__
             raise UserError(f"{path}: {name} is {kind}; plain tensors are read, of {', '.join(map(str, FLOATS))}")
-        tied = name == "output.weight" and x.data_ptr() == weights.get("tok_embeddings.weight", x[:0]).data_ptr()
-        total += 0 if tied else x.nbytes
+        twin = weights.get(tied.get(name))
+        total += 0 if isinstance(twin, torch.Tensor) and twin.data_ptr() == x.data_ptr() else x.nbytes
     if total > size:
         raise UserError(f"{path} is damaged: its {size:,} bytes cannot hold tensors of {total:,}")
 
@@ -116,7 +119,7 @@ def is_a(value: object, kind: object) -> bool:
         return isinstance(value, list) and all(is_a(v, args[0]) for v in value)
     if origin is dict:
         return isinstance(value, dict) and all(is_a(v, args[1]) for v in value.values())
-    return type(value) is kind or (kind is float and type(value) is int)
+    return type(value) is kind or (kind is float and type(value) is int and abs(value) < 2**53)
 
 
 def model_config(checkpoint: dict, **changes) -> ModelConfig:
@@ -138,14 +141,20 @@ def compare(wanted: dict[str, torch.Tensor], found: dict[str, torch.Tensor], whe
         ask, have = (list(state[name].shape) if name in state else None for state in (wanted, found))
         if ask != have:
             shapes = f"its config makes {name} {ask or 'absent'}, and it holds {have or 'none'}"
-            hint = "a bias, which this Llama does not have" if name.endswith(".bias") and not ask else ""
-            raise UserError(f"{where} contradicts itself: {shapes}; {hint or 'it is damaged or of another version'}")
+            bias = name.endswith(".bias") and not ask
+            why = "this Llama has no such biases" if bias else "it is damaged or of another version"
+            raise UserError(f"{where} contradicts itself: {shapes}; {why}")
 
 
-def empty_model(config: ModelConfig) -> Llama:
-    """A model without memory for its weights, which are to be assigned."""
+def empty_model(c: ModelConfig, weights: dict[str, torch.Tensor], where: str, spell: Callable = str) -> Llama:
+    """A model without memory, for weights that are compared with it, under names that `spell` makes of ours."""
+    layers = len({re.sub(r".*\blayers\.(\d+)\..*", r"\1", name) for name in weights if "layers." in name})
+    if layers != c.n_layer:  # found out before so many are built
+        raise UserError(f"{where} contradicts itself: its config asks for {c.n_layer} layers, and it holds {layers}")
     with torch.device("meta"):
-        return Llama(config)
+        model = Llama(c)
+    compare({spell(name): x for name, x in model.state_dict().items()}, weights, where)
+    return model
 
 
 def load_weights(model: Llama, checkpoint: dict) -> None:
@@ -157,8 +166,7 @@ def load_weights(model: Llama, checkpoint: dict) -> None:
 def build_model(checkpoint: dict, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Llama:
     """The model of a loaded checkpoint, in eval mode. Its weights are the mapped file's, in their own dtype, as long as
     they stay on the CPU and no other `dtype` is asked for; weights of several dtypes become float32."""
-    model = empty_model(model_config(checkpoint))
-    compare(model.state_dict(), checkpoint["model"], "the checkpoint")
+    model = empty_model(model_config(checkpoint), checkpoint["model"], "the checkpoint")
     model.load_state_dict(checkpoint["model"], assign=True)
     if model.config.tie_embeddings:  # assigning has made two parameters of the one
         model.output.weight = model.tok_embeddings.weight
@@ -188,32 +196,33 @@ class CheckpointConfig:
     overwrite: bool = False  # replace what stands at OUT
 
 
-def picture(groups: list[list[int]]) -> list[str]:
-    """One line for each run of equal layers: its numbers, and the group of every query head as a letter."""
-    letters, lines = string.ascii_uppercase + string.ascii_lowercase, []
-    for of_head, run in groupby(enumerate(groups), key=lambda pair: pair[1]):
-        layers = [layer for layer, _ in run]
-        span = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else f"{layers[0]}"
-        few = max(of_head) < len(letters)
-        heads = "".join(letters[g] for g in of_head) if few else " ".join(map(str, of_head))
-        lines.append(f"  {span:7} {heads}  ({max(of_head) + 1} of {len(of_head)})")
-    return lines
+def picture(c: ModelConfig) -> Iterator[str]:
+    """A line for each run of equal layers: the K and the V group that every query head reads, as letters."""
+    letters = string.ascii_uppercase + string.ascii_lowercase
+
+    def drawn(of_head: list[int]) -> str:
+        heads = "".join(letters[g] for g in of_head) if max(of_head) < 52 else " ".join(map(str, of_head))
+        return f"{heads} ({max(of_head) + 1})"
+
+    yield f"  {'layer':8} {'K group of each query head':{c.n_head + 20}} V group"
+    for (k, v), run in groupby(range(c.n_layer), key=lambda layer: (c.k_groups[layer], c.v_groups[layer])):
+        first, *_, last = [*run] * 2
+        yield f"  {first if first == last else f'{first}-{last}':<8} {drawn(k):{c.n_head + 20}} {drawn(v)}"
 
 
-def parts(model: Llama) -> dict[str, int]:
+def parts(model: Llama) -> Counter:
     """Parameters of each kind of layer, tied ones counted once."""
-    sizes: dict[str, int] = {}
+    sizes = Counter()
     for name, p in model.named_parameters():
-        part = name.removesuffix(".weight").removesuffix(".bias").split(".", 2)[-1] if "layers." in name else name
-        part = "norms" if "norm" in part else part.removesuffix(".weight")
-        sizes[part] = sizes.get(part, 0) + p.numel()
+        part = re.sub(r"^layers\.\d+\.|\.weight$|\.bias$", "", name)
+        sizes["norms" if part.endswith("norm") else part] += p.numel()
     return sizes
 
 
 def training_position(checkpoint: dict) -> str:
     """How far the training is, or that there was none here."""
-    if "step" not in checkpoint:
-        return f"none here; imported from {checkpoint.get('source', 'an unknown place')}"
+    if not {"step", "tokens", "seconds", "train"} <= set(checkpoint):
+        return f"none; imported from {checkpoint.get('source', 'an unknown place')}"
     train, minutes = checkpoint["train"], checkpoint["seconds"] / 60
     done = f"step {checkpoint['step']} of {train['max_steps']}, {checkpoint['tokens']:,} tokens, {minutes:.1f} min"
     return f"{done}, with {train['optimizer']} on {train['dataset']}, seed {train['seed']}"
@@ -223,8 +232,7 @@ def show(path: str) -> None:
     """Print what a checkpoint is; its weights are not read."""
     checkpoint = load(path)
     c, weights = model_config(checkpoint), checkpoint["model"]
-    model = empty_model(c)
-    compare(model.state_dict(), weights, path)
+    model = empty_model(c, weights, path)
     stored = sorted({str(x.dtype).removeprefix("torch.") for x in weights.values()})
     print(f"{path}: {model.num_params():,} parameters, {', '.join(stored)}, {Path(path).stat().st_size:,} bytes")
     settings = {k: v for k, v in asdict(c).items() if not k.endswith("_groups") and v is not None}
@@ -232,9 +240,7 @@ def show(path: str) -> None:
     print("parameters by part")
     for part, size in parts(model).items():
         print(f"  {part:20} {size:>14,}  {100 * size / model.num_params():5.1f}%")
-    for name in ("k_groups", "v_groups"):
-        print(f"{name}: layers, and a letter for the {name[0].upper()} group that each query head reads")
-        print("\n".join(picture(getattr(c, name))))
+    print("head groups\n" + "\n".join(picture(c)))
     itemsize = weights["tok_embeddings.weight"].itemsize
     cache, whole = c.kv_numbers_per_token * itemsize, 2 * c.n_layer * c.n_head * c.head_dim * itemsize
     full = f"{cache * c.block_size / 2**20:,.1f} MiB for a context of {c.block_size:,}"
@@ -261,7 +267,7 @@ def main() -> None:
     if out.exists() and not config.overwrite:
         raise UserError(f"{out} exists: give another name, or --overwrite")
     if config.action == "export":
-        print(export(load(config.source), out))
+        print(export(config.source, out))
         return
     checkpoint, notes = read(Path(config.source), config.tokenizer, config.block_size)
     save(out, checkpoint)

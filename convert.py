@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import compare, empty_model, model_config
+from checkpoint import empty_model, model_config
 from config import UserError
 from hugging_face import Settings, Weights, open_weights, read_hugging_face, read_json
 from model import ROPE_SCALING, ModelConfig, rope_angles
@@ -30,13 +30,13 @@ def read(source: Path, tokenizer: str | None = None, block_size: int | None = No
     if source.is_dir():
         reader = read_meta_folder if (source / "params.json").exists() else read_hugging_face
         settings, weights, special = reader(source)
-    elif source.is_file() and source.suffix == ".bin":
+    elif source.is_file() and source.suffix == ".bin" and source.name != "pytorch_model.bin":
         settings, weights, special = *read_llama2c(source), {}
     elif source.exists():
         raise UserError(f"{source}: give the folder that holds it and its config.json, or a llama2.c .bin file")
     else:
         raise UserError(f"{source}: no such file or folder")
-    if block_size:
+    if block_size is not None:
         settings["block_size"] = block_size
     notes, beside = [], source if source.is_dir() else None
     data = find_tokenizer(beside, Path(tokenizer) if tokenizer else None, special)
@@ -57,7 +57,7 @@ def check(checkpoint: dict, source: Path) -> None:
     c, weights = model_config(checkpoint), checkpoint["model"]
     if c.tie_embeddings and "output.weight" not in weights:
         weights["output.weight"] = weights.get("tok_embeddings.weight", torch.empty(0))
-    compare(empty_model(c).state_dict(), weights, str(source))
+    empty_model(c, weights, str(source))
     if c.tie_embeddings and not torch.equal(weights["output.weight"], weights["tok_embeddings.weight"]):
         raise UserError(f"{source} ties its embeddings, and holds an output matrix that is another: it is damaged")
     for name, x in weights.items():
@@ -167,6 +167,8 @@ def find_tokenizer(folder: Path | None, given: Path | None, config: dict) -> byt
         if path.suffix == ".bin":
             data = sentencepiece_of_llama2c(data)
         elif path.suffix == ".json":
+            if not config and (path.parent / "config.json").exists():
+                config = read_json(path.parent / "config.json")
             data = json.dumps({**json.loads(data), **special_tokens(config)}, ensure_ascii=False).encode()
         read_tokenizer(data)
     except (UserError, ValueError, TypeError, RecursionError, struct.error) as error:
@@ -182,8 +184,8 @@ def is_tiktoken(data: bytes) -> bool:
 def special_tokens(config: dict) -> dict:
     """BOS and EOS of config.json, as JsonTokenizer wants them beside the tokenizer's own keys."""
     bos, eos = config.get("bos_token_id"), config.get("eos_token_id")
-    eos = eos if isinstance(eos, list) else [eos]
-    return {"bos_id": bos if type(bos) is int else -1, "eos_ids": [token for token in eos if type(token) is int]}
+    eos = [token for token in (eos if isinstance(eos, list) else [eos]) if type(token) is int]
+    return {"eos_ids": eos} | ({"bos_id": bos} if type(bos) is int else {})
 
 
 def sentencepiece_of_llama2c(data: bytes) -> bytes:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import check_tensors, compare, empty_model, map_file, model_config
+from checkpoint import check_tensors, empty_model, load, map_file, model_config
 from config import UserError
 from model import ROPE_SCALING, ModelConfig
 from tokenizer import JsonTokenizer, read_tokenizer
@@ -38,17 +38,13 @@ FIELDS = {  # ours: (config.json's, what a missing one means there)
 }  # fmt: skip
 
 
+ROTATED = ("attention.wq.weight", "attention.wk.weight")
+
+
 def their_name(ours: str) -> str:
     """layers.3.attention.wq.weight -> model.layers.3.self_attn.q_proj.weight"""
     layer, part = re.fullmatch(r"(layers\.\d+\.)?(.+)\.weight", ours).groups()
     return f"{'model.' + layer if layer else ''}{NAMES[part]}.weight"
-
-
-def our_name(theirs: str) -> str:
-    """The reverse; a name that we do not know stays, for the error to tell."""
-    layer, part = re.fullmatch(r"(?:model\.(layers\.\d+\.))?(.+?)(?:\.weight)?", theirs).groups()
-    ours = {theirs: ours for ours, theirs in NAMES.items()}.get(part)
-    return f"{layer or ''}{ours}.weight" if ours and theirs.endswith(".weight") else theirs
 
 
 def read_json(path: Path) -> dict:
@@ -64,37 +60,39 @@ def read_json(path: Path) -> dict:
 
 
 def read_hugging_face(folder: Path) -> tuple[Settings, Weights, dict]:
+    """Settings, weights, and config.json, which also knows the special tokens."""
     config = read_json(folder / "config.json")
     settings = hugging_face_settings(config, folder / "config.json")
-    weights = {}
-    for name, x in hugging_face_tensors(folder).items():
-        if not name.endswith("rotary_emb.inv_freq"):  # a buffer that old releases saved; it follows from the config
-            weights[our_name(name)] = x
-    head_dim = model_config({"config": settings}).head_dim
+    c = model_config({"config": settings})
+    found = hugging_face_tensors(folder)
+    found = {name: x for name, x in found.items() if not name.endswith("rotary_emb.inv_freq")}  # old: a saved buffer
+    if c.tie_embeddings and "model.embed_tokens.weight" in found:
+        found.setdefault("lm_head.weight", found["model.embed_tokens.weight"])
+    wanted = empty_model(c, found, str(folder), their_name).state_dict()
+    weights = {name: found[their_name(name)] for name in wanted}
     for name, x in weights.items():
-        if name.endswith(("attention.wq.weight", "attention.wk.weight")) and x.shape[0] % head_dim == 0:
-            permute_rows(x, head_dim, to_pairs=True)
+        if name.endswith(ROTATED):
+            permute_rows(x, c.head_dim, to_pairs=True)
     return settings, weights, config
 
 
 def hugging_face_settings(config: dict, path: Path) -> Settings:
     """The fields of ModelConfig. Raises UserError for what a Llama of ours cannot be."""
-    named = config.get("architectures") or [{"llama": "LlamaForCausalLM"}.get(config.get("model_type"), "unnamed")]
-    if named != ["LlamaForCausalLM"]:
-        raise UserError(f"{path}: architecture {' '.join(map(str, named))} is not supported, LlamaForCausalLM alone is")
+    named = config.get("architectures") or [config.get("model_type")]
+    if named not in (["LlamaForCausalLM"], ["llama"]):
+        raise UserError(f"{path}: architecture {str(named)[:60]} is not supported, LlamaForCausalLM alone is")
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope = scaling if isinstance(scaling, dict) else {"rope_type": scaling}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    unsupported = {
-        "attention_bias": config.get("attention_bias"),
-        "mlp_bias": config.get("mlp_bias"),
-        "quantization_config": config.get("quantization_config"),
-        "hidden_act": config.get("hidden_act", "silu") != "silu" and config["hidden_act"],
-        "RoPE type": kind not in ("default", "llama3") and kind,
-        "partial_rotary_factor": partial not in (None, 1) and partial,
+    supported = {
+        "attention_bias": (config.get("attention_bias"), None, False),
+        "mlp_bias": (config.get("mlp_bias"), None, False),
+        "quantization_config": (config.get("quantization_config"), None),
+        "hidden_act": (config.get("hidden_act"), None, "silu"),
+        "RoPE type": (kind, "default", "llama3"),
+        "partial_rotary_factor": (rope.get("partial_rotary_factor", config.get("partial_rotary_factor")), None, 1),
     }
-    if found := [f"{name} {str(value)[:60]}" for name, value in unsupported.items() if value]:
+    if found := [f"{name} {str(value)[:60]}" for name, (value, *fine) in supported.items() if value not in fine]:
         raise UserError(f"{path}: {', '.join(found)} is not supported")
     settings: Settings = {}
     for ours, (theirs, *default) in FIELDS.items():
@@ -161,7 +159,7 @@ def permute_rows(weight: torch.Tensor, head_dim: int, to_pairs: bool) -> None:
 # ---- out ----
 
 
-def export(checkpoint: dict, folder: Path) -> str:
+def export(path: str, folder: Path) -> str:
     """Write the Hugging Face folder of a checkpoint, whole or not at all, and return what was written, in words.
 
     Raises UserError for what LlamaForCausalLM cannot be.
@@ -170,8 +168,9 @@ def export(checkpoint: dict, folder: Path) -> str:
         from safetensors.torch import save_file
     except ImportError:
         raise UserError("Hugging Face's format needs a library to write it: pip install safetensors") from None
+    checkpoint = load(path)
     c, weights = model_config(checkpoint), dict(checkpoint["model"])
-    compare(empty_model(c).state_dict(), weights, "the checkpoint")
+    empty_model(c, weights, path)
     if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= set(FILES)):
         raise UserError(f"{folder} holds something else than an exported model: choose another name")
     if c.novel:
@@ -180,7 +179,7 @@ def export(checkpoint: dict, folder: Path) -> str:
         raise UserError(f"dim {c.dim} is no multiple of n_head {c.n_head}, which transformers asks for")
     heads = expand_groups(weights, c)
     for name in weights:
-        if name.endswith(("attention.wq.weight", "attention.wk.weight")):
+        if name.endswith(ROTATED):
             permute_rows(weights[name], c.head_dim, to_pairs=False)
     if c.tie_embeddings:
         del weights["output.weight"]

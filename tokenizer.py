@@ -142,10 +142,12 @@ class JsonTokenizer(Tokenizer):
         self.model = model
         try:
             fields = json.loads(model)
-            self.bos, eos = fields.pop("bos_id", -1), fields.pop("eos_ids", [])
+            self.bos, eos = fields.pop("bos_id", None), fields.pop("eos_ids", [])
             self.backend = Backend.from_str(json.dumps(fields))
             self.backend.no_truncation()
             self.backend.no_padding()
+            if self.bos is None:  # what the tokenizer puts before a text is it
+                self.bos = (self.backend.encode("").ids or [-1])[0]
             self.vocab_size = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
             self.eos, self.stop = (eos or [-1])[0], sorted(token for token in {*eos, self.bos} if token >= 0)
             # GPT-2's alphabet has a character for each byte; the other kind writes pieces as SentencePiece does

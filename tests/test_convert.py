@@ -2,19 +2,23 @@
 
 import io
 import json
+import re
 import struct
+import subprocess
+import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import sentencepiece as spm
 import torch
-from conftest import ROOT, TINY, assert_close, command, quick, refused, sharp_model
-from safetensors.torch import load_file, save_file
+from conftest import ONE_THREAD, ROOT, assert_close, quick, refused, sharp_model
+from safetensors.torch import load_file
 
 from checkpoint import build, build_model, load, save
 from hugging_face import uniform_heads
 from model import ROPE_SCALING, Llama, ModelConfig
-from tokenizer import Tokenizer, read_tokenizer
+from tokenizer import read_tokenizer
 
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -119,8 +123,12 @@ def test_bfloat16_stays_bfloat16(tmp_path):
 # ---- uneven groups ----
 
 
+def checkpoint_of(model, tokenizer=None):
+    return {"model": model.state_dict(), "config": asdict(model.config), "tokenizer": tokenizer}
+
+
 def export_of(model, folder, tokenizer=None):
-    save(folder / "ours.pt", {"model": model.state_dict(), "config": asdict(model.config), "tokenizer": tokenizer})
+    save(folder / "ours.pt", checkpoint_of(model, tokenizer))
     return run("export", folder / "ours.pt", folder / "out")
 
 
@@ -257,7 +265,7 @@ def test_folder_with_a_tokenizer_json_alone(tmp_path, byte_level):
     folder = save_folder(theirs, tmp_path / "in", "safetensors")
     byte_level.save(str(folder / "tokenizer.json"))
     assert "pip install tokenizers" in run("import", folder, tmp_path / "ours.pt")
-    model, tokenizer = build(load(tmp_path / "ours.pt"))
+    _, tokenizer = build(load(tmp_path / "ours.pt"))
     for text in TEXTS:
         assert tokenizer.prompt(text) == byte_level.encode(text).ids, text
         assert tokenizer.decode(tokenizer.prompt(text)) == text
@@ -286,3 +294,142 @@ def test_exported_tokenizer_gives_transformers_the_same_tokens(tmp_path, tiny_da
                 text = text.lstrip()
             assert theirs.encode(text) == ours.prompt(text), (name, text)
             assert theirs.decode(theirs.encode(text), skip_special_tokens=True) == text
+
+
+# ---- what cannot be read, or written ----
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"architectures": ["MistralForCausalLM"]}, ["MistralForCausalLM", "LlamaForCausalLM"]),
+        ({"architectures": None, "model_type": "gemma"}, ["gemma"]),
+        ({"attention_bias": True}, ["attention_bias"]),
+        ({"mlp_bias": True}, ["mlp_bias"]),
+        ({"hidden_act": "gelu"}, ["hidden_act gelu"]),
+        ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config", "gptq"]),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ["RoPE type yarn"]),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 4.0}}, ["RoPE type linear"]),
+        ({"rope_parameters": None, "rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, ["low_freq_factor"]),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, ["partial_rotary_factor 0.5"]),
+        ({"num_hidden_layers": 3}, ["3 layers", "it holds 2"]),
+        ({"num_key_value_heads": 2}, ["k_proj.weight [16, 32]", "it holds [32, 32]"]),
+        ({"num_key_value_heads": 3}, ["n_kv_head 3"]),
+        ({"tie_word_embeddings": True}, ["ties its embeddings"]),
+    ],
+)
+def test_unsupported_models_are_refused_by_name(tmp_path, change, words):
+    folder = save_folder(their_model(), tmp_path / "in", "safetensors")
+    config = {**json.loads((folder / "config.json").read_text()), **change}
+    (folder / "config.json").write_text(json.dumps(config))
+    refused(quick("checkpoint.py", "import", folder, tmp_path / "ours.pt"), *words)
+    assert not (tmp_path / "ours.pt").exists()
+
+
+def test_biases_are_refused_by_name_even_if_the_config_hides_them(tmp_path):
+    theirs = their_model(attention_bias=True)
+    theirs.config.attention_bias = False
+    folder = save_folder(theirs, tmp_path / "in", "safetensors")
+    refused(quick("checkpoint.py", "import", folder, tmp_path / "ours.pt"), "k_proj.bias", "no such biases")
+
+
+def test_what_cannot_be_exported_is_refused(tmp_path, tiny_run):
+    save(tmp_path / "novel.pt", {**load(tiny_run), **checkpoint_of(sharp_model(novel=True))})
+    refused(quick("checkpoint.py", "export", tmp_path / "novel.pt", tmp_path / "out"), "--novel")
+    save(tmp_path / "odd.pt", checkpoint_of(sharp_model(n_head=5, head_dim=6)))
+    refused(quick("checkpoint.py", "export", tmp_path / "odd.pt", tmp_path / "out"), "dim 32", "n_head 5")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.tex").write_text("all of it")
+    refused(quick("checkpoint.py", "export", tiny_run, tmp_path / "precious"), "exists", "--overwrite")
+    refused(quick("checkpoint.py", "export", tiny_run, tmp_path / "precious", "--overwrite"), "something else")
+    assert (tmp_path / "precious" / "thesis.tex").read_text() == "all of it"
+
+
+def test_a_trained_run_is_exported_and_shown(tmp_path, tiny_run):
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    run("export", tiny_run, tmp_path / "out")
+    assert "2 K/V" not in run("export", tiny_run, tmp_path / "out", "--overwrite")
+    theirs, tokenizer = (
+        LlamaForCausalLM.from_pretrained(tmp_path / "out"),
+        AutoTokenizer.from_pretrained(tmp_path / "out"),
+    )
+    ours, own_tokenizer = build(load(tiny_run))
+    prompt = tokenizer("def main(", return_tensors="pt")
+    assert prompt["input_ids"][0].tolist() == own_tokenizer.prompt("def main(")
+    text = theirs.generate(**prompt, max_new_tokens=15, do_sample=False)[0].tolist()
+    assert text == own_tokenizer.prompt("def main(") + ours.generate([own_tokenizer.prompt("def main(")], 15)[0]
+    shown = run("show", tiny_run)
+    assert "training: step 30 of 30" in shown and "LoRA: none" in shown and "0-1      ABCD (4)" in shown
+
+
+def test_show_draws_uneven_groups_and_counts_their_cache(tmp_path):
+    groups = {"k_groups": [[0, 1, 1, 1], [0, 1, 0, 2]], "v_groups": [[0, 0, 0, 0], [2, 1, 0, 2]]}
+    save(tmp_path / "uneven.pt", checkpoint_of(sharp_model(novel=True, **groups)))
+    shown = run("show", tmp_path / "uneven.pt")
+    for line in (
+        r"0 +ABBB \(2\) +AAAA \(1\)",
+        r"1 +ABAC \(3\) +CBAC \(3\)",
+        r"attention.novel +144 ",
+        "none; imported",
+    ):
+        assert re.search(line, shown), shown
+    assert f"KV cache: {(2 + 1 + 3 + 3) * 8 * 4} bytes a token (56% of multi-head attention's 512)" in shown
+
+
+def test_import_without_a_tokenizer_says_so_when_one_is_needed(tmp_path):
+    folder = save_folder(their_model(), tmp_path / "in", "safetensors")
+    assert "no tokenizer" in run("import", folder, tmp_path / "ours.pt")
+    refused(quick("sample.py", tmp_path / "ours.pt"), "no tokenizer", "--tokenizer FILE")
+    refused(quick("checkpoint.py", "import", folder, tmp_path / "ours.pt"), "exists", "--overwrite")
+    refused(quick("checkpoint.py", "import", tmp_path / "none", tmp_path / "x.pt"), "no such file or folder")
+    refused(quick("checkpoint.py", "import", tmp_path, tmp_path / "x.pt"), "no config.json")
+    refused(quick("checkpoint.py", "import", folder / "model.safetensors", tmp_path / "x.pt"), "give the folder")
+    refused(quick("checkpoint.py", "import", folder), "name it behind")
+    refused(quick("checkpoint.py", "show", folder), "no such checkpoint")
+    big = ["--tokenizer", folder / "config.json"]
+    refused(quick("checkpoint.py", "import", folder, tmp_path / "x.pt", *big), "config.json is no tokenizer")
+
+
+def test_training_goes_on_from_an_imported_bfloat16_model_in_float32(tmp_path, tiny_data):
+    theirs = their_model(torch.bfloat16, vocab_size=400)
+    folder = save_folder(theirs, tmp_path / "in", "safetensors")
+    (folder / "tokenizer.model").write_bytes((tiny_data / "tokenizer.model").read_bytes())
+    run("import", folder, tmp_path / "ours.pt", "--block_size", 32)
+    flags = ["--init_from", tmp_path / "ours.pt", "--out_dir", tmp_path / "run", "--max_steps", 2, "--eval_tokens", 512]
+    done = quick("train.py", "--dataset", tiny_data, "--batch_size", 4, *flags)
+    assert done.returncode == 0, done.stderr
+    trained = load(tmp_path / "run" / "ckpt.pt")["model"]
+    assert {x.dtype for x in trained.values()} == {torch.float32} and len(trained) == len(
+        load(tmp_path / "ours.pt")["model"]
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_import_and_export_hold_the_checkpoint_once(tmp_path):
+    """Copies of wq and wk, here 2/9 of the weights, would show."""
+    theirs = their_model(hidden_size=768, intermediate_size=768, num_hidden_layers=8, num_attention_heads=8)
+    folder = save_folder(theirs, tmp_path / "in", "safetensors")
+    size = (folder / "model.safetensors").stat().st_size
+    measure = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import checkpoint, convert, hugging_face, model, safetensors.torch, torch
+with torch.device("meta"):
+    model.Llama(model.ModelConfig())  # what it imports when first used is not the checkpoint's
+peak = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
+before = peak()
+if {what!r} == "import":
+    checkpoint.save(Path({to!r}), convert.read(Path({source!r}))[0])
+else:
+    hugging_face.export({source!r}, Path({to!r}))
+print(peak() - before)
+"""
+    ends = {"import": (folder, tmp_path / "ours.pt"), "export": (tmp_path / "ours.pt", tmp_path / "out")}
+    for what, (source, to) in ends.items():
+        code = measure.format(root=str(ROOT), what=what, source=str(source), to=str(to))
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ONE_THREAD)
+        assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 1.15 * size, f"{what}: {int(done.stdout):,} bytes for {size:,}"
