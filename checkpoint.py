@@ -222,7 +222,7 @@ def parts(model: Llama) -> Counter:
 def training_position(checkpoint: dict) -> str:
     """How far the training is, or that there was none here."""
     if not {"step", "tokens", "seconds", "train"} <= set(checkpoint):
-        return f"none; imported from {checkpoint.get('source', 'an unknown place')}"
+        return f"none; imported from {checkpoint['source']}" if "source" in checkpoint else "none recorded"
     train, minutes = checkpoint["train"], checkpoint["seconds"] / 60
     done = f"step {checkpoint['step']} of {train['max_steps']}, {checkpoint['tokens']:,} tokens, {minutes:.1f} min"
     return f"{done}, with {train['optimizer']} on {train['dataset']}, seed {train['seed']}"

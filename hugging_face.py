@@ -192,6 +192,7 @@ def export(path: str, folder: Path) -> str:
             write_tokenizer(checkpoint["tokenizer"], partial)
         config = hugging_face_config(c, heads, checkpoint, weights)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        shutil.copymode(partial / "config.json", partial / "model.safetensors")  # save_file lets only the owner read
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     except Exception as error:  # safetensors has an error of its own for a full disk

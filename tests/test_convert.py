@@ -372,7 +372,7 @@ def test_show_draws_uneven_groups_and_counts_their_cache(tmp_path):
         r"0 +ABBB \(2\) +AAAA \(1\)",
         r"1 +ABAC \(3\) +CBAC \(3\)",
         r"attention.novel +144 ",
-        "none; imported",
+        "none recorded",
     ):
         assert re.search(line, shown), shown
     assert f"KV cache: {(2 + 1 + 3 + 3) * 8 * 4} bytes a token (56% of multi-head attention's 512)" in shown
