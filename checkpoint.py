@@ -5,19 +5,6 @@ exchange them with other programs (`convert.py`, `hugging_face.py`).
     python checkpoint.py import TinyLlama-1.1B/ tiny.pt                       # a Hugging Face folder, or Meta's own
     python checkpoint.py import stories260K.bin stories.pt --tokenizer tok512.bin        # llama2.c's
     python checkpoint.py export out/RUN/ckpt.pt FOLDER                        # a Hugging Face folder
-
-A checkpoint is a dict that `torch.load(path, weights_only=True)` reads, and that needs no other file:
-
-    model       the plain state dict: float32 from train.py, an imported model's own dtype
-    config      the fields of ModelConfig
-    tokenizer   the bytes of the SentencePiece model or tokenizer.json, or None
-    source      what it was imported from; else, from train.py:
-    data        the record of the training data: meta.json, with its checksums
-    train       the fields of TrainConfig
-    step, tokens, seconds    training position: optimizer steps, tokens seen, seconds spent
-    optimizers  their state dicts, and `scaler` that of the gradient scaler
-
-There is no random state in it, because none is needed: batches and dropout are functions of (seed, step).
 """
 
 import os
@@ -40,6 +27,21 @@ from config import POSITIONAL, UserError, exit_cleanly, parse, pick
 from model import Llama, ModelConfig
 from tokenizer import Tokenizer, read_tokenizer
 
+# ---- the file ----
+#
+# A checkpoint is a dict that `torch.load(path, weights_only=True)` reads, and that needs no other file:
+#
+#     model       the plain state dict: float32 from train.py, an imported model's own dtype
+#     config      the fields of ModelConfig
+#     tokenizer   the bytes of the SentencePiece model or tokenizer.json, or None
+#     source      what it was imported from; else, from train.py:
+#     data        the record of the training data: meta.json, with its checksums
+#     train       the fields of TrainConfig
+#     step, tokens, seconds    training position: optimizer steps, tokens seen, seconds spent
+#     optimizers  their state dicts, and `scaler` that of the gradient scaler
+#
+# There is no random state in it, because none is needed: batches and dropout are functions of (seed, step).
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -53,11 +55,14 @@ def replacing(path: Path, mode: str) -> Iterator[IO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
-        temporary.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk, and Ctrl-C, into a RuntimeError
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         kept = "; the one written before is kept" if path.exists() else ""
         raise UserError(f"cannot write {path}: {reason}{kept}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save(path: Path, checkpoint: dict) -> None:
@@ -69,9 +74,13 @@ def save(path: Path, checkpoint: dict) -> None:
 def map_file(path: Path) -> object:
     """What torch.save wrote, its tensors mapped from the file: a page takes memory when it is read, writing to a tensor
     changes the memory alone. Raises whatever the bytes of a foreign file make the readers stumble over."""
+    if not zipfile.is_zipfile(path):
+        raise ValueError("no file of torch.save, or one from before PyTorch 1.6, to be loaded and saved anew")
     with zipfile.ZipFile(path) as archive:  # torch.save never compresses; a compressed pickle could fill the memory
-        assert sum(entry.file_size for entry in archive.infolist()) <= path.stat().st_size, "a compressed archive"
-        assert not archive.testzip(), "a checksum is wrong"  # torch.load would not look
+        if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+            raise ValueError("a compressed archive")
+        if damaged := archive.testzip():  # torch.load would not look
+            raise ValueError(f"{damaged} has a wrong checksum")
     return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
@@ -80,28 +89,32 @@ def load(path: str | Path) -> dict:
     foreign."""
     path = Path(path)
     if not path.is_file():
-        remedy = f"name {path / 'ckpt.pt'}" if (path / "ckpt.pt").exists() else "train one with python train.py"
+        remedy = "train one with train.py, or import one with checkpoint.py import"
+        remedy = f"name {path / 'ckpt.pt'}" if (path / "ckpt.pt").exists() else remedy
+        remedy = f"python checkpoint.py import {path} OUT.pt" if (path / "config.json").exists() else remedy
         raise UserError(f"{path}: no such checkpoint; {remedy}")
     try:
         checkpoint = map_file(path)
     except Exception:
-        size = f"{path.stat().st_size:,} bytes"
-        raise UserError(f"{path} ({size}) is no checkpoint of train.py, or was cut short in a copy") from None
+        what = f"{path} ({path.stat().st_size:,} bytes) is no checkpoint, or was cut short in a copy"
+        hint = f"; a foreign one is imported first: python checkpoint.py import {path} OUT.pt"
+        raise UserError(what + hint * (path.suffix in (".bin", ".safetensors", ".pth"))) from None
     keys = {"model": dict, "config": dict, "tokenizer": (bytes, type(None))}
     if not isinstance(checkpoint, dict) or any(not isinstance(checkpoint.get(k, 0), t) for k, t in keys.items()):
-        raise UserError(f"{path} is no checkpoint of train.py: it lacks {', '.join(keys)}")
+        raise UserError(f"{path} is no checkpoint: it lacks {', '.join(keys)}")
     check_tensors(checkpoint["model"], path, path.stat().st_size)
     return checkpoint
 
 
 def check_tensors(weights: dict, path: Path, size: int) -> None:
-    """Raise UserError for what is no plain tensor of floats, and for views that claim more than the file's `size`."""
+    """Raise UserError for what is no plain tensor of floats, and for views that claim more than the file's bytes."""
     total, tied = 0, {"output.weight": "tok_embeddings.weight", "lm_head.weight": "model.embed_tokens.weight"}
     for name, x in weights.items():
         dense = isinstance(x, torch.Tensor) and x.device.type == "cpu" and x.layout == torch.strided
         if not isinstance(name, str) or not dense or x.dtype not in FLOATS or not x.is_contiguous():
-            kind = f"{x.dtype} on {x.device}" if isinstance(x, torch.Tensor) else type(x).__name__
-            raise UserError(f"{path}: {name} is {kind}; plain tensors are read, of {', '.join(map(str, FLOATS))}")
+            kind = f"{x.dtype}, {x.layout}, on {x.device}" if isinstance(x, torch.Tensor) else type(x).__name__
+            kind += "" if not dense or x.is_contiguous() else ", not contiguous"
+            raise UserError(f"{path}: {name} is {kind}; contiguous tensors are read, of {', '.join(map(str, FLOATS))}")
         twin = weights.get(tied.get(name))
         total += 0 if isinstance(twin, torch.Tensor) and twin.data_ptr() == x.data_ptr() else x.nbytes
     if total > size:
@@ -138,10 +151,10 @@ def model_config(checkpoint: dict, **changes) -> ModelConfig:
 def compare(wanted: dict[str, torch.Tensor], found: dict[str, torch.Tensor], where: str) -> None:
     """Raise UserError unless `where` has the tensors that its config asks for, in their shapes, and no others."""
     for name in sorted(wanted | found):
-        ask, have = (list(state[name].shape) if name in state else None for state in (wanted, found))
+        ask, have = (str(list(state[name].shape)) if name in state else "none" for state in (wanted, found))
         if ask != have:
-            shapes = f"its config makes {name} {ask or 'absent'}, and it holds {have or 'none'}"
-            bias = name.endswith(".bias") and not ask
+            shapes = f"its config asks for {name} {ask}, and it holds {have}"
+            bias = name.endswith(".bias") and ask == "none"
             why = "this Llama has no such biases" if bias else "it is damaged or of another version"
             raise UserError(f"{where} contradicts itself: {shapes}; {why}")
 
@@ -193,7 +206,7 @@ class CheckpointConfig:
     out: str | None = field(default=None, metadata=POSITIONAL)  # import: the checkpoint; export: the folder to write
     tokenizer: str | None = None  # import: tokenizer.model, tokenizer.json or llama2.c's .bin (default: the folder's)
     block_size: int | None = None  # import: longest context, tokens (default: what the source says)
-    overwrite: bool = False  # replace what stands at OUT
+    overwrite: bool = False  # import: replace an existing checkpoint
 
 
 def picture(c: ModelConfig) -> Iterator[str]:
@@ -206,11 +219,12 @@ def picture(c: ModelConfig) -> Iterator[str]:
 
     yield f"  {'layer':8} {'K group of each query head':{c.n_head + 20}} V group"
     for (k, v), run in groupby(range(c.n_layer), key=lambda layer: (c.k_groups[layer], c.v_groups[layer])):
-        first, *_, last = [*run] * 2
-        yield f"  {first if first == last else f'{first}-{last}':<8} {drawn(k):{c.n_head + 20}} {drawn(v)}"
+        layers = list(run)
+        span = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else f"{layers[0]}"
+        yield f"  {span:8} {drawn(k):{c.n_head + 20}} {drawn(v)}"
 
 
-def parts(model: Llama) -> Counter:
+def sizes_by_part(model: Llama) -> Counter:
     """Parameters of each kind of layer, tied ones counted once."""
     sizes = Counter()
     for name, p in model.named_parameters():
@@ -221,11 +235,12 @@ def parts(model: Llama) -> Counter:
 
 def training_position(checkpoint: dict) -> str:
     """How far the training is, or that there was none here."""
-    if not {"step", "tokens", "seconds", "train"} <= set(checkpoint):
+    kinds = {"step": int, "tokens": int, "seconds": float, "train": dict}
+    if not all(is_a(checkpoint.get(key), kind) for key, kind in kinds.items()):
         return f"none; imported from {checkpoint['source']}" if "source" in checkpoint else "none recorded"
     train, minutes = checkpoint["train"], checkpoint["seconds"] / 60
-    done = f"step {checkpoint['step']} of {train['max_steps']}, {checkpoint['tokens']:,} tokens, {minutes:.1f} min"
-    return f"{done}, with {train['optimizer']} on {train['dataset']}, seed {train['seed']}"
+    done = f"step {checkpoint['step']} of {train.get('max_steps')}, {checkpoint['tokens']:,} tokens, {minutes:.1f} min"
+    return f"{done}, with {train.get('optimizer')} on {train.get('dataset')}, seed {train.get('seed')}"
 
 
 def show(path: str) -> None:
@@ -236,15 +251,17 @@ def show(path: str) -> None:
     stored = sorted({str(x.dtype).removeprefix("torch.") for x in weights.values()})
     print(f"{path}: {model.num_params():,} parameters, {', '.join(stored)}, {Path(path).stat().st_size:,} bytes")
     settings = {k: v for k, v in asdict(c).items() if not k.endswith("_groups") and v is not None}
+    if c.kv_numbers_per_token != 2 * c.n_layer * c.n_kv_head * c.head_dim:
+        del settings["n_kv_head"]  # the groups are uneven, and the picture shows them
     print("config\n  " + "\n  ".join(f"{name:14} {value}" for name, value in settings.items()))
     print("parameters by part")
-    for part, size in parts(model).items():
+    for part, size in sizes_by_part(model).items():
         print(f"  {part:20} {size:>14,}  {100 * size / model.num_params():5.1f}%")
     print("head groups\n" + "\n".join(picture(c)))
     itemsize = weights["tok_embeddings.weight"].itemsize
     cache, whole = c.kv_numbers_per_token * itemsize, 2 * c.n_layer * c.n_head * c.head_dim * itemsize
-    full = f"{cache * c.block_size / 2**20:,.1f} MiB for a context of {c.block_size:,}"
-    print(f"KV cache: {cache:,} bytes a token ({100 * cache / whole:.0f}% of multi-head attention's {whole:,}), {full}")
+    full = f"{cache * c.block_size:,} for a context of {c.block_size:,}"
+    print(f"KV cache: {cache:,} bytes a token, {full} ({100 * cache / whole:.0f}% of multi-head attention)")
     if checkpoint["tokenizer"]:
         tokenizer = read_tokenizer(checkpoint["tokenizer"])
         print(f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, BOS {tokenizer.bos}, EOS {tokenizer.eos}")
@@ -254,25 +271,32 @@ def show(path: str) -> None:
 
 
 def main() -> None:
-    config = CheckpointConfig(**parse(__doc__, CheckpointConfig))
-    if config.action == "show":
+    flags = parse(__doc__, CheckpointConfig)
+    config, action = CheckpointConfig(**flags), flags["action"]
+    used = {"show": {"source"}, "export": {"source", "out"}, "import": set(flags)}[action] | {"action"}
+    if surplus := sorted(set(flags) - used):
+        raise UserError(f"{action} does not use {', '.join(f'{name} {flags[name]}' for name in surplus)}: leave it out")
+    if action == "show":
         show(config.source)
         return
     from convert import read  # both need this module
     from hugging_face import export
 
     if not config.out:
-        raise UserError(f"{config.action} writes a file or folder: name it behind {config.source}")
+        what = "FOLDER, the one to write" if action == "export" else "OUT.pt, the checkpoint to write"
+        raise UserError(f"one name is missing: python checkpoint.py {action} {config.source} {what}")
     out = Path(config.out)
-    if out.exists() and not config.overwrite:
-        raise UserError(f"{out} exists: give another name, or --overwrite")
-    if config.action == "export":
+    if action == "export":
         print(export(config.source, out))
         return
+    if Path(config.source).exists() and (out.is_dir() or (out.exists() and not config.overwrite)):
+        remedy = f"name a file, such as {out / 'model.pt'}" if out.is_dir() else "give another name, or --overwrite"
+        raise UserError(f"{out} exists: {remedy}")
     checkpoint, notes = read(Path(config.source), config.tokenizer, config.block_size)
+    out.parent.mkdir(parents=True, exist_ok=True)
     save(out, checkpoint)
-    print("".join(f"note: {note}\n" for note in notes), end="")
     show(config.out)
+    print("".join(f"note: {note}\n" for note in notes), end="")
     if checkpoint["tokenizer"]:
         print(f"--- next:\npython eval_ppl.py {out} --text FILE\npython sample.py {out}")
 

@@ -77,7 +77,9 @@ def parse(doc: str, *classes: type, argv: list[str] | None = None) -> dict:
     )  # fmt: skip
     for cls in classes:
         add_flags(parser, cls)
-    return {("from_" if name == "from" else name): value for name, value in vars(parser.parse_args(argv)).items()}
+    return {
+        ("from_" if name == "from" else name): value for name, value in vars(parser.parse_intermixed_args(argv)).items()
+    }
 
 
 def pick(cls: type, values: dict) -> dict:

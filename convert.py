@@ -1,14 +1,12 @@
 """Other programs' Llama checkpoints, read: `python checkpoint.py import`.
 
-A Hugging Face folder is read by `hugging_face.py`; here are Meta's own folder (consolidated.00.pth, params.json),
-llama2.c's legacy float32 .bin, and the tokenizers of all. A reader gives the fields of ModelConfig, and the weights
-under our names, mapped from the file and not read: memory holds a page once it is used, so that the largest use of it
-is the checkpoint's size and one tensor. What our model cannot be exactly is refused by its name.
+A Hugging Face folder is read by `hugging_face.py`, a tokenizer by `tokenizer_files.py`; here are Meta's own folder
+(consolidated.00.pth, params.json) and llama2.c's legacy float32 .bin. A reader gives the fields of ModelConfig, and the
+weights under our names, mapped from the file and not read: memory holds a page once it is used, so that the largest use
+of it is the checkpoint's size and one tensor. What our model cannot be exactly is refused by its name.
 """
 
-import json
 import math
-import re
 import struct
 from dataclasses import asdict
 from pathlib import Path
@@ -17,9 +15,10 @@ import torch
 
 from checkpoint import empty_model, model_config
 from config import UserError
-from hugging_face import Settings, Weights, open_weights, read_hugging_face, read_json
+from hugging_face import Settings, Weights, open_weights, read_hugging_face
 from model import ROPE_SCALING, ModelConfig, rope_angles
-from tokenizer import SPACE, read_tokenizer
+from tokenizer import Tokenizer
+from tokenizer_files import find_tokenizer, read_json
 
 
 def read(source: Path, tokenizer: str | None = None, block_size: int | None = None) -> tuple[dict, list[str]]:
@@ -28,32 +27,26 @@ def read(source: Path, tokenizer: str | None = None, block_size: int | None = No
     Raises UserError when the source is missing, damaged, contradicts itself, or is a model that ours cannot be.
     """
     if source.is_dir():
-        reader = read_meta_folder if (source / "params.json").exists() else read_hugging_face
-        settings, weights, special = reader(source)
+        meta = (source / "params.json").exists() and not (source / "config.json").exists()
+        settings, weights = (read_meta_folder if meta else read_hugging_face)(source)
     elif source.is_file() and source.suffix == ".bin" and source.name != "pytorch_model.bin":
-        settings, weights, special = *read_llama2c(source), {}
+        settings, weights = read_llama2c(source)
+    elif source.suffix == ".pt" and source.exists():
+        raise UserError(f"{source} is no foreign format: python checkpoint.py show {source}")
     elif source.exists():
-        raise UserError(f"{source}: give the folder that holds it and its config.json, or a llama2.c .bin file")
+        raise UserError(f"{source} is one file: name its folder, {source.parent}, or a .bin of llama2.c")
     else:
-        raise UserError(f"{source}: no such file or folder")
+        raise UserError(f"{source}: no such file or folder; to get one of the hub: hf download NAME --local-dir FOLDER")
     if block_size is not None:
         settings["block_size"] = block_size
-    notes, beside = [], source if source.is_dir() else None
-    data = find_tokenizer(beside, Path(tokenizer) if tokenizer else None, special)
-    if data is None:
-        notes.append("no tokenizer there: eval_ppl.py and sample.py will want one; import again with --tokenizer FILE")
-    elif read_tokenizer(data).kind == "tokenizer.json":
-        notes.append(
-            "a tokenizer.json cannot be made a SentencePiece model: evaluating, sampling and training on it work "
-            "wherever `pip install tokenizers` was run"
-        )
-    checkpoint = {"model": weights, "config": settings, "tokenizer": data, "source": str(source)}
-    check(checkpoint, source)
-    return checkpoint, notes
+    found = find_tokenizer(source if source.is_dir() else None, Path(tokenizer) if tokenizer else None)
+    checkpoint = {"model": weights, "config": settings, "tokenizer": found and found.data, "source": str(source)}
+    check_weights(checkpoint, source)
+    return checkpoint, check_tokenizer(found, settings["vocab_size"], llama2c=(tokenizer or "").endswith(".bin"))
 
 
-def check(checkpoint: dict, source: Path) -> None:
-    """Raise UserError unless the weights are those that the settings ask for, finite, and enough for the tokenizer."""
+def check_weights(checkpoint: dict, source: Path) -> None:
+    """Raise UserError unless the weights are those that the settings ask for, and finite."""
     c, weights = model_config(checkpoint), checkpoint["model"]
     if c.tie_embeddings and "output.weight" not in weights:
         weights["output.weight"] = weights.get("tok_embeddings.weight", torch.empty(0))
@@ -63,31 +56,60 @@ def check(checkpoint: dict, source: Path) -> None:
     for name, x in weights.items():
         if not all(bound.isfinite() for bound in x.aminmax()):  # which needs no memory, and passes nan on
             raise UserError(f"{source} is damaged: {name} holds numbers that are not finite")
-    if checkpoint["tokenizer"] and (tokens := read_tokenizer(checkpoint["tokenizer"]).vocab_size) > c.vocab_size:
-        few = f"the tokenizer has {tokens} tokens, the model {c.vocab_size}"
+
+
+def check_tokenizer(tokenizer: Tokenizer | None, vocab_size: int, llama2c: bool) -> list[str]:
+    """Notes on what the tokenizer allows. Raises UserError when it has tokens that the model has not, or, in llama2.c's
+    format, not as many: its file does not say how many there are, and may have been cut."""
+    if tokenizer is None:
+        return ["no tokenizer there; to evaluate or sample, import again with --tokenizer FILE"]
+    if tokenizer.text_size > vocab_size or (llama2c and tokenizer.text_size < vocab_size):
+        few = f"the tokenizer has {tokenizer.text_size} tokens, the model {vocab_size}"
         raise UserError(f"{few}: give the model's own, --tokenizer FILE")
+    if tokenizer.vocab_size > vocab_size:
+        beyond = f"bos_token_id or eos_token_id is {max(tokenizer.stop)}, the vocabulary has {vocab_size} tokens"
+        raise UserError(f"{beyond}: mend config.json or generation_config.json")
+    notes = []
+    if tokenizer.kind == "tokenizer.json":
+        kept = "its tokenizer.json cannot be made a SentencePiece model and is kept as it is"
+        notes.append(f"{kept}: evaluating, sampling and training work, and need `pip install tokenizers`")
+    if tokenizer.eos < 0:
+        notes.append("no token that ends a text is known: samples go on to the end of the context")
+    return notes
 
 
 # ---- Meta and llama2.c, whose names and rotary pairs are ours ----
 
 
-def read_meta_folder(folder: Path) -> tuple[Settings, Weights, dict]:
+# what params.json may say and this reader understands; multiple_of and ffn_dim_multiplier show in the weights
+KNOWN = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps"}
+KNOWN |= {"rope_theta", "use_scaled_rope", "rope_scaling_factor", "rope_high_freq_factor", "max_seq_len"}
+KNOWN |= {"max_batch_size"}
+
+
+def read_meta_folder(folder: Path) -> tuple[Settings, Weights]:
+    """Settings and weights of consolidated.00.pth and params.json. Raises UserError as `read` does."""
     params, path = read_json(folder / "params.json"), folder / "consolidated.00.pth"
     if (folder / "consolidated.01.pth").exists():
         raise UserError(f"{folder} is split for several GPUs: import the model's Hugging Face folder instead")
     if not path.exists():
         raise UserError(f"{folder} has no consolidated.00.pth: complete the download")
-    weights = {name: x for name, x in open_weights(path).items() if name != "rope.freqs"}
+    if unknown := set(params) - KNOWN:
+        raise UserError(f"{folder}/params.json has {', '.join(sorted(unknown))}, which this Llama does not have")
     if missing := {"dim", "n_layers", "n_heads", "norm_eps"} - set(params):
         raise UserError(f"{folder}/params.json lacks {', '.join(sorted(missing))}")
+    weights = {name: x for name, x in open_weights(path).items() if name != "rope.freqs"}
     for name in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight"):
         if name not in weights or weights[name].dim() != 2:
             raise UserError(f"{path} has no matrix {name}: it is no Llama, or damaged")
+    vocab_size, hidden_dim = (weights[name].shape[0] for name in ("tok_embeddings.weight", name))
+    if params.get("vocab_size", -1) not in (-1, vocab_size):  # -1 leaves it to the tokenizer
+        raise UserError(f"{folder} contradicts itself: vocab_size {params['vocab_size']}, and {vocab_size} embeddings")
     settings: Settings = {
         "n_layer": params["n_layers"], "n_head": params["n_heads"], "n_kv_head": params.get("n_kv_heads"),
         "dim": params["dim"], "norm_eps": params["norm_eps"], "rope_theta": params.get("rope_theta", 10000.0),
-        "hidden_dim": weights["layers.0.feed_forward.w1.weight"].shape[0], "block_size": 2048,
-        "vocab_size": weights["tok_embeddings.weight"].shape[0], "tie_embeddings": "output.weight" not in weights,
+        "hidden_dim": hidden_dim, "vocab_size": vocab_size, "block_size": params.get("max_seq_len", 2048),
+        "tie_embeddings": "output.weight" not in weights,
     }  # fmt: skip
     if params.get("use_scaled_rope"):
         if "rope_scaling_factor" not in params:
@@ -95,7 +117,7 @@ def read_meta_folder(folder: Path) -> tuple[Settings, Weights, dict]:
             raise UserError(f"{folder}/params.json says use_scaled_rope and not how far: {remedy}")
         values = (params["rope_scaling_factor"], 1, params.get("rope_high_freq_factor", 4), 8192)
         settings["rope_scaling"] = dict(zip(ROPE_SCALING, values))
-    return settings, weights, {}
+    return settings, weights
 
 
 def llama2c_config(path: Path) -> ModelConfig:
@@ -107,7 +129,8 @@ def llama2c_config(path: Path) -> ModelConfig:
         raise UserError(f"{path} is a later version of llama2.c's format: export it there with --version 0")
     sizes = struct.unpack("<7i", header.ljust(28, b"\0"))
     if not all(sizes):
-        raise UserError(f"{path} is no model of llama2.c: the seven sizes at its beginning are {sizes}")
+        hint = "; is it a tokenizer? name it behind --tokenizer" if path.name.startswith("tok") else ""
+        raise UserError(f"{path} is no model of llama2.c: the seven sizes at its beginning are {sizes}{hint}")
     names = ("dim", "hidden_dim", "n_layer", "n_head", "n_kv_head", "vocab_size", "block_size")
     settings = dict(zip(names, (*sizes[:5], abs(sizes[5]), sizes[6])))
     try:
@@ -142,86 +165,3 @@ def read_llama2c(path: Path) -> tuple[Settings, Weights]:
         if not torch.allclose(stored, ours.flatten(), atol=1e-3):
             raise UserError(f"{path} is damaged, or was trained with another rope_theta than {c.rope_theta:g}")
     return {name: value for name, value in asdict(c).items() if not name.endswith("_groups")}, weights
-
-
-# ---- tokenizers ----
-
-
-def find_tokenizer(folder: Path | None, given: Path | None, config: dict) -> bytes | None:
-    """The bytes of the tokenizer that was given, or else lies in the folder; None where there is none.
-
-    Raises UserError when it cannot be read.
-    """
-    candidates = [folder / name for name in ("tokenizer.model", "tokenizer.json")] if folder else []
-    path = given or next((path for path in candidates if path.exists()), None)
-    if path is None:
-        return None
-    if not path.is_file():
-        raise UserError(f"--tokenizer {path}: no such file")
-    data = path.read_bytes()
-    if not given and path.suffix == ".model" and is_tiktoken(data) and candidates[1].exists():
-        path, data = candidates[1], candidates[1].read_bytes()
-    if is_tiktoken(data):
-        raise UserError(f"{path} is in tiktoken's format: give --tokenizer tokenizer.json, of the Hugging Face folder")
-    try:
-        if path.suffix == ".bin":
-            data = sentencepiece_of_llama2c(data)
-        elif path.suffix == ".json":
-            if not config and (path.parent / "config.json").exists():
-                config = read_json(path.parent / "config.json")
-            data = json.dumps({**json.loads(data), **special_tokens(config)}, ensure_ascii=False).encode()
-        read_tokenizer(data)
-    except (UserError, ValueError, TypeError, RecursionError, struct.error) as error:
-        raise UserError(f"{path} is no tokenizer, or damaged: {str(error)[:120]}") from None
-    return data
-
-
-def is_tiktoken(data: bytes) -> bool:
-    """Whether it is Llama 3's tokenizer.model: lines of a piece in base64 and its rank."""
-    return re.match(rb"[A-Za-z0-9+/=]+ \d+\n", data[:200]) is not None
-
-
-def special_tokens(config: dict) -> dict:
-    """BOS and EOS of config.json, as JsonTokenizer wants them beside the tokenizer's own keys."""
-    bos, eos = config.get("bos_token_id"), config.get("eos_token_id")
-    eos = [token for token in (eos if isinstance(eos, list) else [eos]) if type(token) is int]
-    return {"eos_ids": eos} | ({"bos_id": bos} if type(bos) is int else {})
-
-
-def sentencepiece_of_llama2c(data: bytes) -> bytes:
-    """llama2.c's tokenizer.bin (the longest piece's bytes as int32, then float32 score, int32 length and bytes of each
-    piece) as a SentencePiece model: the BPE pieces with the same scores give the same tokens.
-
-    The model is a protocol buffer, written here by hand: sentencepiece_model.proto has the numbers of the fields.
-    """
-    pieces, place = [], 4
-    while place < len(data):
-        score, length = struct.unpack_from("<fi", data, place)
-        piece = data[place + 8 : place + 8 + length]
-        if not 0 < length == len(piece):
-            raise UserError(f"piece {len(pieces)} at byte {place} has length {length}")
-        pieces.append((score, piece.decode().replace(" ", SPACE)))
-        place += 8 + length
-    if len(pieces) < 259:
-        raise UserError(f"it has {len(pieces)} pieces, below the 3 + 256 of control tokens and bytes")
-
-    def entry(field: int, value: int | bytes) -> bytes:
-        """A varint, or bytes with their length."""
-        tag = varint(field << 3 | (2 if isinstance(value, bytes) else 0))
-        return tag + (varint(len(value)) + value if isinstance(value, bytes) else varint(value))
-
-    names = ("<unk>", "<s>", "</s>")
-    unknown, control, normal, byte = 2, 3, 1, 6
-    model = b""
-    for i, (score, piece) in enumerate(pieces):
-        kind = byte if 3 <= i < 259 else normal if i > 2 else control if i else unknown
-        text = (names[i] if i < 3 else piece).encode()
-        model += entry(1, entry(1, text) + b"\x15" + struct.pack("<f", score) + entry(3, kind))
-    bpe, whole_spaces = 2, entry(3, 1) + entry(4, 0) + entry(5, 1)  # space before the text, runs of them stay, escaped
-    trainer = entry(3, bpe) + entry(4, len(pieces)) + entry(35, 1) + entry(40, 0) + entry(41, 1) + entry(42, 2)
-    return model + entry(2, trainer) + entry(3, entry(1, b"identity") + whole_spaces)
-
-
-def varint(value: int) -> bytes:
-    """Seven bits a byte, the lowest first, the high bit on all but the last."""
-    return bytes([value & 127 | 128]) + varint(value >> 7) if value > 127 else bytes([value])

@@ -37,6 +37,7 @@ from model import Llama, widen
 from tokenizer import Tokenizer
 
 METHODS = ("blocks", "sliding", "block_mean")
+MOST_LOGITS = 2**27  # computed at a time; in float32 they take half a GiB, and their loss as much again
 
 
 @dataclass
@@ -48,10 +49,10 @@ class EvalConfig:
     dataset: str | None = None  # another prepared data set, of the same tokenizer
     text: str | None = None  # a UTF-8 text file instead, taken as one document: BOS and its tokens
     method: Literal["blocks", "sliding", "block_mean", "all"] = "blocks"  # see above
-    context: int | None = None  # tokens that the model sees at most (default: its block_size)
+    context: int | None = None  # tokens that the model sees at most (default: its block_size, up to 2048)
     stride: int | None = None  # tokens that a sliding window moves (default: half the context)
     max_tokens: int | None = None  # stop after so many tokens (default: all)
-    batch_size: int = 16  # windows computed at a time
+    batch_size: int = 16  # windows computed at a time; fewer where long ones of a large vocabulary fill the memory
     device: str = "auto"  # cuda, mps, cpu or auto
     dtype: Literal["own", "auto", "float32", "bfloat16", "float16"] = "own"  # of matrix products; own: the weights'
     json: bool = False  # print one JSON object and nothing else
@@ -75,6 +76,7 @@ def window_nll(
     # all losses in one tensor: small ones kept from every batch would pin the heap between the freed logits
     losses = torch.empty(sum(new for _, _, new in windows), dtype=widen(model.tok_embeddings.weight[:0]).dtype)
     result = list(losses.split([new for _, _, new in windows]))
+    batch_size = max(1, min(batch_size, MOST_LOGITS // (context * model.config.vocab_size)))
     for i in tqdm(range(0, len(windows), batch_size), desc="evaluating", disable=quiet or None, leave=False):
         batch = windows[i : i + batch_size]
         longest = max(end - start for start, end, _ in batch)
@@ -118,7 +120,7 @@ def tokens_to_score(config: EvalConfig, checkpoint: dict, tokenizer: Tokenizer) 
         if not name:
             raise UserError("this checkpoint names no data set: give --text FILE or --dataset NAME")
         folder, meta = read_meta(name)
-        if (folder / "tokenizer.model").read_bytes() != tokenizer.model:
+        if (folder / "tokenizer.model").read_bytes() != tokenizer.data:
             raise UserError(
                 f"{folder} has another tokenizer than the checkpoint: give --text FILE, or prepare it again"
             )
@@ -166,7 +168,9 @@ def evaluate(config: EvalConfig) -> tuple[dict, str]:
     dtype = own = model.tok_embeddings.weight.dtype
     if config.dtype != "own" and (dtype := pick_dtype(config.dtype, device)) != own:
         model.float()  # autocast rounds the operands of matrix products, and leaves all else in the weights' dtype
-    context = model.config.block_size if config.context is None else config.context
+    if not tokenizer.is_exact():
+        print("note: the tokenizer does not return every text as it was: bits per byte are not exact", file=sys.stderr)
+    context = min(2048, model.config.block_size) if config.context is None else config.context
     stride = max(1, context // 2) if config.stride is None else config.stride
     for name in ("max_tokens", "batch_size"):
         if getattr(config, name) is not None and getattr(config, name) < 1:
@@ -181,12 +185,11 @@ def evaluate(config: EvalConfig) -> tuple[dict, str]:
     passes = ("sliding" in methods) + (set(methods) != {"sliding"})
     return {
         **record,
-        "loss": nats,
         "bits_per_byte": bits_per_byte(nats, tokens, tokenizer),
         "tokens": len(tokens) - 1,
         "context": context,
         "stride": stride if "sliding" in methods else None,
-        "tokenizer": f"{tokenizer.kind} {tokenizer.vocab_size:,} {hashlib.sha256(tokenizer.model).hexdigest()[:8]}",
+        "tokenizer": f"{tokenizer.kind} {tokenizer.vocab_size:,} {hashlib.sha256(tokenizer.data).hexdigest()[:8]}",
         "params": model.num_params(),
         "kv_bytes_per_token": model.config.kv_numbers_per_token * model.tok_embeddings.weight.itemsize,
         "tokens_per_s": passes * (len(tokens) - 1) / (time.perf_counter() - began),
@@ -204,8 +207,9 @@ def main() -> None:
     for method in METHODS:
         if record[method] is not None:
             stride = f", stride {record['stride']}" if method == "sliding" else ""
-            print(f"perplexity {record[method]:.4f} | {method} | {protocol}{stride}")
-    print(f"loss {record['loss']:.4f} nats a token | bits per byte {record['bits_per_byte']:.4f}")
+            loss = f" | loss {math.log(record[method]):.4f} nats a token" if method != "block_mean" else ""
+            print(f"perplexity {record[method]:.4f} | {method} | {protocol}{stride}{loss}")
+    print(f"bits per byte {record['bits_per_byte']:.4f}")
     kv, rate = record["kv_bytes_per_token"], record["tokens_per_s"]
     print(f"parameters {record['params']:,} | KV cache {kv:,} bytes a token | {rate:,.0f} tokens/s")
 

@@ -10,7 +10,7 @@ are written as the smallest number of K/V heads that represents them. What canno
 import json
 import math
 import re
-import shutil
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -19,9 +19,9 @@ import torch
 from checkpoint import check_tensors, empty_model, load, map_file, model_config
 from config import UserError
 from model import ROPE_SCALING, ModelConfig
-from tokenizer import JsonTokenizer, read_tokenizer
+from tokenizer import Tokenizer, read_tokenizer
+from tokenizer_files import read_json, write_tokenizer
 
-FILES = ("config.json", "model.safetensors", "tokenizer.model", "tokenizer.json", "tokenizer_config.json")  # we write
 Settings, Weights = dict[str, object], dict[str, torch.Tensor]
 
 NAMES = {  # ours: Hugging Face's; within a layer, and outside
@@ -38,7 +38,7 @@ FIELDS = {  # ours: (config.json's, what a missing one means there)
 }  # fmt: skip
 
 
-ROTATED = ("attention.wq.weight", "attention.wk.weight")
+ROTATED = ("attention.wq.weight", "attention.wk.weight")  # what RoPE turns, and hence the permuted
 
 
 def their_name(ours: str) -> str:
@@ -47,25 +47,19 @@ def their_name(ours: str) -> str:
     return f"{'model.' + layer if layer else ''}{NAMES[part]}.weight"
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a file. Raises UserError when it is none."""
+def read_hugging_face(folder: Path) -> tuple[Settings, Weights]:
+    """Settings and weights of the folder. Raises UserError as `convert.read` does."""
+    path = folder / "config.json"
+    settings = hugging_face_settings(read_json(path), path)
     try:
-        content = json.loads(path.read_bytes())
-        assert isinstance(content, dict), "no JSON object"
-        return content
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} has no {path.name}: is it a Hugging Face or Meta folder of a model?") from None
-    except (ValueError, AssertionError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {str(error)[:120]}") from None
-
-
-def read_hugging_face(folder: Path) -> tuple[Settings, Weights, dict]:
-    """Settings, weights, and config.json, which also knows the special tokens."""
-    config = read_json(folder / "config.json")
-    settings = hugging_face_settings(config, folder / "config.json")
-    c = model_config({"config": settings})
+        c = model_config({"config": settings})
+    except UserError as error:  # in their words, and without flags that only train.py has
+        reason = re.split(r": (?:give|change) ", str(error))[0]
+        for ours, (theirs, *_) in FIELDS.items():
+            reason = re.sub(rf"\b{ours}\b", theirs, reason)
+        raise UserError(f"{path}: {reason}") from None
     found = hugging_face_tensors(folder)
-    found = {name: x for name, x in found.items() if not name.endswith("rotary_emb.inv_freq")}  # old: a saved buffer
+    found = {name: x for name, x in found.items() if ".rotary_emb." not in name}  # old releases saved these buffers
     if c.tie_embeddings and "model.embed_tokens.weight" in found:
         found.setdefault("lm_head.weight", found["model.embed_tokens.weight"])
     wanted = empty_model(c, found, str(folder), their_name).state_dict()
@@ -73,37 +67,49 @@ def read_hugging_face(folder: Path) -> tuple[Settings, Weights, dict]:
     for name, x in weights.items():
         if name.endswith(ROTATED):
             permute_rows(x, c.head_dim, to_pairs=True)
-    return settings, weights, config
+    return settings, weights
 
 
 def hugging_face_settings(config: dict, path: Path) -> Settings:
     """The fields of ModelConfig. Raises UserError for what a Llama of ours cannot be."""
-    named = config.get("architectures") or [config.get("model_type")]
-    if named not in (["LlamaForCausalLM"], ["llama"]):
-        raise UserError(f"{path}: architecture {str(named)[:60]} is not supported, LlamaForCausalLM alone is")
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope = scaling if isinstance(scaling, dict) else {"rope_type": scaling}
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    named, kind = config.get("architectures"), config.get("model_type", "llama")
+    if named not in (None, ["LlamaForCausalLM"], ["LLaMAForCausalLM"]) or kind != "llama":
+        what = f"architectures {str(named)[:60]}, model_type {str(kind)[:20]}"
+        raise UserError(f"{path}: {what} is not supported, LlamaForCausalLM alone is")
+    rope, context = rope_settings(config, path), config.get("original_max_position_embeddings")
     supported = {
         "attention_bias": (config.get("attention_bias"), None, False),
         "mlp_bias": (config.get("mlp_bias"), None, False),
         "quantization_config": (config.get("quantization_config"), None),
-        "hidden_act": (config.get("hidden_act"), None, "silu"),
-        "RoPE type": (kind, "default", "llama3"),
+        "hidden_act": (config.get("hidden_act"), None, "silu", "swish"),
+        "RoPE type": (rope["rope_type"], "default", "llama3"),
         "partial_rotary_factor": (rope.get("partial_rotary_factor", config.get("partial_rotary_factor")), None, 1),
+        "original_max_position_embeddings": (context, None, rope.get("original_max_position_embeddings", context)),
     }
-    if found := [f"{name} {str(value)[:60]}" for name, (value, *fine) in supported.items() if value not in fine]:
-        raise UserError(f"{path}: {', '.join(found)} is not supported")
+    if wrong := [f"{name} {str(value)[:60]}" for name, (value, *fine) in supported.items() if value not in fine]:
+        raise UserError(f"{path}: {', '.join(wrong)} is not supported")
     settings: Settings = {}
     for ours, (theirs, *default) in FIELDS.items():
         if theirs not in config and not default:
             raise UserError(f"{path} lacks {theirs}")
         settings[ours] = config.get(theirs, *default)
     settings["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    if kind == "llama3":
-        known = {"original_max_position_embeddings": settings["block_size"], **rope}
+    if rope["rope_type"] == "llama3":
+        known = {"original_max_position_embeddings": context or settings["block_size"], **rope}
         settings["rope_scaling"] = {name: known.get(name) for name in ROPE_SCALING}
     return settings
+
+
+def rope_settings(config: dict, path: Path) -> dict:
+    """What config.json says of RoPE: transformers 5 writes rope_parameters; before, there were rope_scaling and
+    rope_theta. Raises UserError when the two contradict each other."""
+    new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    if not isinstance(new, dict) or not isinstance(old, dict):
+        raise UserError(f"{path}: RoPE type {str(new or old)[:60]} is not supported")
+    if any(new.get(key, value) != value for key, value in old.items()) or (new and set(old) - set(new)):
+        raise UserError(f"{path}: rope_parameters and rope_scaling say different things: remove the one that is wrong")
+    rope = new or old
+    return {**rope, "rope_type": rope.get("rope_type", rope.get("type", "default"))}
 
 
 def hugging_face_tensors(folder: Path) -> Weights:
@@ -137,21 +143,22 @@ def open_weights(path: Path) -> Weights:
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         else:
             weights = map_file(path)
-            assert isinstance(weights, dict) and all(isinstance(name, str) for name in weights), "no state dict"
+            if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
+                raise ValueError("it holds no state dict")
             weights = {k: x.detach() if isinstance(x, torch.Tensor) else x for k, x in weights.items()}
     except ImportError:
         raise UserError(f"{path} needs a library to read it: pip install safetensors") from None
     except Exception as error:  # the readers raise whatever the bytes make them stumble over
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise UserError(f"{path} is damaged, or was cut short in a download: {reason}") from None
+        raise UserError(f"{path} is damaged, cut short in a download, or of another format: {reason}") from None
     check_tensors(weights, path, path.stat().st_size)
     return weights
 
 
 @torch.no_grad()
 def permute_rows(weight: torch.Tensor, head_dim: int, to_pairs: bool) -> None:
-    """Rows f, f + D/2 of every head of wq or wk become 2f, 2f + 1, or back; in place, which a mapped file does not see:
-    its private pages replace those of the file, so that nothing is held twice."""
+    """Rows f, f + D/2 of every head of wq or wk, (H*D, C), become 2f, 2f + 1, or back. In place, which a mapped file
+    does not see: private pages replace those of the file, so that nothing is held twice."""
     split = (2, head_dim // 2) if to_pairs else (head_dim // 2, 2)
     weight.copy_(weight.unflatten(0, (-1, *split)).transpose(1, 2).flatten(0, 2))
 
@@ -162,44 +169,49 @@ def permute_rows(weight: torch.Tensor, head_dim: int, to_pairs: bool) -> None:
 def export(path: str, folder: Path) -> str:
     """Write the Hugging Face folder of a checkpoint, whole or not at all, and return what was written, in words.
 
-    Raises UserError for what LlamaForCausalLM cannot be.
+    Raises UserError for what LlamaForCausalLM cannot be, and for a folder that holds something.
     """
-    try:
-        from safetensors.torch import save_file
-    except ImportError:
-        raise UserError("Hugging Face's format needs a library to write it: pip install safetensors") from None
-    checkpoint = load(path)
+    checkpoint, folder = load(path), folder.resolve()
     c, weights = model_config(checkpoint), dict(checkpoint["model"])
-    empty_model(c, weights, path)
-    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= set(FILES)):
-        raise UserError(f"{folder} holds something else than an exported model: choose another name")
     if c.novel:
         raise UserError("a --novel model has a layer that no other Llama has: it cannot be exported")
     if c.dim % c.n_head:
         raise UserError(f"dim {c.dim} is no multiple of n_head {c.n_head}, which transformers asks for")
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is no empty folder: give another name, or delete it first")
+    empty_model(c, weights, path)
+    tokenizer = read_tokenizer(checkpoint["tokenizer"]) if checkpoint["tokenizer"] else None
     heads = expand_groups(weights, c)
     for name in weights:
         if name.endswith(ROTATED):
             permute_rows(weights[name], c.head_dim, to_pairs=False)
     if c.tie_embeddings:
         del weights["output.weight"]
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    config = hugging_face_config(c, heads, tokenizer, {x.dtype for x in weights.values()})
+    write_folder(folder, config, {their_name(name): x for name, x in weights.items()}, tokenizer)
+    return what_it_costs(c, heads, checkpoint["model"], weights, folder)
+
+
+def write_folder(folder: Path, config: dict, weights: Weights, tokenizer: Tokenizer | None) -> None:
+    """Write all files beside `folder` first, and rename at the end. Raises UserError for a full or read-only disk."""
     try:
-        partial.mkdir(parents=True)
-        save_file({their_name(k): x for k, x in weights.items()}, partial / "model.safetensors", {"format": "pt"})
-        if checkpoint["tokenizer"]:
-            write_tokenizer(checkpoint["tokenizer"], partial)
-        config = hugging_face_config(c, heads, checkpoint, weights)
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        shutil.copymode(partial / "config.json", partial / "model.safetensors")  # save_file lets only the owner read
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    except Exception as error:  # safetensors has an error of its own for a full disk
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+    except ImportError:
+        raise UserError("Hugging Face's format needs a library to write it: pip install safetensors") from None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=folder.name + ".", dir=folder.parent) as temporary:
+            partial = Path(temporary) / folder.name
+            partial.mkdir()
+            (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            if tokenizer:
+                write_tokenizer(tokenizer, partial)
+            save_file(weights, partial / "model.safetensors", {"format": "pt"})
+            (partial / "model.safetensors").chmod((partial / "config.json").stat().st_mode)  # it is the owner's alone
+            partial.rename(folder)
+    except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {folder}: {error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return words(c, heads, checkpoint["model"], weights, folder)
 
 
 def uniform_heads(c: ModelConfig) -> tuple[int, list[list[int]]]:
@@ -219,7 +231,7 @@ def expand_groups(weights: Weights, c: ModelConfig) -> int:
     heads, orders = uniform_heads(c)
     run = c.n_head // heads
 
-    def pick(name: str, ids: list[int], dim: int = 0) -> None:
+    def take(name: str, ids: list[int], dim: int = 0) -> None:
         """Rows or columns of the heads `ids`; none are copied where all stay."""
         x = weights[name].unflatten(dim, (-1, c.head_dim))
         if ids != list(range(x.shape[dim])):
@@ -228,48 +240,31 @@ def expand_groups(weights: Weights, c: ModelConfig) -> int:
 
     for layer, order in enumerate(orders):
         at = f"layers.{layer}.attention."
-        pick(at + "wq.weight", order)
-        pick(at + "wo.weight", order, dim=1)
-        pick(at + "wk.weight", [c.k_groups[layer][head] for head in order[::run]])
-        pick(at + "wv.weight", [c.v_groups[layer][head] for head in order[::run]])
+        take(at + "wq.weight", order)
+        take(at + "wo.weight", order, dim=1)
+        take(at + "wk.weight", [c.k_groups[layer][head] for head in order[::run]])
+        take(at + "wv.weight", [c.v_groups[layer][head] for head in order[::run]])
     return heads
 
 
-def hugging_face_config(c: ModelConfig, heads: int, checkpoint: dict, weights: Weights) -> dict:
+def hugging_face_config(c: ModelConfig, heads: int, tokenizer: Tokenizer | None, dtypes: set[torch.dtype]) -> dict:
     """config.json, in the words that transformers 4 and 5, vLLM and llama.cpp all read."""
-    dtypes = {str(x.dtype).removeprefix("torch.") for x in weights.values()}
     values = {ours: getattr(c, ours) for ours in FIELDS} | {"n_kv_head": heads}
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
         **{FIELDS[ours][0]: value for ours, value in values.items()},
         "attention_bias": False, "mlp_bias": False, "rope_theta": c.rope_theta,
         "rope_scaling": {"rope_type": "llama3", **c.rope_scaling} if c.rope_scaling else None,
-        "torch_dtype": dtypes.pop() if len(dtypes) == 1 else "float32",
+        "torch_dtype": str(max(dtypes, key=lambda dtype: dtype.itemsize)).removeprefix("torch."),
     }  # fmt: skip
-    if checkpoint["tokenizer"]:
-        tokenizer = read_tokenizer(checkpoint["tokenizer"])
-        ends = [token for token in tokenizer.stop if token != tokenizer.bos] or [tokenizer.eos]
-        ids = {"bos_token_id": tokenizer.bos, "eos_token_id": ends[0] if len(ends) == 1 else ends}
-        config |= {name: None if value == -1 else value for name, value in ids.items()}
+    if tokenizer:
+        eos = tokenizer.special["eos"]
+        config["bos_token_id"] = tokenizer.bos if tokenizer.bos >= 0 else None
+        config["eos_token_id"] = eos[0] if len(eos) == 1 else eos or None
     return config
 
 
-def write_tokenizer(data: bytes, folder: Path) -> None:
-    """The tokenizer's file, and the one that says how to open it."""
-    tokenizer = read_tokenizer(data)
-    settings = {"add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}
-    if isinstance(tokenizer, JsonTokenizer):
-        (folder / "tokenizer.json").write_bytes(tokenizer.original())
-        settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": tokenizer.adds_bos}
-    else:
-        (folder / "tokenizer.model").write_bytes(data)
-        settings |= {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_prefix_space": tokenizer.dummy_prefix}
-    names = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
-    settings |= {name: tokenizer.piece(token) for name, token in names.items() if token >= 0}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def words(c: ModelConfig, heads: int, before: Weights, after: Weights, folder: Path) -> str:
+def what_it_costs(c: ModelConfig, heads: int, before: Weights, after: Weights, folder: Path) -> str:
     """What was written, and what an expansion of uneven groups costs."""
     size = sum(path.stat().st_size for path in folder.iterdir())
     text = f"wrote {folder}, {size:,} bytes, {heads} K/V heads of {c.n_head}"

@@ -3,10 +3,12 @@
 SentencePiece writes a space as U+2581 inside its pieces, so a U+2581 of the text itself would come back as a space;
 here it goes through its three byte tokens instead.
 
-A tokenizer is held as bytes, the way that a checkpoint carries it: a SentencePiece model, or the JSON of Hugging Face's
-`tokenizers` (`JsonTokenizer`), which some models have alone and which cannot be turned into the former.
+A tokenizer is held as bytes, the way that a checkpoint carries it: a SentencePiece model; or the tokenizer.json of
+Hugging Face's `tokenizers` (`JsonTokenizer`), which some models have alone and which cannot be turned into the former;
+or either of them in a JSON object together with the special tokens, where a model's other files say more about these.
 """
 
+import base64
 import io
 import json
 import re
@@ -44,29 +46,69 @@ def check_unicode(text: str) -> None:
         raise UserError(f"the text is not valid UTF-8 at character {error.start}: retype it") from None
 
 
-def read_tokenizer(model: bytes | None) -> "Tokenizer":
+def read_tokenizer(data: bytes | None) -> "Tokenizer":
     """The tokenizer of a file's or a checkpoint's bytes. Raises UserError when they are none, or damaged."""
-    if model is None:
+    if data is None:
         raise UserError("this checkpoint has no tokenizer: import it again, with --tokenizer FILE")
-    return (JsonTokenizer if model[:1] == b"{" else Tokenizer)(model)
+    if not data.startswith(b"{"):
+        return Tokenizer(data)
+    try:
+        fields = json.loads(data)
+        if "sentencepiece" in fields:
+            tokenizer = Tokenizer(base64.b64decode(fields["sentencepiece"]))
+        else:
+            tokenizer = JsonTokenizer(json.dumps(fields.get("tokenizer_json", fields), ensure_ascii=False).encode())
+        if "special" in fields:
+            tokenizer.set_special(**fields["special"])
+    except UserError:
+        raise
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"no tokenizer, or damaged: {str(error)[:120]}") from None
+    tokenizer.data = data
+    return tokenizer
+
+
+def with_special(tokenizer: "Tokenizer", bos: int, add_bos: bool, eos: list[int]) -> "Tokenizer":
+    """The tokenizer with these special tokens; its `data` carries them only where its own file says something else."""
+    special = {"bos": bos, "add_bos": add_bos, "eos": eos}
+    if special == tokenizer.special:
+        return tokenizer
+    if isinstance(tokenizer, JsonTokenizer):
+        own = {"tokenizer_json": json.loads(tokenizer.data)}
+    else:
+        own = {"sentencepiece": base64.b64encode(tokenizer.data).decode()}
+    return read_tokenizer(json.dumps({"special": special, **own}, ensure_ascii=False).encode())
 
 
 class Tokenizer:
-    """A SentencePiece model; `stop` are the tokens that end a text: EOS, and the BOS of a next one."""
+    """A SentencePiece model. `data` are its bytes as a checkpoint carries them, `file` those of its own file alone.
+
+    bos         opens a text if `add_bos`, else only an empty one; -1 if there is none
+    eos         ends a document; -1 if there is none
+    stop        all tokens that end a text: EOS, others like it, and the BOS of a next one
+    vocab_size  1 + the largest token that a text, its beginning or its end can have
+    """
 
     kind = "SentencePiece"
 
-    def __init__(self, model: bytes):
-        self.model = model
+    def __init__(self, file: bytes):
+        self.data = self.file = file
         try:
-            self.sp = spm.SentencePieceProcessor(model_proto=model or b"none")  # b"" would mean: load nothing
+            self.sp = spm.SentencePieceProcessor(model_proto=file or b"none")  # b"" would mean: load nothing
         except RuntimeError:
-            raise UserError(f"these {len(model):,} bytes are no SentencePiece model: name a tokenizer.model") from None
-        self.vocab_size, self.bos, self.eos = self.sp.vocab_size(), self.sp.bos_id(), self.sp.eos_id()
-        self.stop = [token for token in (self.eos, self.bos) if token >= 0]
+            raise UserError(f"these {len(file):,} bytes are no SentencePiece model: name a tokenizer.model") from None
+        self.text_size = self.sp.vocab_size()
+        self.set_special(self.sp.bos_id(), True, [token for token in [self.sp.eos_id()] if token >= 0])
         # Llama 2's model puts a space before every text. It is no byte of the text, and decoding drops it.
         self.dummy_prefix = self.sp.encode("a", out_type=str)[0].startswith(SPACE)
         self.space_bytes = [self.sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+
+    def set_special(self, bos: int, add_bos: bool, eos: list[int]) -> None:
+        """Say which tokens open and end a text; the first of `eos` ends a document."""
+        self.special = {"bos": bos, "add_bos": add_bos, "eos": eos}
+        self.bos, self.add_bos, self.eos = bos, add_bos, eos[0] if eos else -1
+        self.stop = [*eos, *([bos] if bos >= 0 and bos not in eos else [])]
+        self.vocab_size = max(self.text_size, 1 + max(self.stop, default=0))
 
     @classmethod
     def train(cls, lines: Iterator[str], vocab_size: int) -> "Tokenizer":
@@ -100,16 +142,17 @@ class Tokenizer:
         return first + [token for part in rest for token in self.space_bytes + part]
 
     def prompt(self, text: str) -> list[int]:
-        """The beginning of a document: BOS, if the model has one, and the ids of the text."""
-        return [token for token in [self.bos, *self.encode(text)] if token >= 0]
+        """The beginning of a document: BOS, if the model was trained with one, and the ids of the text."""
+        ids = self.encode(text)
+        return [self.bos, *ids] if self.bos >= 0 and (self.add_bos or not ids) else ids
 
     def decode(self, ids: list[int]) -> str:
         """Text of the ids; control tokens are nothing, and an incomplete UTF-8 sequence is U+FFFD."""
-        return self.sp.decode([i for i in ids if i < self.vocab_size])  # a model's vocabulary may be padded
+        return self.sp.decode([i for i in ids if i < self.text_size])  # a model's vocabulary may be padded
 
-    def piece(self, token: int) -> str:
-        """How the token is written, for control tokens such as </s>."""
-        return self.sp.id_to_piece(token)
+    def piece(self, token: int) -> str | None:
+        """How the token is written, such as </s>; None if this tokenizer does not know it."""
+        return self.sp.id_to_piece(token) if token < self.text_size else None
 
     def is_exact(self) -> bool:
         """Whether text comes back as it was; an older model without byte fallback, or one that normalizes, fails."""
@@ -117,74 +160,73 @@ class Tokenizer:
         return self.decode(self.encode(probe)) == probe
 
     def token_bytes(self) -> np.ndarray:
-        """(V,) UTF-8 bytes that each token stands for, so that their sum over a document is the document's length."""
-        sizes = [len(self.sp.id_to_piece(i).replace(SPACE, " ").encode()) for i in range(self.vocab_size)]
-        for i in range(self.vocab_size):
+        """(vocab_size,) UTF-8 bytes that each token stands for: their sum over a document is the document's length, if
+        the tokenizer is exact."""
+        sizes = [len(self.sp.id_to_piece(i).replace(SPACE, " ").encode()) for i in range(self.text_size)]
+        for i in range(self.text_size):
             if self.sp.is_byte(i):
                 sizes[i] = 1
             elif self.sp.is_control(i):
                 sizes[i] = 0
-        if self.dummy_prefix and self.bos >= 0:
+        return self.with_prefix(np.array(sizes + [0] * (self.vocab_size - self.text_size)))
+
+    def with_prefix(self, sizes: np.ndarray) -> np.ndarray:
+        if self.dummy_prefix and self.add_bos and self.bos >= 0:
             sizes[self.bos] = -1  # BOS opens a document, and the space put before it counts for nothing
-        return np.array(sizes)
+        return sizes
 
 
 class JsonTokenizer(Tokenizer):
-    """A tokenizer.json of Hugging Face, with `bos_id` and `eos_ids`, from their config.json, beside its own keys."""
+    """A tokenizer.json of Hugging Face. What it puts before and behind a text are its BOS and EOS."""
 
     kind = "tokenizer.json"
 
-    def __init__(self, model: bytes):
+    def __init__(self, file: bytes):
         try:
             from tokenizers import Tokenizer as Backend
         except ImportError:
             raise UserError("a tokenizer.json needs a library to read it: pip install tokenizers") from None
-        self.model = model
+        self.data = self.file = file
         try:
-            fields = json.loads(model)
-            self.bos, eos = fields.pop("bos_id", None), fields.pop("eos_ids", [])
-            self.backend = Backend.from_str(json.dumps(fields))
+            self.backend = Backend.from_str(file.decode())
             self.backend.no_truncation()
             self.backend.no_padding()
-            if self.bos is None:  # what the tokenizer puts before a text is it
-                self.bos = (self.backend.encode("").ids or [-1])[0]
-            self.vocab_size = 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
-            self.eos, self.stop = (eos or [-1])[0], sorted(token for token in {*eos, self.bos} if token >= 0)
+            self.backend.encode_special_tokens = True  # "</s>" in a text is these four characters
+            plain, framed = self.backend.encode("a", add_special_tokens=False), self.backend.encode("a").ids
+            start = next((i for i, token in enumerate(framed) if token == plain.ids[0]), 0)
+            before, behind = framed[:start], framed[start + len(plain.ids) :]
+            self.dummy_prefix = plain.tokens[0].startswith((SPACE, "Ġ"))
             # GPT-2's alphabet has a character for each byte; the other kind writes pieces as SentencePiece does
+            fields = json.loads(file)
             self.byte_level = '"ByteLevel"' in json.dumps([fields["pre_tokenizer"], fields["decoder"]])
-            self.adds_bos = self.backend.encode("").ids[:1] == [self.bos]
-            self.dummy_prefix = self.backend.encode("a", add_special_tokens=False).tokens[0].startswith((SPACE, "Ġ"))
+            self.added = self.backend.get_added_tokens_decoder()
+            self.pieces = self.backend.get_vocab(with_added_tokens=True)
+            written = [i for i in self.pieces.values() if i not in self.added or not self.added[i].special]
+            self.text_size = 1 + max(written)
+            self.set_special(before[0] if before else -1, bool(before), behind[:1])
         except Exception as error:  # the library raises plain Exceptions
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"these {len(model):,} bytes are no tokenizer.json: {reason}") from None
+            raise UserError(f"these {len(file):,} bytes are no tokenizer.json: {reason}") from None
 
     def encode(self, text: str) -> list[int]:
         check_unicode(text)
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def prompt(self, text: str) -> list[int]:
-        """As the tokenizer itself begins a text: some models were trained without a BOS, which then opens only ""."""
-        ids = self.encode(text)
-        return [self.bos, *ids] if self.bos >= 0 and (self.adds_bos or not ids) else ids
-
     def decode(self, ids: list[int]) -> str:
         return self.backend.decode([i for i in ids if i < self.vocab_size])
 
-    def piece(self, token: int) -> str:
+    def piece(self, token: int) -> str | None:
         return self.backend.id_to_token(token)
-
-    def original(self) -> bytes:
-        """The file without the keys that we added."""
-        fields = {k: v for k, v in json.loads(self.model).items() if k not in ("bos_id", "eos_ids")}
-        return json.dumps(fields, ensure_ascii=False).encode()
 
     def token_bytes(self) -> np.ndarray:
         sizes = np.zeros(self.vocab_size, dtype=np.int64)
-        special = {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
-        for piece, i in self.backend.get_vocab(with_added_tokens=True).items():
-            is_byte = re.fullmatch("<0x[0-9A-F]{2}>", piece) and not self.byte_level
-            text = piece if self.byte_level else piece.replace(SPACE, " ")
-            sizes[i] = 0 if i in special else 1 if is_byte else len(text) if self.byte_level else len(text.encode())
-        if self.dummy_prefix and self.adds_bos:
-            sizes[self.bos] = -1
-        return sizes
+        for piece, i in self.pieces.items():
+            if i in self.added:  # plain text in either kind; special ones do not stand for any
+                size = 0 if self.added[i].special else len(piece.encode())
+            elif self.byte_level:
+                size = len(piece)
+            else:
+                size = 1 if re.fullmatch("<0x[0-9A-F]{2}>", piece) else len(piece.replace(SPACE, " ").encode())
+            if i < self.vocab_size:
+                sizes[i] = size
+        return self.with_prefix(sizes)

@@ -194,10 +194,11 @@ def default_out_dir(c: ModelConfig, config: TrainConfig) -> Path:
 def training_data(config: TrainConfig, flags: dict, checkpoint: dict | None) -> tuple[Path, dict, Tokenizer]:
     """Folder, record and tokenizer of the data set, which is prepared if need be and fits the checkpoint."""
     source = f"{config.out_dir}/ckpt.pt" if config.resume else config.init_from
+    source = source if checkpoint and checkpoint["tokenizer"] else None  # without one, the data set's serves
     how = ["--vocab_size", str(flags["vocab_size"])] if "vocab_size" in flags else []
     folder, meta, tokenizer = prepared(config.dataset, *(["--tokenizer", source] if source else how))
-    if checkpoint and tokenizer.model != checkpoint["tokenizer"]:
-        remedy = f"prepare the text with --tokenizer {source} --out FOLDER, and give --dataset FOLDER"
+    if source and tokenizer.data != checkpoint["tokenizer"]:
+        remedy = f"python data/prepare.py NAME --text FILE --tokenizer {source}, and give --dataset NAME"
         raise UserError(f"{folder} has another tokenizer than the checkpoint: {remedy}")
     if config.resume and checkpoint["data"]["splits"]["train"] != meta["splits"]["train"]:
         raise UserError(f"{folder}/train.bin is not the data of the run: restore it, or start anew with --overwrite")
@@ -347,7 +348,7 @@ def main() -> None:
 
     def save_checkpoint() -> None:
         state = {"model": model.state_dict(), "config": asdict(c), "train": asdict(config), **position}
-        state |= {"tokenizer": tokenizer.model, "data": meta, "scaler": scaler.state_dict()}
+        state |= {"tokenizer": tokenizer.data, "data": meta, "scaler": scaler.state_dict()}
         save(path, {**state, "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
 
     def save_if_healthy() -> int:

@@ -374,7 +374,7 @@ def prepare(config: PrepareConfig) -> Path:
     partial.mkdir(parents=True)
     try:
         tokenizer = tokenizer or learn_tokenizer(splits["train"], config.vocab_size or 4096)
-        (partial / "tokenizer.model").write_bytes(tokenizer.model)
+        (partial / "tokenizer.model").write_bytes(tokenizer.data)
         seen: set[bytes] = set()
         records = {name: write_split(splits[name], tokenizer, partial / f"{name}.bin", seen) for name in SPLITS}
         meta = {
@@ -383,7 +383,7 @@ def prepare(config: PrepareConfig) -> Path:
             "splits": records,
             "vocab_size": tokenizer.vocab_size,
             "dtype": token_dtype(tokenizer),
-            "tokenizer_sha256": hashlib.sha256(tokenizer.model).hexdigest(),
+            "tokenizer_sha256": hashlib.sha256(tokenizer.data).hexdigest(),
             "tokenizer": config.tokenizer or SETTINGS,
             "python": sys.version.split()[0],
         }
@@ -411,7 +411,8 @@ def main() -> None:
         rate = f"{record['bytes'] / record['tokens']:.2f} bytes a token"
         repeated = f", {record['repeated']} repeated ones dropped" if record["repeated"] else ""
         print(f"{name:5} {record['tokens']:>13,} tokens | {rate} | {record['documents']:,} documents{repeated}")
-    print(f"wrote {folder}\nnext: python train.py --dataset {config.out or config.name}")
+    start = f" --init_from {config.tokenizer}" if (config.tokenizer or "").endswith(".pt") else ""
+    print(f"wrote {folder}\nnext: python train.py --dataset {config.out or config.name}{start}")
 
 
 if __name__ == "__main__":

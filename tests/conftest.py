@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import sentencepiece as spm
 import torch
 
 import config
@@ -36,6 +37,18 @@ def tiny_run(tiny_data, tmp_path_factory) -> Path:
     done = command("train.py", *small_run(tiny_data, out), "--max_steps", 30, "--lr", 0.01, "--warmup_steps", 5)
     assert done.returncode == 0, done.stderr
     return out / "ckpt.pt"
+
+
+@pytest.fixture(scope="session")
+def prefixed():
+    """A SentencePiece model that puts a space before every text, as Llama 2's and llama2.c's do."""
+    model = io.BytesIO()
+    text = (ROOT / "train.py").read_text().splitlines()
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_writer=model, vocab_size=500, model_type="bpe", byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True, minloglevel=2,
+    )  # fmt: skip
+    return spm.SentencePieceProcessor(model_proto=model.getvalue())
 
 
 def small_run(data: Path, out: Path) -> list:

@@ -1,78 +1,33 @@
 """Other programs' checkpoints in and out, against transformers, safetensors, sentencepiece and tokenizers."""
 
-import io
 import json
 import re
-import struct
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-import sentencepiece as spm
 import torch
 from conftest import ONE_THREAD, ROOT, assert_close, quick, refused, sharp_model
-from safetensors.torch import load_file
+from foreign import (
+    LLAMA3,
+    TEXTS,
+    checkpoint_of,
+    export_of,
+    logits,
+    run,
+    save_folder,
+    their_model,
+    write_llama2c,
+    write_llama2c_tokenizer,
+)  # fmt: skip
+from safetensors.torch import load_file, save_file
 
 from checkpoint import build, build_model, load, save
 from hugging_face import uniform_heads
-from model import ROPE_SCALING, Llama, ModelConfig
-from tokenizer import read_tokenizer
+from model import ROPE_SCALING, ModelConfig
 
-LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}  # fmt: skip
 TOLERANCE = 1e-5  # of the largest logit: some hundred float32 roundings of 6e-8, in another order
-
-
-def their_model(dtype=torch.float32, seed=0, **settings):
-    """A random LlamaForCausalLM, whose weights are large enough that its logits differ clearly."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(
-        **{"vocab_size": 64, "max_position_embeddings": 128, "rms_norm_eps": 3e-6, **shape, **settings}
-    )
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(std=0.2) if p.dim() == 2 else p.add_(0.1 * torch.randn_like(p))
-    model.tie_weights()
-    return model.to(dtype).eval()
-
-
-def save_folder(model, folder, how):
-    """As transformers saves it, whole or sharded; or as older releases did, in torch.save's format."""
-    model.save_pretrained(folder, max_shard_size="15KB" if "shards" in how else "1GB")
-    files = sorted(folder.glob("*.safetensors"))
-    assert len(files) > 2 if "shards" in how else len(files) == 1
-    if "bin" in how:
-        for file in files:
-            torch.save(
-                load_file(file), folder / file.name.replace("model", "pytorch_model").replace("safetensors", "bin")
-            )
-            file.unlink()
-        for index in folder.glob("*.index.json"):
-            text = index.read_text().replace("model-", "pytorch_model-").replace(".safetensors", ".bin")
-            (folder / "pytorch_model.bin.index.json").write_text(text)
-            index.unlink()
-    return folder
-
-
-def logits(model, length=100):
-    tokens = torch.randint(64, (2, length), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        out = model(tokens)
-    return out if isinstance(model, Llama) else out.logits
-
-
-def run(*args):
-    done = quick("checkpoint.py", *args)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.mark.parametrize(
@@ -104,32 +59,79 @@ def test_hugging_face_folder_comes_back_bit_equal(tmp_path, settings, how):
         assert torch.equal(p, back.state_dict()[name]), name
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rms_norm_eps": None, "max_position_embeddings": None, "rope_theta": None},  # what a missing one means
+        {"rope_theta": 300.0, "rope_scaling": {**LLAMA3, "rope_theta": None}},
+        {"rope_scaling": {**LLAMA3, "rope_theta": None, "original_max_position_embeddings": None}},
+        {"tie_word_embeddings": True, "num_key_value_heads": None, "hidden_act": "swish"},
+    ],
+)
+def test_folder_of_transformers_4(tmp_path, change):
+    """Its config.json has no rope_parameters, its pytorch_model.bin a tied lm_head and the buffers of RoPE."""
+    from transformers import LlamaForCausalLM
+
+    config = {
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "bos_token_id": 1, "eos_token_id": 2,
+        "hidden_act": "silu", "hidden_size": 32, "initializer_range": 0.02, "intermediate_size": 48,
+        "max_position_embeddings": 64, "model_type": "llama", "num_attention_heads": 4, "num_hidden_layers": 2,
+        "num_key_value_heads": 4, "pretraining_tp": 1, "rms_norm_eps": 2e-3, "rope_scaling": None, "rope_theta": 5000.0,
+        "tie_word_embeddings": False, "torch_dtype": "float32", "transformers_version": "4.31.0", "vocab_size": 64,
+    }  # fmt: skip
+    config = {name: value for name, value in {**config, **change}.items() if value is not None or name not in change}
+    if config["rope_scaling"]:
+        config["rope_scaling"] = {name: value for name, value in config["rope_scaling"].items() if value is not None}
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    state = their_model(tie_word_embeddings=config["tie_word_embeddings"]).state_dict()
+    save_file({name: x.clone() for name, x in state.items()}, folder / "model.safetensors", {"format": "pt"})
+    theirs = LlamaForCausalLM.from_pretrained(folder).eval()
+    (folder / "model.safetensors").unlink()
+    buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}
+    state["lm_head.weight"] = state[
+        "model.embed_tokens.weight" if theirs.config.tie_word_embeddings else "lm_head.weight"
+    ]
+    torch.save({**state, **buffers}, folder / "pytorch_model.bin")
+    run("import", folder, tmp_path / "ours.pt")
+    ours = build_model(load(tmp_path / "ours.pt"))
+    assert ours.config.block_size == theirs.config.max_position_embeddings
+    assert_close(logits(ours), logits(theirs), TOLERANCE, "logits")
+
+
 def test_bfloat16_stays_bfloat16(tmp_path):
-    theirs = their_model(torch.bfloat16, num_key_value_heads=2)
-    run("import", save_folder(theirs, tmp_path / "in", "safetensors"), tmp_path / "ours.pt")
+    from transformers import LlamaForCausalLM
+
+    folder = save_folder(their_model(torch.bfloat16, num_key_value_heads=2), tmp_path / "in", "safetensors")
+    theirs = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    run("import", folder, tmp_path / "ours.pt")
     checkpoint = load(tmp_path / "ours.pt")
     ours = build_model(checkpoint)
     assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
-    exact = logits(their_model(num_key_value_heads=2).to(torch.bfloat16).double())
+    exact = logits(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().double())
     # each is as far from the exact result as bfloat16 rounds: 2^-9 an operation, some tens of them one after another
     assert_close(logits(ours).double(), exact, 0.03, "ours, to float64 on the same weights")
     assert_close(logits(theirs).double(), exact, 0.03, "theirs")
+    wide = build_model(checkpoint, dtype=torch.float32)
+    assert {p.dtype for p in wide.parameters()} == {torch.float32}
+    assert_close(logits(wide).double(), exact, TOLERANCE, "widened to float32")
     run("export", tmp_path / "ours.pt", tmp_path / "out")
     back = load_file(tmp_path / "out" / "model.safetensors")
     assert {k: v.dtype for k, v in back.items()} == dict.fromkeys(theirs.state_dict(), torch.bfloat16)
     assert all(torch.equal(back[k], v) for k, v in theirs.state_dict().items())
 
 
+def test_weights_of_several_dtypes_become_float32(tmp_path):
+    model = sharp_model()
+    model.norm.bfloat16()
+    save(tmp_path / "mixed.pt", checkpoint_of(model))
+    mixed = build_model(load(tmp_path / "mixed.pt"))
+    assert {p.dtype for p in mixed.parameters()} == {torch.float32}
+    assert torch.equal(mixed.norm.weight, model.norm.weight.float())
+
+
 # ---- uneven groups ----
-
-
-def checkpoint_of(model, tokenizer=None):
-    return {"model": model.state_dict(), "config": asdict(model.config), "tokenizer": tokenizer}
-
-
-def export_of(model, folder, tokenizer=None):
-    save(folder / "ours.pt", checkpoint_of(model, tokenizer))
-    return run("export", folder / "ours.pt", folder / "out")
 
 
 @pytest.mark.parametrize(
@@ -163,50 +165,6 @@ def test_six_heads_in_classes_of_two_and_four_need_three_groups():
 # ---- llama2.c and Meta ----
 
 
-def write_llama2c(path, model):
-    """As llama2.c's legacy export does, whose layout its run.c reads."""
-    c, layers = model.config, model.layers
-    angles = torch.outer(torch.arange(c.block_size), 10000.0 ** -(torch.arange(0, c.head_dim, 2) / c.head_dim))
-    tensors = [model.tok_embeddings.weight, *(layer.attention_norm.weight for layer in layers)]
-    for name in ("wq", "wk", "wv", "wo"):
-        tensors += [getattr(layer.attention, name).weight for layer in layers]
-    tensors += [layer.ffn_norm.weight for layer in layers]
-    for name in ("w1", "w2", "w3"):
-        tensors += [getattr(layer.feed_forward, name).weight for layer in layers]
-    tensors += [model.norm.weight, angles.cos(), angles.sin(), *([] if c.tie_embeddings else [model.output.weight])]
-    vocabulary = c.vocab_size if c.tie_embeddings else -c.vocab_size
-    sizes = (c.dim, c.hidden_dim, c.n_layer, c.n_head, c.n_kv_head, vocabulary, c.block_size)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<7i", *sizes))
-        for x in tensors:
-            file.write(x.detach().numpy().astype("<f4").tobytes())
-
-
-def write_llama2c_tokenizer(path, sp):
-    """As llama2.c's tokenizer.py does."""
-    marks = {sp.bos_id(): "\n<s>\n", sp.eos_id(): "\n</s>\n"}
-    pieces = [marks.get(i, sp.id_to_piece(i)).replace("\u2581", " ").encode() for i in range(sp.vocab_size())]
-    with open(path, "wb") as file:
-        file.write(struct.pack("<I", max(map(len, pieces))))
-        for i, piece in enumerate(pieces):
-            file.write(struct.pack("<fI", sp.get_score(i), len(piece)) + piece)
-
-
-@pytest.fixture(scope="module")
-def prefixed():
-    """A SentencePiece model that puts a space before every text, as Llama 2's and llama2.c's do."""
-    model = io.BytesIO()
-    text = (ROOT / "train.py").read_text().splitlines()
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(text), model_writer=model, vocab_size=500, model_type="bpe", byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True, minloglevel=2,
-    )  # fmt: skip
-    return spm.SentencePieceProcessor(model_proto=model.getvalue())
-
-
-TEXTS = ["", "Once upon a time", " two  spaces\nand a line", "def f(x):\n    return x ** 2", "café 中😀 \t."]
-
-
 @pytest.mark.parametrize("settings", [{"n_kv_head": 2}, {"tie_embeddings": False}])
 def test_llama2c_file_gives_the_same_model_and_tokens(tmp_path, prefixed, settings):
     ours = sharp_model(vocab_size=500, **settings)
@@ -225,75 +183,33 @@ def test_llama2c_file_gives_the_same_model_and_tokens(tmp_path, prefixed, settin
 @pytest.mark.parametrize("scaled", [False, True])
 def test_meta_folder_gives_the_same_model(tmp_path, scaled):
     extra = dict(zip(ROPE_SCALING, (8, 1, 4, 8192))) if scaled else None
-    ours = sharp_model(n_kv_head=2, tie_embeddings=False, rope_theta=5e5, rope_scaling=extra).bfloat16()
+    ours = sharp_model(n_kv_head=2, tie_embeddings=False, rope_theta=5e5, norm_eps=2e-3, rope_scaling=extra).bfloat16()
     folder = tmp_path / "meta"
     folder.mkdir()
     torch.save({**ours.state_dict(), "rope.freqs": torch.ones(4)}, folder / "consolidated.00.pth")
-    params = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "norm_eps": 1e-5, "vocab_size": -1}
+    params = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "norm_eps": 2e-3, "vocab_size": -1}
     params |= {"multiple_of": 16, "rope_theta": 5e5, "use_scaled_rope": scaled, "rope_scaling_factor": 8}
     (folder / "params.json").write_text(json.dumps(params))
     run("import", folder, tmp_path / "got.pt", "--block_size", 64)
     model = build_model(load(tmp_path / "got.pt"))
     assert model.config == ours.config and torch.equal(logits(model, 60), logits(ours, 60))
-    del params["rope_scaling_factor"]
-    (folder / "params.json").write_text(json.dumps(params))
-    if scaled:
-        refused(quick("checkpoint.py", "import", folder, tmp_path / "no.pt"), "rope_scaling_factor", "32")
 
 
-# ---- tokenizers ----
-
-
-@pytest.fixture(scope="module")
-def byte_level():
-    """A tokenizer.json like Llama 3's: byte-level BPE that puts <s> before a text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-    tokenizer, level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel
-    tokenizer.pre_tokenizer, tokenizer.decoder = level(add_prefix_space=False), decoders.ByteLevel()
-    settings = {"initial_alphabet": level.alphabet(), "show_progress": False}
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<pad>", "<s>", "</s>", "<end>"], **settings)
-    tokenizer.train_from_iterator((ROOT / "train.py").read_text().splitlines(), trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return tokenizer
-
-
-def test_folder_with_a_tokenizer_json_alone(tmp_path, byte_level):
-    from transformers import AutoTokenizer
-
-    theirs = their_model(vocab_size=400, bos_token_id=1, eos_token_id=[2, 3])
-    folder = save_folder(theirs, tmp_path / "in", "safetensors")
-    byte_level.save(str(folder / "tokenizer.json"))
-    assert "pip install tokenizers" in run("import", folder, tmp_path / "ours.pt")
-    _, tokenizer = build(load(tmp_path / "ours.pt"))
-    for text in TEXTS:
-        assert tokenizer.prompt(text) == byte_level.encode(text).ids, text
-        assert tokenizer.decode(tokenizer.prompt(text)) == text
-        assert tokenizer.token_bytes()[tokenizer.prompt(text)].sum() == len(text.encode()), text
-    assert (tokenizer.bos, tokenizer.eos, tokenizer.stop) == (1, 2, [1, 2, 3])
-    (tmp_path / "text.txt").write_text("".join(TEXTS))
-    done = quick("eval_ppl.py", tmp_path / "ours.pt", "--text", tmp_path / "text.txt", "--json")
-    assert done.returncode == 0 and json.loads(done.stdout)["tokenizer"].startswith("tokenizer.json 400"), done.stderr
-    assert quick("sample.py", tmp_path / "ours.pt", "--prompt", "def", "--max_new_tokens", 5).stdout.startswith("def")
-    run("export", tmp_path / "ours.pt", tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == [2, 3]
-    back = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert all(back.encode(text) == byte_level.encode(text).ids for text in TEXTS)
-
-
-def test_exported_tokenizer_gives_transformers_the_same_tokens(tmp_path, tiny_data, prefixed):
-    from transformers import AutoTokenizer
-
-    learned = (tiny_data / "tokenizer.model").read_bytes()
-    for name, data in (("learned", learned), ("prefixed", prefixed.serialized_model_proto())):
-        (tmp_path / name).mkdir()
-        export_of(sharp_model(vocab_size=500), tmp_path / name, data)
-        ours, theirs = read_tokenizer(data), AutoTokenizer.from_pretrained(tmp_path / name / "out")
-        for text in TEXTS:
-            if name == "prefixed":  # transformers puts no space before a text that begins with one
-                text = text.lstrip()
-            assert theirs.encode(text) == ours.prompt(text), (name, text)
-            assert theirs.decode(theirs.encode(text), skip_special_tokens=True) == text
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"use_scaled_rope": True}, ["rope_scaling_factor", "32"]),
+        ({"sliding_window": 16}, ["sliding_window"]),
+        ({"head_dim": 16}, ["head_dim"]),
+        ({"vocab_size": 99}, ["vocab_size 99", "64 embeddings"]),
+        ({"n_layers": 3}, ["3 layers", "holds 2"]),
+    ],
+)
+def test_other_models_in_metas_layout_are_refused(tmp_path, change, words):
+    torch.save(sharp_model().state_dict(), tmp_path / "consolidated.00.pth")
+    params = {"dim": 32, "n_layers": 2, "n_heads": 4, "norm_eps": 1e-5, **change}
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    refused(quick("checkpoint.py", "import", tmp_path, tmp_path / "no.pt"), *words)
 
 
 # ---- what cannot be read, or written ----
@@ -312,9 +228,12 @@ def test_exported_tokenizer_gives_transformers_the_same_tokens(tmp_path, tiny_da
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 4.0}}, ["RoPE type linear"]),
         ({"rope_parameters": None, "rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, ["low_freq_factor"]),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, ["partial_rotary_factor 0.5"]),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, ["rope_parameters and rope_scaling"]),
+        ({"rope_parameters": LLAMA3, "original_max_position_embeddings": 16}, ["original_max_position_embeddings 16"]),
+        ({"model_type": "mistral", "sliding_window": 8}, ["mistral"]),
         ({"num_hidden_layers": 3}, ["3 layers", "it holds 2"]),
         ({"num_key_value_heads": 2}, ["k_proj.weight [16, 32]", "it holds [32, 32]"]),
-        ({"num_key_value_heads": 3}, ["n_kv_head 3"]),
+        ({"num_key_value_heads": 3}, ["config.json: num_key_value_heads 3 does not divide"]),
         ({"tie_word_embeddings": True}, ["ties its embeddings"]),
     ],
 )
@@ -341,8 +260,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path, tiny_run):
     assert not (tmp_path / "out").exists()
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.tex").write_text("all of it")
-    refused(quick("checkpoint.py", "export", tiny_run, tmp_path / "precious"), "exists", "--overwrite")
-    refused(quick("checkpoint.py", "export", tiny_run, tmp_path / "precious", "--overwrite"), "something else")
+    refused(quick("checkpoint.py", "export", tiny_run, tmp_path / "precious"), "exists", "delete it")
     assert (tmp_path / "precious" / "thesis.tex").read_text() == "all of it"
 
 
@@ -350,7 +268,6 @@ def test_a_trained_run_is_exported_and_shown(tmp_path, tiny_run):
     from transformers import AutoTokenizer, LlamaForCausalLM
 
     run("export", tiny_run, tmp_path / "out")
-    assert "2 K/V" not in run("export", tiny_run, tmp_path / "out", "--overwrite")
     theirs, tokenizer = (
         LlamaForCausalLM.from_pretrained(tmp_path / "out"),
         AutoTokenizer.from_pretrained(tmp_path / "out"),
@@ -375,7 +292,9 @@ def test_show_draws_uneven_groups_and_counts_their_cache(tmp_path):
         "none recorded",
     ):
         assert re.search(line, shown), shown
-    assert f"KV cache: {(2 + 1 + 3 + 3) * 8 * 4} bytes a token (56% of multi-head attention's 512)" in shown
+    cache = (2 + 1 + 3 + 3) * 8 * 4
+    assert f"KV cache: {cache} bytes a token, {64 * cache:,} for a context of 64 (56% of multi-head attention)" in shown
+    assert "n_kv_head" not in shown
 
 
 def test_import_without_a_tokenizer_says_so_when_one_is_needed(tmp_path):
@@ -385,11 +304,11 @@ def test_import_without_a_tokenizer_says_so_when_one_is_needed(tmp_path):
     refused(quick("checkpoint.py", "import", folder, tmp_path / "ours.pt"), "exists", "--overwrite")
     refused(quick("checkpoint.py", "import", tmp_path / "none", tmp_path / "x.pt"), "no such file or folder")
     refused(quick("checkpoint.py", "import", tmp_path, tmp_path / "x.pt"), "no config.json")
-    refused(quick("checkpoint.py", "import", folder / "model.safetensors", tmp_path / "x.pt"), "give the folder")
-    refused(quick("checkpoint.py", "import", folder), "name it behind")
+    refused(quick("checkpoint.py", "import", folder / "model.safetensors", tmp_path / "x.pt"), "name its folder")
+    refused(quick("checkpoint.py", "import", folder), "one name is missing")
     refused(quick("checkpoint.py", "show", folder), "no such checkpoint")
     big = ["--tokenizer", folder / "config.json"]
-    refused(quick("checkpoint.py", "import", folder, tmp_path / "x.pt", *big), "config.json is no tokenizer")
+    refused(quick("checkpoint.py", "import", folder, tmp_path / "x.pt", *big), "config.json", "no tokenizer.json")
 
 
 def test_training_goes_on_from_an_imported_bfloat16_model_in_float32(tmp_path, tiny_data):
