@@ -171,7 +171,7 @@ def export(path: str, folder: Path) -> str:
 
     Raises UserError for what LlamaForCausalLM cannot be, and for a folder that holds something.
     """
-    checkpoint, folder = load(path), folder.resolve()
+    checkpoint = load(path)
     c, weights = model_config(checkpoint), dict(checkpoint["model"])
     if c.novel:
         raise UserError("a --novel model has a layer that no other Llama has: it cannot be exported")
@@ -199,6 +199,7 @@ def write_folder(folder: Path, config: dict, weights: Weights, tokenizer: Tokeni
         from safetensors.torch import save_file
     except ImportError:
         raise UserError("Hugging Face's format needs a library to write it: pip install safetensors") from None
+    folder = folder.resolve()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=folder.name + ".", dir=folder.parent) as temporary:
