@@ -77,7 +77,8 @@ def map_file(path: Path) -> object:
     if not zipfile.is_zipfile(path):
         raise ValueError("no file of torch.save, or one from before PyTorch 1.6, to be loaded and saved anew")
     with zipfile.ZipFile(path) as archive:  # torch.save never compresses; a compressed pickle could fill the memory
-        if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+        entries = archive.infolist()
+        if any(e.compress_type for e in entries) or sum(e.file_size for e in entries) > path.stat().st_size:
             raise ValueError("a compressed archive")
         if damaged := archive.testzip():  # torch.load would not look
             raise ValueError(f"{damaged} has a wrong checksum")

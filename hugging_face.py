@@ -36,8 +36,6 @@ FIELDS = {  # ours: (config.json's, what a missing one means there)
     "block_size": ("max_position_embeddings", 2048), "vocab_size": ("vocab_size",),
     "norm_eps": ("rms_norm_eps", 1e-6), "tie_embeddings": ("tie_word_embeddings", False),
 }  # fmt: skip
-
-
 ROTATED = ("attention.wq.weight", "attention.wk.weight")  # what RoPE turns, and hence the permuted
 
 

@@ -74,9 +74,9 @@ def with_special(tokenizer: "Tokenizer", bos: int, add_bos: bool, eos: list[int]
     if special == tokenizer.special:
         return tokenizer
     if isinstance(tokenizer, JsonTokenizer):
-        own = {"tokenizer_json": json.loads(tokenizer.data)}
+        own = {"tokenizer_json": json.loads(tokenizer.file)}
     else:
-        own = {"sentencepiece": base64.b64encode(tokenizer.data).decode()}
+        own = {"sentencepiece": base64.b64encode(tokenizer.file).decode()}
     return read_tokenizer(json.dumps({"special": special, **own}, ensure_ascii=False).encode())
 
 
@@ -86,6 +86,7 @@ class Tokenizer:
     bos         opens a text if `add_bos`, else only an empty one; -1 if there is none
     eos         ends a document; -1 if there is none
     stop        all tokens that end a text: EOS, others like it, and the BOS of a next one
+    text_size   1 + the largest token that a text can have
     vocab_size  1 + the largest token that a text, its beginning or its end can have
     """
 
@@ -104,7 +105,9 @@ class Tokenizer:
         self.space_bytes = [self.sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
 
     def set_special(self, bos: int, add_bos: bool, eos: list[int]) -> None:
-        """Say which tokens open and end a text; the first of `eos` ends a document."""
+        """Say which tokens open and end a text; the first of `eos` ends a document. Raises ValueError for no tokens."""
+        if not all(type(token) is int and -1 <= token < 2**20 for token in [bos, *eos]):
+            raise ValueError(f"its BOS is {bos}, its EOS {eos}")
         self.special = {"bos": bos, "add_bos": add_bos, "eos": eos}
         self.bos, self.add_bos, self.eos = bos, add_bos, eos[0] if eos else -1
         self.stop = [*eos, *([bos] if bos >= 0 and bos not in eos else [])]

@@ -157,9 +157,11 @@ def test_uneven_groups_are_exported_as_the_fewest_equal_ones(tmp_path, heads, k_
     assert_close(logits(build_model(load(tmp_path / "back.pt")), 60), logits(ours, 60), TOLERANCE, "imported again")
 
 
-def test_six_heads_in_classes_of_two_and_four_need_three_groups():
+def test_fewest_equal_groups_of_classes_of_two_and_four_and_of_four_and_six():
     config = ModelConfig(n_layer=1, n_head=6, dim=48, k_groups=[[0, 1, 1, 0, 1, 1]], v_groups=[[0, 1, 1, 0, 1, 1]])
     assert uniform_heads(config) == (3, [[0, 3, 1, 2, 4, 5]])
+    config = ModelConfig(n_layer=1, n_head=10, dim=80, k_groups=[[0] * 4 + [1] * 6], v_groups=[[0] * 10])
+    assert uniform_heads(config) == (5, [list(range(10))])
 
 
 # ---- llama2.c and Meta ----
