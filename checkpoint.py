@@ -92,7 +92,7 @@ def load(path: str | Path) -> dict:
     if not path.is_file():
         remedy = "train one with train.py, or import one with checkpoint.py import"
         remedy = f"name {path / 'ckpt.pt'}" if (path / "ckpt.pt").exists() else remedy
-        remedy = f"python checkpoint.py import {path} OUT.pt" if (path / "config.json").exists() else remedy
+        remedy = f"import it: python checkpoint.py import {path} OUT.pt" if (path / "config.json").exists() else remedy
         raise UserError(f"{path}: no such checkpoint; {remedy}")
     try:
         checkpoint = map_file(path)

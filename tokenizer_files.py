@@ -51,8 +51,10 @@ def find_tokenizer(folder: Path | None, given: Path | None) -> Tokenizer | None:
         raise UserError(f"{path} is in tiktoken's format: give --tokenizer tokenizer.json, of the Hugging Face folder")
     try:
         tokenizer = read_tokenizer(sentencepiece_of_llama2c(data) if path.suffix == ".bin" else data)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except (ValueError, struct.error) as error:
-        raise UserError(f"{path}: {str(error)[:150]}") from None
+        raise UserError(f"{path} is no tokenizer of llama2.c, or damaged: {str(error)[:120]}") from None
     if path.suffix == ".bin":
         return tokenizer
     beside = folder if folder and (folder / "config.json").exists() else path.parent
@@ -103,11 +105,11 @@ def sentencepiece_of_llama2c(data: bytes) -> bytes:
         score, length = struct.unpack_from("<fi", data, place)
         piece = data[place + 8 : place + 8 + length]
         if not 0 < length == len(piece):
-            raise UserError(f"piece {len(pieces)} at byte {place} has length {length}")
+            raise ValueError(f"piece {len(pieces)} at byte {place} has length {length}")
         pieces.append((score, piece.decode().replace(" ", SPACE)))
         place += 8 + length
     if len(pieces) < 259:
-        raise UserError(f"it has {len(pieces)} pieces, below the 3 + 256 of control tokens and bytes")
+        raise ValueError(f"it has {len(pieces)} pieces, below the 3 + 256 of control tokens and bytes")
     pieces[:3] = [(0.0, "<unk>"), (0.0, "<s>"), (0.0, "</s>")]
     kinds = [UNKNOWN, CONTROL, CONTROL] + [BYTE] * 256 + [NORMAL] * (len(pieces) - 259)
     model = b""

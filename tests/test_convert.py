@@ -117,6 +117,7 @@ def test_bfloat16_stays_bfloat16(tmp_path):
     assert {p.dtype for p in wide.parameters()} == {torch.float32}
     assert_close(logits(wide).double(), exact, TOLERANCE, "widened to float32")
     run("export", tmp_path / "ours.pt", tmp_path / "out")
+    assert LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
     back = load_file(tmp_path / "out" / "model.safetensors")
     assert {k: v.dtype for k, v in back.items()} == dict.fromkeys(theirs.state_dict(), torch.bfloat16)
     assert all(torch.equal(back[k], v) for k, v in theirs.state_dict().items())
