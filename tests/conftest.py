@@ -43,7 +43,7 @@ def tiny_run(tiny_data, tmp_path_factory) -> Path:
 def prefixed():
     """A SentencePiece model that puts a space before every text, as Llama 2's and llama2.c's do."""
     model = io.BytesIO()
-    text = (ROOT / "train.py").read_text().splitlines()
+    text = (ROOT / "train.py").read_text().splitlines() + ["café"] * 200  # a piece that has more bytes than characters
     spm.SentencePieceTrainer.train(
         sentence_iterator=iter(text), model_writer=model, vocab_size=500, model_type="bpe", byte_fallback=True,
         normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True, minloglevel=2,

@@ -92,14 +92,15 @@ def write_llama2c(path, model):
             file.write(x.detach().numpy().astype("<f4").tobytes())
 
 
-def write_llama2c_tokenizer(path, sp):
-    """As llama2.c's tokenizer.py does."""
+def write_llama2c_tokenizer(path, sp, spaces=None):
+    """As llama2.c's tokenizer.py does. `spaces` is another score for the pieces that are runs of spaces."""
     marks = {sp.bos_id(): "\n<s>\n", sp.eos_id(): "\n</s>\n"}
     pieces = [marks.get(i, sp.id_to_piece(i)).replace("\u2581", " ").encode() for i in range(sp.vocab_size())]
     with open(path, "wb") as file:
         file.write(struct.pack("<I", max(map(len, pieces))))
         for i, piece in enumerate(pieces):
-            file.write(struct.pack("<fI", sp.get_score(i), len(piece)) + piece)
+            score = sp.get_score(i) if spaces is None or piece.strip(b" ") else spaces
+            file.write(struct.pack("<fI", score, len(piece)) + piece)
 
 
 TEXTS = ["", "Once upon a time", " two  spaces\nand a line", "def f(x):\n    return x ** 2", "café 中😀 \t."]

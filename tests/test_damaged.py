@@ -172,6 +172,10 @@ def test_header_numbers_of_llama2c(whole, tmp_path):
             header[4 * place : 4 * place + 4] = struct.pack("<i", value)
             (folder / "model.bin").write_bytes(header)
             assert check("llama2c", folder, whole, tmp_path / "out.pt", "model.bin"), (place, value)
+    table = len(data) - 4 * 2 * 64 * 4  # cosines and sines of 64 positions and 4 pairs end the file
+    assert struct.unpack("<4f", data[table : table + 16]) == (1, 1, 1, 1)
+    (folder / "model.bin").write_bytes(data[:table] + struct.pack("<f", 0.5) * 512)
+    assert check("llama2c", folder, whole, tmp_path / "out.pt", "another rope_theta")
     for version, magic in ((1, b"24ka"), (2, b"24ka")):
         (folder / "model.bin").write_bytes(magic + struct.pack("<i", version) + data)
         assert check("llama2c", folder, whole, tmp_path / "out.pt", "--version 0")
@@ -248,10 +252,12 @@ def test_pickles_neither_run_code_nor_fill_the_memory(kind, file, whole, tmp_pat
     def wrapped(**changes):
         return {**good, "model": {**state, **changes}} if kind == "ckpt" else {**state, **changes}
 
-    huge = torch.zeros(1).expand(2**20, 2**20)
+    huge, shared = torch.zeros(1).expand(2**20, 2**20), torch.zeros(max(x.numel() for x in state.values()))
+    views = {name: shared[: x.numel()].view(x.shape) for name, x in state.items()}  # ten times what is stored
     for content in (
         wrapped(**{name: huge}), wrapped(**{name: Bomb(marker)}), Bomb(marker), [], None, 3, {}, {3: 4}, torch.ones(3),
-        wrapped(**{name: "x"}), wrapped(**{name: state[name].to_sparse()}), wrapped(**{name: state[name].to("meta")}),
+        wrapped(**views), wrapped(**{name: "x"}), wrapped(**{name: state[name].to_sparse()}),
+        wrapped(**{name: state[name].to("meta")}),
         wrapped(**{name: state[name].flip(0).T.contiguous().T}), wrapped(**{name: state[name].to(torch.int32)}),
         dict.fromkeys(state, huge), wrapped(extra=torch.ones(3)), {k: v for k, v in state.items() if k != name},
     ):  # fmt: skip

@@ -188,7 +188,7 @@ def test_a_stop_token_ends_its_row_and_the_context_ends_all():
     model = sharp_model()
     free = model.generate([[1], [2]], 30)
     stop = free[0][4]
-    stopped = model.generate([[1], [2]], 30, stop=[stop])
+    stopped = model.generate([[1], [2]], 30, stop=[TINY["vocab_size"], stop])
     for row, whole in zip(stopped, free):
         assert row == (whole[: whole.index(stop)] if stop in whole else whole)
     assert len(model.generate([[1] * 60], 30)[0]) == TINY["block_size"] - 60

@@ -5,10 +5,11 @@ import sys
 
 import pytest
 from conftest import ROOT, quick, refused, sharp_model
-from foreign import TEXTS, export_of, run, save_folder, their_model
+from foreign import TEXTS, export_of, run, save_folder, their_model, write_llama2c_tokenizer
 
 from checkpoint import build, load
 from tokenizer import read_tokenizer
+from tokenizer_files import sentencepiece_of_llama2c
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +140,10 @@ def test_exported_tokenizer_gives_transformers_the_same_tokens(tmp_path, tiny_da
 
     learned = (tiny_data / "tokenizer.model").read_bytes()
     code = (ROOT / "model.py").read_text()
-    for name, data in (("learned", learned), ("prefixed", prefixed.serialized_model_proto())):
+    # in Llama 2's model, runs of spaces stand early and are joined last
+    write_llama2c_tokenizer(tmp_path / "tok.bin", prefixed, spaces=-1e9)
+    late = sentencepiece_of_llama2c((tmp_path / "tok.bin").read_bytes())
+    for name, data in (("learned", learned), ("prefixed", prefixed.serialized_model_proto()), ("late", late)):
         (tmp_path / name).mkdir()
         export_of(sharp_model(vocab_size=500), tmp_path / name, data)
         ours, theirs = read_tokenizer(data), AutoTokenizer.from_pretrained(tmp_path / name / "out")
