@@ -47,6 +47,7 @@ def prefixed():
     spm.SentencePieceTrainer.train(
         sentence_iterator=iter(text), model_writer=model, vocab_size=500, model_type="bpe", byte_fallback=True,
         normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True, minloglevel=2,
+        allow_whitespace_only_pieces=True,
     )  # fmt: skip
     return spm.SentencePieceProcessor(model_proto=model.getvalue())
 
