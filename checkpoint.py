@@ -33,7 +33,7 @@ from tokenizer import Tokenizer, read_tokenizer
 #
 #     model       the plain state dict: float32 from train.py, an imported model's own dtype
 #     config      the fields of ModelConfig
-#     tokenizer   the bytes of the SentencePiece model or tokenizer.json, or None
+#     tokenizer   the bytes of a SentencePiece model, or as `tokenizer.py` says; None if there is no tokenizer
 #     source      what it was imported from; else, from train.py:
 #     data        the record of the training data: meta.json, with its checksums
 #     train       the fields of TrainConfig

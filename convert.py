@@ -18,7 +18,7 @@ from config import UserError
 from hugging_face import Settings, Weights, open_weights, read_hugging_face
 from model import ROPE_SCALING, ModelConfig, rope_angles
 from tokenizer import Tokenizer
-from tokenizer_files import find_tokenizer, read_json
+from tokenizer_files import find_tokenizer, left_out, read_json
 
 
 def read(source: Path, tokenizer: str | None = None, block_size: int | None = None) -> tuple[dict, list[str]]:
@@ -42,7 +42,13 @@ def read(source: Path, tokenizer: str | None = None, block_size: int | None = No
     found = find_tokenizer(source if source.is_dir() else None, Path(tokenizer) if tokenizer else None)
     checkpoint = {"model": weights, "config": settings, "tokenizer": found and found.data, "source": str(source)}
     check_weights(checkpoint, source)
-    return checkpoint, check_tokenizer(found, settings["vocab_size"], llama2c=(tokenizer or "").endswith(".bin"))
+    notes = check_tokenizer(found, settings["vocab_size"], llama2c=(tokenizer or "").endswith(".bin"))
+    if found and not tokenizer and (lost := left_out(source, found)):
+        which = (
+            f"{len(lost)} tokens of tokenizer.json are not in tokenizer.model, which was read ({', '.join(lost[:3])})"
+        )
+        notes.append(f"{which}: import with --tokenizer {source}/tokenizer.json to have them")
+    return checkpoint, notes
 
 
 def check_weights(checkpoint: dict, source: Path) -> None:

@@ -74,7 +74,7 @@ def hugging_face_settings(config: dict, path: Path) -> Settings:
     if named not in (None, ["LlamaForCausalLM"], ["LLaMAForCausalLM"]) or kind != "llama":
         what = f"architectures {str(named)[:60]}, model_type {str(kind)[:20]}"
         raise UserError(f"{path}: {what} is not supported, LlamaForCausalLM alone is")
-    rope, context = rope_settings(config, path), config.get("original_max_position_embeddings")
+    rope, context = rope_settings(config, path), config.get("original_max_position_embeddings")  # of Llama 3's scaling
     supported = {
         "attention_bias": (config.get("attention_bias"), None, False),
         "mlp_bias": (config.get("mlp_bias"), None, False),
@@ -256,10 +256,9 @@ def hugging_face_config(c: ModelConfig, heads: int, tokenizer: Tokenizer | None,
         "rope_scaling": {"rope_type": "llama3", **c.rope_scaling} if c.rope_scaling else None,
         "torch_dtype": str(max(dtypes, key=lambda dtype: dtype.itemsize)).removeprefix("torch."),
     }  # fmt: skip
-    if tokenizer:
-        eos = tokenizer.special["eos"]
-        config["bos_token_id"] = tokenizer.bos if tokenizer.bos >= 0 else None
-        config["eos_token_id"] = eos[0] if len(eos) == 1 else eos or None
+    bos, eos = (tokenizer.bos, tokenizer.special["eos"]) if tokenizer else (-1, [])
+    config["bos_token_id"] = bos if bos >= 0 else None  # a missing one would mean 1, and a missing EOS 2
+    config["eos_token_id"] = eos[0] if len(eos) == 1 else eos or None
     return config
 
 
@@ -273,4 +272,6 @@ def what_it_costs(c: ModelConfig, heads: int, before: Weights, after: Weights, f
         grown = sum(after[name].nbytes - before[name].nbytes for name in after)
         text += f"\nuneven groups, expanded to {heads} equal ones: the KV cache takes {theirs:,} bytes a token there"
         text += f" and {ours:,} here, the weights {grown:,} bytes more"
+    if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
+        text += "\nnote: its tokenizer.model is no plain BPE; transformers makes its own of it (pip install protobuf)"
     return text

@@ -151,11 +151,20 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Text of the ids; control tokens are nothing, and an incomplete UTF-8 sequence is U+FFFD."""
-        return self.sp.decode([i for i in ids if i < self.text_size])  # a model's vocabulary may be padded
+        return self.sp.decode([i for i in self.spoken(ids) if i < self.text_size])  # a vocabulary may be padded
+
+    def spoken(self, ids: list[int]) -> list[int]:
+        """Without the tokens that open and end a text, whatever kind of piece they are."""
+        return [i for i in ids if i not in self.stop]
 
     def piece(self, token: int) -> str | None:
         """How the token is written, such as </s>; None if this tokenizer does not know it."""
         return self.sp.id_to_piece(token) if token < self.text_size else None
+
+    def token_of(self, piece: str) -> int | None:
+        """The token that is written so; None if there is none."""
+        token = self.sp.piece_to_id(piece)
+        return token if self.piece(token) == piece else None
 
     def is_exact(self) -> bool:
         """Whether text comes back as it was; an older model without byte fallback, or one that normalizes, fails."""
@@ -171,11 +180,15 @@ class Tokenizer:
                 sizes[i] = 1
             elif self.sp.is_control(i):
                 sizes[i] = 0
-        return self.with_prefix(np.array(sizes + [0] * (self.vocab_size - self.text_size)))
+        return self.without_frame(np.array(sizes + [0] * (self.vocab_size - self.text_size)))
 
-    def with_prefix(self, sizes: np.ndarray) -> np.ndarray:
-        if self.dummy_prefix and self.add_bos and self.bos >= 0:
-            sizes[self.bos] = -1  # BOS opens a document, and the space put before it counts for nothing
+    def without_frame(self, sizes: np.ndarray) -> np.ndarray:
+        """Nothing for the tokens that open and end a document, and less than nothing for the one that every document
+        has, where a space was put before the text."""
+        sizes[self.stop] = 0
+        mark = self.bos if self.add_bos and self.bos >= 0 else self.eos
+        if self.dummy_prefix and mark >= 0:
+            sizes[mark] = -1
         return sizes
 
 
@@ -191,35 +204,40 @@ class JsonTokenizer(Tokenizer):
             raise UserError("a tokenizer.json needs a library to read it: pip install tokenizers") from None
         self.data = self.file = file
         try:
-            self.backend = Backend.from_str(file.decode())
-            self.backend.no_truncation()
-            self.backend.no_padding()
-            self.backend.encode_special_tokens = True  # "</s>" in a text is these four characters
-            plain, framed = self.backend.encode("a", add_special_tokens=False), self.backend.encode("a").ids
-            start = next((i for i, token in enumerate(framed) if token == plain.ids[0]), 0)
-            before, behind = framed[:start], framed[start + len(plain.ids) :]
-            self.dummy_prefix = plain.tokens[0].startswith((SPACE, "Ġ"))
-            # GPT-2's alphabet has a character for each byte; the other kind writes pieces as SentencePiece does
-            fields = json.loads(file)
-            self.byte_level = '"ByteLevel"' in json.dumps([fields["pre_tokenizer"], fields["decoder"]])
-            self.added = self.backend.get_added_tokens_decoder()
-            self.pieces = self.backend.get_vocab(with_added_tokens=True)
-            written = [i for i in self.pieces.values() if i not in self.added or not self.added[i].special]
-            self.text_size = 1 + max(written)
-            self.set_special(before[0] if before else -1, bool(before), behind[:1])
+            self.backend, fields = Backend.from_str(file.decode()), json.loads(file)
+            pipeline = json.dumps([fields["pre_tokenizer"], fields["decoder"]])
+            plain = self.backend.encode("a", add_special_tokens=False)
+            first, prefixed = plain.ids[0], plain.tokens[0].startswith((SPACE, "Ġ"))
         except Exception as error:  # the library raises plain Exceptions
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"these {len(file):,} bytes are no tokenizer.json: {reason}") from None
+        self.dummy_prefix = prefixed
+        self.byte_level = (
+            '"ByteLevel"' in pipeline
+        )  # GPT-2's alphabet: a character for each byte; else as SentencePiece
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.backend.encode_special_tokens = True  # "</s>" in a text is these four characters
+        self.added = self.backend.get_added_tokens_decoder()
+        self.pieces = self.backend.get_vocab(with_added_tokens=True)
+        self.text_size = 1 + max(i for i in self.pieces.values() if i not in self.added or not self.added[i].special)
+        framed = self.backend.encode("a").ids
+        start = framed.index(first) if first in framed else 0
+        before, behind = framed[:start], framed[start + len(plain.ids) :]
+        self.set_special(before[0] if before else -1, bool(before), behind[:1])
 
     def encode(self, text: str) -> list[int]:
         check_unicode(text)
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        return self.backend.decode([i for i in ids if i < self.vocab_size])
+        return self.backend.decode(self.spoken(ids))
 
     def piece(self, token: int) -> str | None:
         return self.backend.id_to_token(token)
+
+    def token_of(self, piece: str) -> int | None:
+        return self.backend.token_to_id(piece)
 
     def token_bytes(self) -> np.ndarray:
         sizes = np.zeros(self.vocab_size, dtype=np.int64)
@@ -232,4 +250,4 @@ class JsonTokenizer(Tokenizer):
                 size = 1 if re.fullmatch("<0x[0-9A-F]{2}>", piece) else len(piece.replace(SPACE, " ").encode())
             if i < self.vocab_size:
                 sizes[i] = size
-        return self.with_prefix(sizes)
+        return self.without_frame(sizes)

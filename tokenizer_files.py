@@ -70,28 +70,47 @@ def special_tokens(tokenizer: Tokenizer, folder: Path) -> tuple[int, bool, list[
     """BOS, whether it opens a text, and the tokens that end one, from the tokenizer and the folder's config files.
 
     The tokenizer's own word comes first: the `bos_token_id` of some config.json, such as llama-160m's, is another's.
+    `add_bos_token` decides for a SentencePiece model; a tokenizer.json that adds BOS does so whatever is said there, as
+    in transformers 5.
     """
     names = ("tokenizer_config.json", "config.json", "generation_config.json")
     settings, *configs = (read_json(folder / name) if (folder / name).exists() else {} for name in names)
+    said = settings.get("add_bos_token")
+    if tokenizer.kind == "SentencePiece":
+        add_bos = said if isinstance(said, bool) else True
+    else:
+        add_bos = tokenizer.add_bos or said is True
+    own = [token for token in (tokenizer.bos,) if token >= 0]
+    bos = [*own, *named(settings, "bos_token", tokenizer), *numbered(configs, "bos_token_id"), -1][0]
+    own = [token for token in (tokenizer.eos,) if token >= 0]
+    eos = [*own, *named(settings, "eos_token", tokenizer), *numbered(configs, "eos_token_id")]
+    eos = list(dict.fromkeys(eos))
+    return bos, add_bos, [token for token in eos if token != bos] or eos  # one token may be both, as in SmolLM
 
-    def named(key: str) -> list[int]:
-        """The token that tokenizer_config.json names by its text."""
-        value = settings.get(key)
-        value = value.get("content") if isinstance(value, dict) else value
-        return [i for i in range(tokenizer.vocab_size) if tokenizer.piece(i) == value] if value else []
 
-    def numbered(key: str) -> list[int]:
-        """Those that config.json and generation_config.json give by number; -1 is their word for none."""
-        values = [config.get(key) for config in configs]
-        values = [token for value in values for token in (value if isinstance(value, list) else [value])]
-        return [token for token in values if type(token) is int and token >= 0]
+def named(settings: dict, key: str, tokenizer: Tokenizer) -> list[int]:
+    """The token that tokenizer_config.json gives by its text."""
+    value = settings.get(key)
+    value = value.get("content") if isinstance(value, dict) else value
+    token = tokenizer.token_of(value) if isinstance(value, str) else None
+    return [] if token is None else [token]
 
-    first = [tokenizer.bos] if tokenizer.bos >= 0 else []
-    bos = [*first, *named("bos_token"), *numbered("bos_token_id"), -1][0]
-    eos = [tokenizer.eos] if tokenizer.eos >= 0 else []
-    eos = list(dict.fromkeys([*eos, *named("eos_token"), *numbered("eos_token_id")]))
-    add_bos = settings.get("add_bos_token")
-    return bos, add_bos if isinstance(add_bos, bool) else tokenizer.add_bos, [token for token in eos if token != bos]
+
+def numbered(configs: list[dict], key: str) -> list[int]:
+    """The tokens that config.json and generation_config.json give by number, one or several; -1 means none."""
+    values = [config.get(key) for config in configs]
+    values = [token for value in values for token in (value if isinstance(value, list) else [value])]
+    return [token for token in values if type(token) is int and token >= 0]
+
+
+def left_out(folder: Path, tokenizer: Tokenizer) -> list[str]:
+    """Tokens that the folder's tokenizer.json adds to its tokenizer.model, which alone is read."""
+    path = folder / "tokenizer.json"
+    if tokenizer.kind != "SentencePiece" or not path.exists():
+        return []
+    added = read_json(path).get("added_tokens")
+    added = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    return [str(token.get("content")) for token in added if tokenizer.token_of(str(token.get("content"))) is None]
 
 
 def sentencepiece_of_llama2c(data: bytes) -> bytes:
@@ -138,25 +157,28 @@ def varint(value: int) -> bytes:
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """tokenizer.model (or .json) and tokenizer_config.json; for a SentencePiece model also tokenizer.json.
+    """tokenizer.model, tokenizer.json and tokenizer_config.json, as far as the tokenizer can be written so.
 
-    transformers 5 would turn the model into merges itself, but in the order of the vocabulary and not of the scores:
-    with Llama 2's, runs of spaces come out as other tokens.
+    From a tokenizer.model alone transformers 5 would make the merges itself, but in the order of the vocabulary and not
+    of the scores: with Llama 2's, runs of spaces come out as other tokens. llama.cpp reads tokenizer.model.
     """
-    names = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
-    written = {name: tokenizer.piece(token) for name, token in names.items() if token >= 0}
-    settings = {"add_bos_token": tokenizer.add_bos, "add_eos_token": False, "clean_up_tokenization_spaces": False}
-    settings |= {name: piece for name, piece in written.items() if piece is not None}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    settings |= {"add_bos_token": tokenizer.add_bos, "add_eos_token": False}
+    for name, token in (("bos_token", tokenizer.bos), ("eos_token", tokenizer.eos)):
+        if token >= 0 and tokenizer.piece(token) is not None:
+            settings[name] = tokenizer.piece(token)
     if isinstance(tokenizer, JsonTokenizer):
-        (folder / "tokenizer.json").write_bytes(tokenizer.file)
+        fields, own = json.loads(tokenizer.file), JsonTokenizer(tokenizer.file)
+        if (own.bos, own.add_bos) != (tokenizer.bos, tokenizer.add_bos):
+            fields["post_processor"] = beginning(tokenizer)
     else:
         (folder / "tokenizer.model").write_bytes(tokenizer.file)
-        if same := tokenizer_json(tokenizer):
-            (folder / "tokenizer.json").write_text(json.dumps(same, ensure_ascii=False), encoding="utf-8")
-    if (folder / "tokenizer.json").exists():
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        settings["add_prefix_space"] = tokenizer.dummy_prefix
+        fields = tokenizer_json(tokenizer)
+    if fields:
+        (folder / "tokenizer.json").write_text(json.dumps(fields, ensure_ascii=False), encoding="utf-8")
     else:
-        settings |= {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": tokenizer.dummy_prefix}
+        settings["tokenizer_class"] = "LlamaTokenizer"
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
@@ -167,33 +189,41 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict | None:
     the best first. So the list is: the pieces by score, each with all its ways to be cut into two.
     """
     sp, size = tokenizer.sp, tokenizer.text_size
-    normal = [i for i in range(size) if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i))]
-    if not tokenizer.is_exact() or any(sp.get_score(i) != round(sp.get_score(i)) for i in normal):
-        return None  # in BPE the scores are 0, -1, -2, ...; in unigram models logarithms of probabilities
-    ids = {sp.id_to_piece(i): i for i in normal}
-    merges = [
-        f"{piece[:cut]} {piece[cut:]}"
+    special = [i for i in range(size) if sp.is_control(i) or sp.is_unknown(i)]
+    other = {i for i in range(size) if sp.is_byte(i) or sp.is_unused(i)} | set(special)
+    ids = {sp.id_to_piece(i): i for i in range(size) if i not in other}
+    merges = {
+        piece: [
+            f"{piece[:cut]} {piece[cut:]}" for cut in range(1, len(piece)) if {piece[:cut], piece[cut:]} <= set(ids)
+        ]
         for piece in sorted(ids, key=lambda piece: -sp.get_score(ids[piece]))
-        for cut in range(1, len(piece))
-        if piece[:cut] in ids and piece[cut:] in ids
-    ]
-    unknown, before = sp.id_to_piece(sp.unk_id()), [{"type": "Prepend", "prepend": SPACE}] * tokenizer.dummy_prefix
+    }
+    whole_scores = all(sp.get_score(i) == round(sp.get_score(i)) for i in ids.values())  # in unigram models logarithms
+    joined = all(merges[piece] or len(piece) == 1 for piece in ids)  # user-defined pieces are found in another way
+    if not (tokenizer.is_exact() and whole_scores and joined):
+        return None
+    before, strip = [], []
+    if tokenizer.dummy_prefix:
+        before, strip = (
+            [{"type": "Prepend", "prepend": SPACE}],
+            [{"type": "Strip", "content": " ", "start": 1, "stop": 0}],
+        )
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
-    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * tokenizer.dummy_prefix
     control = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    named = {i: sp.id_to_piece(i) for i in range(size) if sp.is_control(i) or sp.is_unknown(i)}
     return {
         "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [{"id": i, "content": piece, **control} for i, piece in named.items()],
+        "added_tokens": [{"id": i, "content": sp.id_to_piece(i), **control} for i in special],
         "normalizer": {"type": "Sequence", "normalizers": [*before, spaces]},
         "pre_tokenizer": None,
         "post_processor": beginning(tokenizer),
         "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
         "model": {
-            "type": "BPE", "dropout": None, "unk_token": unknown, "fuse_unk": True, "byte_fallback": True,
-            "continuing_subword_prefix": None, "end_of_word_suffix": None, "ignore_merges": False,
-            "vocab": {sp.id_to_piece(i): i for i in range(size)}, "merges": merges,
+            "type": "BPE", "dropout": None, "unk_token": sp.id_to_piece(sp.unk_id()), "fuse_unk": True,
+            "byte_fallback": True, "continuing_subword_prefix": None, "end_of_word_suffix": None,
+            "ignore_merges": False,
+            "vocab": {sp.id_to_piece(i): i for i in range(size)},
+            "merges": [pair for pairs in merges.values() for pair in pairs],
         },
     }  # fmt: skip
 

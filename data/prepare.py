@@ -37,6 +37,7 @@ sys.path.insert(0, str(DATA.parent))  # run as a script, Python looks for module
 
 from config import POSITIONAL, UserError, exit_cleanly, parse
 from tokenizer import SETTINGS, Tokenizer, read_tokenizer
+from tokenizer_files import find_tokenizer
 
 SPLITS = {"train": 0.90, "val": 0.05, "test": 0.05}
 TOKENIZER_BYTES = 50_000_000  # text that the tokenizer learns from; more changes the pieces little and costs memory
@@ -68,7 +69,7 @@ class PrepareConfig:
     name: str = field(default="stdlib", metadata=POSITIONAL)  # stdlib, shakespeare, wikitext2, tinystories, yours
     text: list[str] | None = None  # your own UTF-8 text: files, folders or globs
     from_: str | None = None  # a local copy to use instead of the download: the file, or the folder with the files
-    tokenizer: str | None = None  # an existing tokenizer.model, or a ckpt.pt that has one (default: learn one)
+    tokenizer: str | None = None  # an existing tokenizer.model or .json, or a ckpt.pt that has one (default: learn one)
     vocab_size: int | None = None  # pieces that the learned tokenizer has (default: 4096)
     out: str | None = None  # folder to write (default: data/NAME beside this script)
     overwrite: bool = False  # replace a folder that is already prepared
@@ -304,19 +305,17 @@ def corpus(config: PrepareConfig) -> dict[str, list[Piece]]:
 
 
 def given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
-    """The one of `--tokenizer`: a tokenizer.model, or what a checkpoint carries."""
+    """The one of `--tokenizer`: a file of another program, or what a checkpoint carries."""
     if not config.tokenizer:
         return None
     if config.vocab_size:
         raise UserError("--tokenizer has a vocabulary of its own: drop --vocab_size")
     path = Path(config.tokenizer)
-    if not path.is_file():
-        raise UserError(f"--tokenizer {path}: no such file")
     if path.suffix == ".pt":
         from checkpoint import load  # torch is needed for nothing else here
 
         return read_tokenizer(load(path)["tokenizer"])
-    tokenizer = read_tokenizer(path.read_bytes())
+    tokenizer = find_tokenizer(None, path)
     if not tokenizer.is_exact():
         print(f"note: {path} does not return every text as it was, so bits per byte will not be exact", file=sys.stderr)
     return tokenizer

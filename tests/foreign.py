@@ -93,13 +93,13 @@ def write_llama2c(path, model):
 
 
 def write_llama2c_tokenizer(path, sp, spaces=None):
-    """As llama2.c's tokenizer.py does. `spaces` is another score for the pieces that are runs of spaces."""
+    """As llama2.c's tokenizer.py does. The pieces that are runs of spaces may have worse scores, from `spaces` down."""
     marks = {sp.bos_id(): "\n<s>\n", sp.eos_id(): "\n</s>\n"}
     pieces = [marks.get(i, sp.id_to_piece(i)).replace("\u2581", " ").encode() for i in range(sp.vocab_size())]
     with open(path, "wb") as file:
         file.write(struct.pack("<I", max(map(len, pieces))))
         for i, piece in enumerate(pieces):
-            score = sp.get_score(i) if spaces is None or piece.strip(b" ") else spaces
+            score = sp.get_score(i) if spaces is None or piece.strip(b" ") else spaces - i
             file.write(struct.pack("<fI", score, len(piece)) + piece)
 
 
