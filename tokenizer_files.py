@@ -182,39 +182,39 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def tokenizer_json(tokenizer: Tokenizer) -> dict | None:
-    """The tokenizer.json that gives the tokens of a SentencePiece model; None if it is not BPE, or changes its text.
+def merges_of(tokenizer: Tokenizer) -> list[str] | None:
+    """The pairs of pieces that BPE joins, best first, written "l r"; None if the SentencePiece model is no plain BPE.
 
-    SentencePiece joins the two neighbours whose joint piece has the best score; `tokenizers` joins by a list of pairs,
-    the best first. So the list is: the pieces by score, each with all its ways to be cut into two.
+    SentencePiece joins the two neighbours whose joint piece has the best score; `tokenizers` joins by a list of pairs.
+    So the list is: the pieces by score, each with all its ways to be cut into two.
     """
     sp, size = tokenizer.sp, tokenizer.text_size
-    special = [i for i in range(size) if sp.is_control(i) or sp.is_unknown(i)]
-    other = {i for i in range(size) if sp.is_byte(i) or sp.is_unused(i)} | set(special)
-    ids = {sp.id_to_piece(i): i for i in range(size) if i not in other}
-    merges = {
-        piece: [
-            f"{piece[:cut]} {piece[cut:]}" for cut in range(1, len(piece)) if {piece[:cut], piece[cut:]} <= set(ids)
-        ]
-        for piece in sorted(ids, key=lambda piece: -sp.get_score(ids[piece]))
+    other = [sp.is_control, sp.is_unknown, sp.is_byte, sp.is_unused]
+    scores = {sp.id_to_piece(i): sp.get_score(i) for i in range(size) if not any(kind(i) for kind in other)}
+    cuts = {
+        piece: [f"{piece[:i]} {piece[i:]}" for i in range(1, len(piece)) if piece[:i] in scores and piece[i:] in scores]
+        for piece in sorted(scores, key=lambda piece: -scores[piece])
     }
-    whole_scores = all(sp.get_score(i) == round(sp.get_score(i)) for i in ids.values())  # in unigram models logarithms
-    joined = all(merges[piece] or len(piece) == 1 for piece in ids)  # user-defined pieces are found in another way
-    if not (tokenizer.is_exact() and whole_scores and joined):
+    ranks = all(score == round(score) for score in scores.values())  # unigram models have logarithms instead
+    joined = all(cuts[piece] or len(piece) == 1 for piece in cuts)  # user-defined pieces are found in another way
+    return [pair for pairs in cuts.values() for pair in pairs] if ranks and joined else None
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> dict | None:
+    """The tokenizer.json that gives the tokens of a SentencePiece model; None if it is no plain BPE or changes text."""
+    sp, size, merges = tokenizer.sp, tokenizer.text_size, merges_of(tokenizer)
+    if merges is None or not tokenizer.is_exact():
         return None
-    before, strip = [], []
-    if tokenizer.dummy_prefix:
-        before, strip = (
-            [{"type": "Prepend", "prepend": SPACE}],
-            [{"type": "Strip", "content": " ", "start": 1, "stop": 0}],
-        )
+    special = [i for i in range(size) if sp.is_control(i) or sp.is_unknown(i)]
+    prefix = [{"type": "Prepend", "prepend": SPACE}] if tokenizer.dummy_prefix else []
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if tokenizer.dummy_prefix else []
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
     control = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
         "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": [{"id": i, "content": sp.id_to_piece(i), **control} for i in special],
-        "normalizer": {"type": "Sequence", "normalizers": [*before, spaces]},
+        "normalizer": {"type": "Sequence", "normalizers": [*prefix, spaces]},
         "pre_tokenizer": None,
         "post_processor": beginning(tokenizer),
         "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
@@ -222,8 +222,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict | None:
             "type": "BPE", "dropout": None, "unk_token": sp.id_to_piece(sp.unk_id()), "fuse_unk": True,
             "byte_fallback": True, "continuing_subword_prefix": None, "end_of_word_suffix": None,
             "ignore_merges": False,
-            "vocab": {sp.id_to_piece(i): i for i in range(size)},
-            "merges": [pair for pairs in merges.values() for pair in pairs],
+            "vocab": {sp.id_to_piece(i): i for i in range(size)}, "merges": merges,
         },
     }  # fmt: skip
 
