@@ -52,11 +52,8 @@ def read(source: Path, tokenizer: str | None = None, block_size: int | None = No
 
 
 def check_weights(checkpoint: dict, source: Path) -> None:
-    """Raise UserError unless the weights are those that the settings ask for, and finite."""
+    """Raise UserError unless the weights are finite, and tied where the settings say so."""
     c, weights = model_config(checkpoint), checkpoint["model"]
-    if c.tie_embeddings and "output.weight" not in weights:
-        weights["output.weight"] = weights.get("tok_embeddings.weight", torch.empty(0))
-    empty_model(c, weights, str(source))
     if c.tie_embeddings and not torch.equal(weights["output.weight"], weights["tok_embeddings.weight"]):
         raise UserError(f"{source} ties its embeddings, and holds an output matrix that is another: it is damaged")
     for name, x in weights.items():
@@ -123,6 +120,8 @@ def read_meta_folder(folder: Path) -> tuple[Settings, Weights]:
             raise UserError(f"{folder}/params.json says use_scaled_rope and not how far: {remedy}")
         values = (params["rope_scaling_factor"], 1, params.get("rope_high_freq_factor", 4), 8192)
         settings["rope_scaling"] = dict(zip(ROPE_SCALING, values))
+    weights.setdefault("output.weight", weights["tok_embeddings.weight"])
+    empty_model(model_config({"config": settings}), weights, str(folder))
     return settings, weights
 
 
@@ -165,6 +164,7 @@ def read_llama2c(path: Path) -> tuple[Settings, Weights]:
         raise UserError(f"{path} has {size:,} bytes, and its header asks for {wanted}: it is damaged, or no llama2.c")
     flat = torch.from_file(str(path), shared=False, size=size // 4, dtype=torch.float32)
     weights = {name: x.view(shape) for (name, shape), x in zip(shapes.items(), flat[7:].split(counts))}
+    weights.setdefault("output.weight", weights["tok_embeddings.weight"])
     # rotary tables, which llama2.c itself no longer reads: they tell whether the base is the one that it assumes
     angles = rope_angles(torch.arange(c.block_size), c.head_dim, c.rope_theta)
     for stored, ours in zip((weights.pop("cos"), weights.pop("sin")), angles):

@@ -77,7 +77,9 @@ def with_special(tokenizer: "Tokenizer", bos: int, add_bos: bool, eos: list[int]
         own = {"tokenizer_json": json.loads(tokenizer.file)}
     else:
         own = {"sentencepiece": base64.b64encode(tokenizer.file).decode()}
-    return read_tokenizer(json.dumps({"special": special, **own}, ensure_ascii=False).encode())
+    tokenizer.set_special(**special)
+    tokenizer.data = json.dumps({"special": special, **own}, ensure_ascii=False).encode()
+    return tokenizer
 
 
 class Tokenizer:
@@ -105,9 +107,9 @@ class Tokenizer:
         self.space_bytes = [self.sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
 
     def set_special(self, bos: int, add_bos: bool, eos: list[int]) -> None:
-        """Say which tokens open and end a text; the first of `eos` ends a document. Raises ValueError for no tokens."""
+        """Say which tokens open and end a text; the first of `eos` ends a document. Raises UserError for no tokens."""
         if not all(type(token) is int and -1 <= token < 2**20 for token in [bos, *eos]):
-            raise ValueError(f"its BOS is {bos}, its EOS {eos}")
+            raise UserError(f"no tokenizer, or damaged: its BOS is {bos}, its EOS {eos}")
         self.special = {"bos": bos, "add_bos": add_bos, "eos": eos}
         self.bos, self.add_bos, self.eos = bos, add_bos, eos[0] if eos else -1
         self.stop = [*eos, *([bos] if bos >= 0 and bos not in eos else [])]
