@@ -24,7 +24,9 @@ from typing import IO, Literal
 import torch
 
 from config import POSITIONAL, UserError, exit_cleanly, parse, pick
+from lora import LoRAConfig, LoRALinear, adapt, adapters
 from model import Llama, ModelConfig
+from nf4 import BUFFERS, NF4Linear
 from tokenizer import Tokenizer, read_tokenizer
 
 # ---- the file ----
@@ -33,6 +35,8 @@ from tokenizer import Tokenizer, read_tokenizer
 #
 #     model       the plain state dict: float32 from train.py, an imported model's own dtype
 #     config      the fields of ModelConfig
+#     lora        the fields of LoRAConfig, if there is an adapter. Then `model` has, where layers.0.attention.wq.weight
+#                 was, ...wq.lora_A, ...wq.lora_B and ...wq.linear.weight, or ...wq.linear.codes and so on in NF4
 #     tokenizer   the bytes of a SentencePiece model, or as `tokenizer.py` says; None if there is no tokenizer
 #     source      what it was imported from; else, from train.py:
 #     data        the record of the training data: meta.json, with its checksums
@@ -101,7 +105,8 @@ def load(path: str | Path) -> dict:
         hint = f"; a foreign one is imported first: python checkpoint.py import {path} OUT.pt"
         raise UserError(what + hint * (path.suffix in (".bin", ".safetensors", ".pth"))) from None
     keys = {"model": dict, "config": dict, "tokenizer": (bytes, type(None))}
-    if not isinstance(checkpoint, dict) or any(not isinstance(checkpoint.get(k, 0), t) for k, t in keys.items()):
+    there = isinstance(checkpoint, dict) and isinstance(checkpoint.get("lora", {}), dict)
+    if not there or any(not isinstance(checkpoint.get(k, 0), t) for k, t in keys.items()):
         raise UserError(f"{path} is no checkpoint: it lacks {', '.join(keys)}")
     check_tensors(checkpoint["model"], path, path.stat().st_size)
     return checkpoint
@@ -109,13 +114,15 @@ def load(path: str | Path) -> dict:
 
 def check_tensors(weights: dict, path: Path, size: int) -> None:
     """Raise UserError for what is no plain tensor of floats, and for views that claim more than the file's bytes."""
-    total, tied = 0, {"output.weight": "tok_embeddings.weight", "lm_head.weight": "model.embed_tokens.weight"}
+    total, tied = 0, {"lm_head.weight": "model.embed_tokens.weight"}
+    tied |= dict.fromkeys(("output.weight", "output.linear.weight"), "tok_embeddings.weight")
     for name, x in weights.items():
         dense = isinstance(x, torch.Tensor) and x.device.type == "cpu" and x.layout == torch.strided
-        if not isinstance(name, str) or not dense or x.dtype not in FLOATS or not x.is_contiguous():
+        fine = (torch.uint8,) if str(name).endswith(BUFFERS) else FLOATS
+        if not isinstance(name, str) or not dense or x.dtype not in fine or not x.is_contiguous():
             kind = f"{x.dtype}, {x.layout}, on {x.device}" if isinstance(x, torch.Tensor) else type(x).__name__
             kind += "" if not dense or x.is_contiguous() else ", not contiguous"
-            raise UserError(f"{path}: {name} is {kind}; contiguous tensors are read, of {', '.join(map(str, FLOATS))}")
+            raise UserError(f"{path}: {name} is {kind}; contiguous tensors are read, of {', '.join(map(str, fine))}")
         twin = weights.get(tied.get(name))
         total += 0 if isinstance(twin, torch.Tensor) and twin.data_ptr() == x.data_ptr() else x.nbytes
     if total > size:
@@ -138,15 +145,24 @@ def is_a(value: object, kind: object) -> bool:
 
 def model_config(checkpoint: dict, **changes) -> ModelConfig:
     """The checkpoint's ModelConfig, with the fields in `changes` replaced. Raises UserError if it cannot be read."""
-    settings = {**checkpoint["config"], **changes}
-    if unknown := set(settings) - set(pick(ModelConfig, settings)):
+    return checked(ModelConfig, {**checkpoint["config"], **changes})
+
+
+def lora_config(checkpoint: dict) -> LoRAConfig:
+    """The checkpoint's LoRAConfig, of rank 0 if it has no adapter. Raises UserError if it cannot be read."""
+    return checked(LoRAConfig, checkpoint.get("lora", {}))
+
+
+def checked(cls: type, settings: dict):
+    """cls(**settings), if these are its fields and have their types."""
+    if unknown := set(settings) - set(pick(cls, settings)):
         names = ", ".join(sorted(map(str, unknown)))
         raise UserError(f"the checkpoint has settings that this version does not know: {names}")
-    kinds = typing.get_type_hints(ModelConfig)
+    kinds = typing.get_type_hints(cls)
     if wrong := [name for name, value in settings.items() if not is_a(value, kinds[name])]:
         value = repr(settings[wrong[0]])[:80]
         raise UserError(f"the checkpoint's config has a value of a wrong type: {wrong[0]} is {value}")
-    return ModelConfig(**settings)
+    return cls(**settings)
 
 
 def compare(wanted: dict[str, torch.Tensor], found: dict[str, torch.Tensor], where: str) -> None:
@@ -160,30 +176,28 @@ def compare(wanted: dict[str, torch.Tensor], found: dict[str, torch.Tensor], whe
             raise UserError(f"{where} contradicts itself: {shapes}; {why}")
 
 
-def empty_model(c: ModelConfig, weights: dict[str, torch.Tensor], where: str, spell: Callable = str) -> Llama:
+def empty_model(
+    c: ModelConfig, weights: dict[str, torch.Tensor], where: str, spell: Callable = str, lora: LoRAConfig | None = None
+) -> Llama:
     """A model without memory, for weights that are compared with it, under names that `spell` makes of ours."""
     layers = len({re.sub(r".*\blayers\.(\d+)\..*", r"\1", name) for name in weights if "layers." in name})
     if layers != c.n_layer:  # found out before so many are built
         raise UserError(f"{where} contradicts itself: its config asks for {c.n_layer} layers, and it holds {layers}")
     with torch.device("meta"):
-        model = Llama(c)
+        model = adapt(Llama(c), lora or LoRAConfig())
     compare({spell(name): x for name, x in model.state_dict().items()}, weights, where)
     return model
-
-
-def load_weights(model: Llama, checkpoint: dict) -> None:
-    """Copy the checkpoint's weights into the model. Raises UserError when one is missing or misshapen."""
-    compare(model.state_dict(), checkpoint["model"], "the checkpoint")
-    model.load_state_dict(checkpoint["model"])
 
 
 def build_model(checkpoint: dict, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Llama:
     """The model of a loaded checkpoint, in eval mode. Its weights are the mapped file's, in their own dtype, as long as
     they stay on the CPU and no other `dtype` is asked for; weights of several dtypes become float32."""
-    model = empty_model(model_config(checkpoint), checkpoint["model"], "the checkpoint")
-    model.load_state_dict(checkpoint["model"], assign=True)
+    weights, lora = checkpoint["model"], lora_config(checkpoint)
+    model = empty_model(model_config(checkpoint), weights, "the checkpoint", lora=lora)
+    model.load_state_dict(weights, assign=True)
     if model.config.tie_embeddings:  # assigning has made two parameters of the one
-        model.output.weight = model.tok_embeddings.weight
+        output = model.output.linear if isinstance(model.output, LoRALinear) else model.output
+        output.weight = model.tok_embeddings.weight
     if len({p.dtype for p in model.parameters()}) > 1:
         dtype = dtype or torch.float32
     return model.to(device, dtype).eval()
@@ -228,10 +242,24 @@ def picture(c: ModelConfig) -> Iterator[str]:
 def sizes_by_part(model: Llama) -> Counter:
     """Parameters of each kind of layer, tied ones counted once."""
     sizes = Counter()
-    for name, p in model.named_parameters():
-        part = re.sub(r"^layers\.\d+\.|\.weight$|\.bias$", "", name)
-        sizes["norms" if part.endswith("norm") else part] += p.numel()
+    weights = [(name, p.numel()) for name, p in model.named_parameters()]
+    weights += [(name, layer.num_weights) for name, layer in model.named_modules() if isinstance(layer, NF4Linear)]
+    for name, size in weights:
+        part = re.sub(r"^layers\.\d+\.|\.linear\b|\.weight$|\.bias$", "", name)
+        part = "norms" if part.endswith("norm") else "LoRA" if ".lora_" in part else part
+        sizes[part] += size
     return sizes
+
+
+def adapter_lines(model: Llama, lora: LoRAConfig) -> Iterator[str]:
+    """What an adapter is, and how its base is stored."""
+    size = sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in adapters(model))
+    values = f"r {lora.lora_r}, alpha {lora.lora_alpha:g}, dropout {lora.lora_dropout:g}, not merged"
+    yield f"LoRA: {size:,} parameters on {' '.join(lora.lora_targets)}, {values}" if lora.lora_r else "LoRA: none"
+    if stored := [layer for layer in model.modules() if isinstance(layer, NF4Linear)]:
+        weights, size = sum(layer.num_weights for layer in stored), sum(layer.nbytes for layer in stored)
+        bits = f"{8 * size / weights:.3f} bits each"
+        yield f"NF4: the {weights:,} weights of the blocks' matrices in {size:,} bytes ({bits}); all others are floats"
 
 
 def training_position(checkpoint: dict) -> str:
@@ -248,7 +276,8 @@ def show(path: str) -> None:
     """Print what a checkpoint is; its weights are not read."""
     checkpoint = load(path)
     c, weights = model_config(checkpoint), checkpoint["model"]
-    model = empty_model(c, weights, path)
+    lora = lora_config(checkpoint)
+    model = empty_model(c, weights, path, lora=lora)
     stored = sorted({str(x.dtype).removeprefix("torch.") for x in weights.values()})
     print(f"{path}: {model.num_params():,} parameters, {', '.join(stored)}, {Path(path).stat().st_size:,} bytes")
     settings = {k: v for k, v in asdict(c).items() if not k.endswith("_groups") and v is not None}
@@ -268,7 +297,8 @@ def show(path: str) -> None:
         print(f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, BOS {tokenizer.bos}, EOS {tokenizer.eos}")
     else:
         print("tokenizer: none")
-    print(f"LoRA: none\ntraining: {training_position(checkpoint)}")
+    print("\n".join(adapter_lines(model, lora)))
+    print(f"training: {training_position(checkpoint)}")
 
 
 def main() -> None:

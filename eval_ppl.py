@@ -120,6 +120,9 @@ def tokens_to_score(config: EvalConfig, checkpoint: dict, tokenizer: Tokenizer) 
         if not name:
             raise UserError("this checkpoint names no data set: give --text FILE or --dataset NAME")
         folder, meta = read_meta(name)
+        if meta.get("kind") == "instructions":
+            remedy = f"python eval_text.py {config.ckpt}, or give --text FILE or --dataset NAME"
+            raise UserError(f"{folder} holds instructions, whose answers alone count: {remedy}")
         if (folder / "tokenizer.model").read_bytes() != tokenizer.data:
             raise UserError(
                 f"{folder} has another tokenizer than the checkpoint: give --text FILE, or prepare it again"

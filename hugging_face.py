@@ -12,6 +12,8 @@ import math
 import re
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -171,12 +173,12 @@ def export(path: str, folder: Path) -> str:
     """
     checkpoint = load(path)
     c, weights = model_config(checkpoint), dict(checkpoint["model"])
+    if checkpoint.get("lora"):
+        raise UserError(f"{path} has an adapter: merge it first, python lora.py merge {path} --out merged.pt")
     if c.novel:
         raise UserError("a --novel model has a layer that no other Llama has: it cannot be exported")
     if c.dim % c.n_head:
         raise UserError(f"dim {c.dim} is no multiple of n_head {c.n_head}, which transformers asks for")
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is no empty folder: give another name, or delete it first")
     empty_model(c, weights, path)
     tokenizer = read_tokenizer(checkpoint["tokenizer"]) if checkpoint["tokenizer"] else None
     heads = expand_groups(weights, c)
@@ -186,31 +188,44 @@ def export(path: str, folder: Path) -> str:
     if c.tie_embeddings:
         del weights["output.weight"]
     config = hugging_face_config(c, heads, tokenizer, {x.dtype for x in weights.values()})
-    write_folder(folder, config, {their_name(name): x for name, x in weights.items()}, tokenizer)
+    with new_folder(folder) as partial:
+        write_safetensors({their_name(name): x for name, x in weights.items()}, partial / "model.safetensors")
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if tokenizer:
+            write_tokenizer(tokenizer, partial)
     return what_it_costs(c, heads, checkpoint["model"], weights, folder)
 
 
-def write_folder(folder: Path, config: dict, weights: Weights, tokenizer: Tokenizer | None) -> None:
-    """Write all files beside `folder` first, and rename at the end. Raises UserError for a full or read-only disk."""
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-    except ImportError:
-        raise UserError("Hugging Face's format needs a library to write it: pip install safetensors") from None
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `folder` when the block ends; an error leaves nothing. Raises
+    UserError for a folder that holds something, and for a full or read-only disk."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is no empty folder: give another name, or delete it first")
     folder = folder.resolve()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=folder.name + ".", dir=folder.parent) as temporary:
             partial = Path(temporary) / folder.name
             partial.mkdir()
-            (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            if tokenizer:
-                write_tokenizer(tokenizer, partial)
-            save_file(weights, partial / "model.safetensors", {"format": "pt"})
-            (partial / "model.safetensors").chmod((partial / "config.json").stat().st_mode)  # it is the owner's alone
+            yield partial
             partial.rename(folder)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise UserError(f"cannot write {folder}: {error}") from None
+
+
+def write_safetensors(weights: Weights, path: Path) -> None:
+    """Write the tensors, for whoever may read the folder. Raises OSError for a full disk."""
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+    except ImportError:
+        raise UserError("Hugging Face's format needs a library to write it: pip install safetensors") from None
+    try:
+        save_file(weights, path, {"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(error) from None
+    path.chmod(0o666 & path.parent.stat().st_mode)  # the library makes it the owner's alone
 
 
 def uniform_heads(c: ModelConfig) -> tuple[int, list[list[int]]]:

@@ -354,8 +354,9 @@ class Llama(nn.Module):
         return F.cross_entropy(widen(logits).flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
 
     def num_params(self) -> int:
-        """Parameters, tied ones counted once."""
-        return sum(p.numel() for p in self.parameters())
+        """Weights, tied ones counted once, and those too that are stored in less than a Parameter."""
+        stored = sum(layer.num_weights for layer in self.modules() if hasattr(layer, "num_weights"))
+        return stored + sum(p.numel() for p in self.parameters())
 
     @torch.no_grad()
     def stream(

@@ -2,6 +2,7 @@
 
 python sample.py out/RUN/ckpt.pt --prompt "def main(" --max_new_tokens 100
 python sample.py out/RUN/ckpt.pt --temperature 0               # greedy: always the likeliest token
+python sample.py tuned.pt --instruction "Name three animals."  # the prompt of instruct.py's template
 """
 
 import math
@@ -14,6 +15,7 @@ import torch
 from checkpoint import build, load
 from config import UserError, exit_cleanly, parse
 from device import pick_device
+from instruct import prompt_text
 from tokenizer import Tokenizer
 
 
@@ -23,6 +25,8 @@ class SampleConfig:
 
     ckpt: str  # the checkpoint
     prompt: str = ""  # text to continue
+    instruction: str = ""  # a task to answer instead, for a model that was tuned on instructions
+    input: str = ""  # what the task is about
     max_new_tokens: int = 200  # tokens to write at most; the model's context may end it sooner
     temperature: float = 0.8  # 0 is greedy, 1 the model's own distribution
     top_p: float = 0.95  # draw from the likeliest tokens that have this much probability together
@@ -53,9 +57,14 @@ def main() -> None:
         raise UserError(f"temperature {config.temperature}, top_p {config.top_p}: 0 or more, and above 0 up to 1")
     if config.max_new_tokens < 1 or config.num_samples < 1 or not 0 <= config.seed < 2**63:
         raise UserError("give --max_new_tokens and --num_samples 1 or more, and --seed 0 to 2^63 - 1")
+    if config.prompt and (config.instruction or config.input):
+        raise UserError("--prompt is text to continue, --instruction and --input a task to answer: give one kind")
     device = pick_device(config.device)
     model, tokenizer = build(load(config.ckpt), device)
-    prompt = tokenizer.prompt(config.prompt)
+    text, shown = config.prompt, config.prompt
+    if config.instruction or config.input:
+        text, shown = prompt_text({"instruction": config.instruction, "input": config.input}), ""
+    prompt = tokenizer.prompt(text)
     for number in range(config.num_samples):
         generator = torch.Generator(device).manual_seed(config.seed + number)
         steps = model.stream(
@@ -64,7 +73,7 @@ def main() -> None:
         )  # fmt: skip
         if config.num_samples > 1:
             print(f"--- sample {number + 1}, seed {config.seed + number}")
-        ids, waiting = list(prompt), config.prompt  # printed with the first token, when no error can come before it
+        ids, waiting = list(prompt), shown  # printed with the first token, when no error can come before it
         for text in readable(ids, (row[0] for row in steps), tokenizer):
             print(waiting + text, end="", flush=True)
             waiting = ""

@@ -3,6 +3,7 @@
     python train.py --n_layer 6 --novel                    # the default data, Python's own source, is prepared at once
     python train.py --n_layer 6 --novel --resume           # continue exactly, after a crash, Ctrl-C or more --max_steps
     python train.py --dataset shakespeare --dim 384 --n_kv_head 2 --max_steps 2000
+    python train.py --init_from ckpt.pt --lora_r 8 --quantize nf4 --dataset alpaca        # QLoRA on instructions
 
 A run leaves out/RUN/ckpt.pt and out/RUN/log.jsonl. The batch and the dropout of a step are functions of (seed, step)
 alone, so a resumed run sees what an uninterrupted one would have seen, and ends with the same bits on a CPU.
@@ -15,62 +16,23 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import load, load_weights, model_config, replacing, save
-from config import UserError, exit_cleanly, parse, pick
-from dataset import Batch, open_split, prepared, step_batches
+from checkpoint import build_model, replacing, save
+from config import UserError, exit_cleanly, parse
+from dataset import Batch, Examples, Text, open_data
 from device import autocast, peak_memory_bytes, pick_device, pick_dtype
 from eval_ppl import bits_per_byte, mean_nll, perplexity, window_nll
+from eval_text import answer_nll
+from lora import LoRAConfig, adapt
 from model import IGNORE, Llama, ModelConfig
 from sample import readable
+from settings import POSITION, TrainConfig, check_sizes, settle, training_data
 from tokenizer import Tokenizer
-
-
-@dataclass
-class TrainConfig:
-    """training"""
-
-    dataset: str = "stdlib"  # a name that data/prepare.py knows or has prepared, or a prepared folder
-    out_dir: str | None = None  # where ckpt.pt and log.jsonl go (default: out/, then data set, layers x width, variant)
-    resume: bool = False  # continue the run in out_dir; settings are the run's, but for the flags given
-    overwrite: bool = False  # start anew in a directory that holds a run
-    init_from: str | None = None  # a ckpt.pt whose weights and shape to start from
-    batch_size: int = 16  # sequences of one micro-batch on one process
-    grad_accum: int = 1  # micro-batches of one step
-    max_steps: int = 500  # optimizer steps
-    lr: float | None = None  # highest learning rate (default: 0.01 with muon, 0.002 with adamw)
-    min_lr: float | None = None  # learning rate at the end of the cosine (default: lr / 10)
-    warmup_steps: int = 50  # steps over which the learning rate rises from 0
-    weight_decay: float = 0.1  # on matrices only
-    grad_clip: float = 1.0  # longest gradient; 0 does not clip
-    optimizer: Literal["adamw", "muon"] = "muon"  # muon takes the matrices of the blocks, AdamW the rest
-    eval_every: int = 100  # steps between checkpoints, each followed by an evaluation
-    eval_tokens: int = 32768  # tokens of the val split, evenly spread, that an evaluation reads; the last reads all
-    seed: int = 0  # of weights, batches and dropout
-    device: str = "auto"  # cuda, mps, cpu or auto
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; weights stay in float32
-    checkpoint_activations: bool = False  # keep only the blocks' inputs, recompute the rest: less memory, more time
-    compile: bool = False  # torch.compile each block: a slow first step, faster ones after it
-
-    def __post_init__(self):
-        for name in ("batch_size", "grad_accum", "max_steps", "eval_every", "eval_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: give --{name} 1 or more")
-        for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip"):
-            if not 0 <= (getattr(self, name) or 0) < 1e9:  # false for nan, too
-                raise UserError(f"{name} is {getattr(self, name)}: give --{name} 0 or more, below 1e9")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed is {self.seed}: give --seed 0 to {2**32 - 1}")
-        if self.lr is None:
-            self.lr = {"adamw": 0.002, "muon": 0.01}[self.optimizer]
-
 
 # ---- one step ----
 
@@ -85,11 +47,12 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def make_optimizers(model: Llama, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for all, or Muon for the blocks' matrices and AdamW for embeddings, output, norms and biases."""
-    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and name.startswith("layers.")]
+    """AdamW for all that learns, or Muon for the blocks' matrices and AdamW for embeddings, output, norms, biases."""
+    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = [p for name, p in learning.items() if p.dim() == 2 and name.startswith("layers.")]
     matrices = matrices if config.optimizer == "muon" else []
     taken = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in taken]
+    rest = [p for p in learning.values() if id(p) not in taken]
     groups = [
         {"params": [p for p in rest if p.dim() == 2], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if p.dim() != 2], "weight_decay": 0.0},
@@ -102,6 +65,11 @@ def make_optimizers(model: Llama, config: TrainConfig) -> list[torch.optim.Optim
     return [torch.optim.Muon(matrices, **muon), adamw]
 
 
+def targets(batches: list[Batch]) -> int:
+    """Tokens that carry loss."""
+    return max(1, sum((y != IGNORE).sum().item() for _, y in batches))
+
+
 def forward_backward(
     model: Llama, batches: list[Batch], dtype: torch.dtype, scaler: torch.amp.GradScaler
 ) -> torch.Tensor:
@@ -111,11 +79,11 @@ def forward_backward(
     weigh tokens of short or masked micro-batches more, and accumulation would not equal the big batch.
     """
     device = model.tok_embeddings.weight.device
-    count = sum((y != IGNORE).sum().item() for _, y in batches)
+    count = targets(batches)
     total = torch.zeros((), device=device)
     for x, y in batches:
         with autocast(device, dtype):
-            loss = model(x.to(device), y.to(device)) / max(1, count)
+            loss = model(x.to(device), y.to(device)) / count
         scaler.scale(loss).backward()
         total = total + loss.detach()
     return total
@@ -139,81 +107,6 @@ def update(model, optimizers, scaler, config: TrainConfig, lr: float) -> float:
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     return norm
-
-
-# ---- settings: what the user typed, on top of what a checkpoint holds ----
-
-SHAPE_FREE = {"attention", "dropout", "block_size", "rope_theta"}  # model settings that fit any weights
-POSITION = ("step", "tokens", "seconds")  # where a run is: optimizer steps, tokens seen, seconds of training
-RUN_FIXED = {"dataset", "init_from", "optimizer", "seed", "batch_size", "grad_accum"}  # they decide what a step sees
-
-
-def settle(flags: dict) -> tuple[ModelConfig, TrainConfig, dict | None]:
-    """The two configurations and the checkpoint to begin with. Raises UserError where they contradict each other."""
-    config, shape, checkpoint = TrainConfig(**pick(TrainConfig, flags)), pick(ModelConfig, flags), None
-    if config.resume and config.overwrite:
-        raise UserError("--resume continues a run and --overwrite deletes it: give one of them")
-    if config.init_from:
-        source = load(config.init_from)
-        refuse_changes(flags, source["config"], set(shape) - SHAPE_FREE)
-        checkpoint = {key: source[key] for key in ("model", "config", "tokenizer")}
-    c = model_config(checkpoint, **shape) if checkpoint else ModelConfig(**shape)
-    out_dir = Path(config.out_dir) if config.out_dir else default_out_dir(c, config)
-    path = out_dir / "ckpt.pt"
-    if config.resume:
-        if not path.exists():
-            raise UserError(f"no run in {out_dir.resolve()} to resume: drop --resume, or give another --out_dir")
-        checkpoint = load(path)
-        if not set(POSITION) | {"train", "data", "optimizers", "scaler"} <= set(checkpoint):
-            raise UserError(f"{path} has no training state to resume: start a new run with --init_from {path}")
-        refuse_changes(flags, {**checkpoint["config"], **checkpoint["train"]}, set(shape) - {"attention"} | RUN_FIXED)
-        c = model_config(checkpoint, **shape)
-        config = TrainConfig(**{**pick(TrainConfig, checkpoint["train"]), **pick(TrainConfig, flags)})
-        if config.max_steps < checkpoint["step"]:
-            raise UserError(f"the run is at step {checkpoint['step']} already: give --max_steps that or more")
-    elif path.exists() and not config.overwrite:
-        remedy = "give --resume to continue it, --overwrite to start anew, or another --out_dir"
-        raise UserError(f"{out_dir} already holds a run: {remedy}")
-    config.out_dir = str(out_dir)
-    return c, config, checkpoint
-
-
-def refuse_changes(flags: dict, saved: dict, names: set[str]) -> None:
-    """Raise UserError if one of the flags `names` says something else than the checkpoint."""
-    for name in sorted(names & set(flags)):
-        if flags[name] != saved.get(name):
-            raise UserError(f"--{name} {flags[name]}, but the checkpoint has {saved.get(name)}: drop --{name}")
-
-
-def default_out_dir(c: ModelConfig, config: TrainConfig) -> Path:
-    """out/stdlib-6x256-novel: data set, layers x width, and what is unusual."""
-    parts = [Path(config.dataset).name, f"{c.n_layer}x{c.dim}"] + [f"kv{c.n_kv_head}"] * (c.n_kv_head != c.n_head)
-    return Path("out") / "-".join(parts + ["novel"] * c.novel + ["tuned"] * bool(config.init_from))
-
-
-def training_data(config: TrainConfig, flags: dict, checkpoint: dict | None) -> tuple[Path, dict, Tokenizer]:
-    """Folder, record and tokenizer of the data set, which is prepared if need be and fits the checkpoint."""
-    source = f"{config.out_dir}/ckpt.pt" if config.resume else config.init_from
-    source = source if checkpoint and checkpoint["tokenizer"] else None  # without one, the data set's serves
-    how = ["--vocab_size", str(flags["vocab_size"])] if "vocab_size" in flags else []
-    folder, meta, tokenizer = prepared(config.dataset, *(["--tokenizer", source] if source else how))
-    if source and tokenizer.data != checkpoint["tokenizer"]:
-        remedy = f"python data/prepare.py NAME --text FILE --tokenizer {source}, and give --dataset NAME"
-        raise UserError(f"{folder} has another tokenizer than the checkpoint: {remedy}")
-    if config.resume and checkpoint["data"]["splits"]["train"] != meta["splits"]["train"]:
-        raise UserError(f"{folder}/train.bin is not the data of the run: restore it, or start anew with --overwrite")
-    return folder, meta, tokenizer
-
-
-def check_sizes(c: ModelConfig, folder: Path, meta: dict, tokenizer: Tokenizer) -> None:
-    """Raise UserError if the model has too few tokens in its vocabulary, or the data too few for its context."""
-    if c.vocab_size < tokenizer.vocab_size:
-        remedy = f"drop --vocab_size, or python data/prepare.py NAME --vocab_size {c.vocab_size}"
-        raise UserError(f"vocab_size {c.vocab_size} is below {folder}'s {tokenizer.vocab_size}: {remedy}")
-    for split, least in (("train", 2 * c.block_size), ("val", 2)):
-        if meta["splits"][split]["tokens"] < least:
-            few = f"{meta['splits'][split]['tokens']} {split} tokens"
-            raise UserError(f"{folder} has only {few}, {least} are needed: use more text, or a smaller --block_size")
 
 
 # ---- the run ----
@@ -269,28 +162,60 @@ def restore(checkpoint: dict, optimizers: list[torch.optim.Optimizer], scaler: t
     return {key: checkpoint[key] for key in POSITION}
 
 
-def describe(model: Llama, config: TrainConfig, train_tokens: int) -> dict:
+def starting_model(c: ModelConfig, lora: LoRAConfig, checkpoint: dict | None, device: torch.device) -> Llama:
+    """The model to train: new, or a checkpoint's in float32, with the adapter that it has or gets."""
+    if checkpoint is None:
+        return Llama(c).to(device).train()
+    model = build_model({**checkpoint, "config": asdict(c)}, dtype=torch.float32)
+    if not checkpoint.get("lora"):
+        adapt(model, lora)  # one layer after the other, so that memory never holds the base in two forms
+    for x in (*model.parameters(), *model.buffers()):  # until here they may be a view of the file
+        x.data = x.data.to(device, copy=True)
+    return model.train()
+
+
+def describe(model: Llama, config: TrainConfig, lora: LoRAConfig, data: Text | Examples) -> dict:
     """Print what is about to be trained, and how much; return it for the log."""
     c, params = model.config, model.num_params()
-    per_step = config.batch_size * config.grad_accum * c.block_size
-    batch = {"sequences": config.batch_size, "grad_accum": config.grad_accum, "tokens_per_step": per_step}
-    batch["tokens"] = per_step * config.max_steps
-    batch["epochs"] = round(batch["tokens"] / train_tokens, 3)
     heads = f"{c.n_head} heads of {c.head_dim}" + (", novel" if c.novel else "")
     print(f"model: {params:,} parameters | {c.n_layer} layers | width {c.dim} | {heads}")
-    arithmetic = f"{config.batch_size} sequences x {c.block_size} tokens x {config.grad_accum} = {per_step:,} tokens"
-    total = f"{config.max_steps:,} steps = {batch['tokens']:,} tokens = {batch['epochs']} epochs of {config.dataset}"
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if lora.lora_r:
+        how = f"LoRA of rank {lora.lora_r} on {' '.join(lora.lora_targets)}"
+        how += f", base in {lora.quantize}" if lora.quantize != "none" else ""
+        print(f"trainable: {trainable:,} of {params:,} parameters ({100 * trainable / params:.2f}%) | {how}")
+    rows, steps = config.batch_size * config.grad_accum, f"{config.max_steps:,} steps"
+    batch = {"sequences": config.batch_size, "grad_accum": config.grad_accum}
+    if isinstance(data, Text):
+        per_step = rows * c.block_size
+        batch |= {"tokens_per_step": per_step, "tokens": per_step * config.max_steps}
+        batch["epochs"] = round(batch["tokens"] / len(data.tokens), 3)
+        arithmetic = (
+            f"{config.batch_size} sequences x {c.block_size} tokens x {config.grad_accum} = {per_step:,} tokens"
+        )
+        total = f"{steps} = {batch['tokens']:,} tokens = {batch['epochs']} epochs of {config.dataset}"
+    else:
+        batch["epochs"] = round(rows * config.max_steps / len(data.spans), 3)
+        arithmetic = f"{config.batch_size} examples x {config.grad_accum} = {rows:,} examples"
+        total = f"{steps} = {batch['epochs']} epochs of {config.dataset}'s {len(data.spans):,}, loss on answers alone"
+        print(f"note: {data.note}") if data.note else None
     print(f"batch: {arithmetic} a step; {total}")
-    return {"model": asdict(c), "train": asdict(config), "batch": batch, "params": params}
+    settings = {"model": asdict(c), "lora": asdict(lora), "train": asdict(config)}
+    return {**settings, "batch": batch, "params": params, "trainable": trainable}
 
 
-def validate(model: Llama, tokens: np.ndarray, dtype: torch.dtype, most: int | None = None) -> float:
-    """Mean loss over non-overlapping blocks of the tokens, or over some `most` tokens in evenly spread ones; nats."""
-    context = model.config.block_size
-    stride = max(context, context * len(tokens) // most) if most else context
+def validate(model: Llama, data: Text | Examples, dtype: torch.dtype, most: int | None = None) -> float:
+    """Mean loss, nats a token: over non-overlapping blocks of text, or the answers of examples; over all of them, or
+    some `most` tokens in evenly spread ones."""
+    context, whole = model.config.block_size, most is None
     model.eval()
     with torch.compiler.set_stance("force_eager"):  # compiling once more would take longer than the evaluation
-        loss = mean_nll(window_nll(model, tokens, context, stride, dtype, quiet=most is not None))
+        if isinstance(data, Examples):
+            every = 1 if whole else max(1, len(data.tokens) // most)
+            loss = answer_nll(model, data, dtype, every)[0]
+        else:
+            stride = context if whole else max(context, context * len(data.tokens) // most)
+            loss = mean_nll(window_nll(model, data.tokens, context, stride, dtype, quiet=not whole))
     model.train()
     return loss
 
@@ -303,40 +228,46 @@ def check_health(loss: float, norm: float | None, model: Llama, where: str, kept
         raise UserError(f"training diverged: {values} {where}; {kept}; {remedy}")
 
 
-def report(model: Llama, tokenizer: Tokenizer, val_tokens: np.ndarray, position: dict, path: Path) -> dict:
-    """Print the perplexity on the whole val split, as eval_ppl.py does, a sample, and what to run next."""
+def report(model: Llama, tokenizer: Tokenizer, data: Text | Examples, position: dict, path: Path) -> dict:
+    """Print the loss on the whole val split, as the evaluations do, a sample, and what to run next."""
     device = model.tok_embeddings.weight.device
-    loss, peak = validate(model, val_tokens, torch.float32), peak_memory_bytes(device)
-    bits = bits_per_byte(loss, val_tokens, tokenizer)
-    protocol = f"blocks | {len(val_tokens) - 1:,} tokens, context {model.config.block_size}, float32"
-    print(f"val perplexity {perplexity(loss):.4f} | {protocol} | bits per byte {bits:.4f}")
+    loss, peak = validate(model, data, torch.float32), peak_memory_bytes(device)
+    record = {"val_loss": loss, "peak_memory_bytes": peak}
+    prompt, generator = tokenizer.prompt("") or [0], torch.Generator(device).manual_seed(0)
+    following = f"python eval_ppl.py {path} --split test\npython sample.py {path}"
+    if isinstance(data, Text):
+        record |= {"val_tokens": len(data.tokens) - 1, "bits_per_byte": bits_per_byte(loss, data.tokens, tokenizer)}
+        protocol = f"blocks | {record['val_tokens']:,} tokens, context {model.config.block_size}, float32"
+        print(f"val perplexity {perplexity(loss):.4f} | {protocol} | bits per byte {record['bits_per_byte']:.4f}")
+    else:
+        print(f"val loss {loss:.4f} nats a token of the answers | {len(data.spans):,} examples, float32")
+        prompt = data.parts(0)[0].tolist()
+        print("--- an example of the val split:\n" + tokenizer.decode(prompt), end="")
+        following = f"python eval_text.py {path}\npython sample.py {path} --instruction 'Name three animals.'"
     minutes = position["seconds"] / 60
     print(f"{position['tokens']:,} tokens in {minutes:.1f} min of training | peak memory {peak / 2**30:.2f} GiB")
-    prompt, generator = tokenizer.prompt("") or [0], torch.Generator(device).manual_seed(0)
     settings = {"temperature": 0.8, "top_p": 0.95, "stop": tokenizer.stop, "generator": generator}
     print("--- a sample:")
     model.eval()
     with torch.compiler.set_stance("force_eager"):
         print("".join(readable(prompt, (row[0] for row in model.stream([prompt], 160, **settings)), tokenizer)))
-    print(f"--- next:\npython eval_ppl.py {path} --split test\npython sample.py {path}")
-    return {"val_loss": loss, "val_tokens": len(val_tokens) - 1, "bits_per_byte": bits, "peak_memory_bytes": peak}
+    print(f"--- next:\n{following}")
+    return record
 
 
 def main() -> None:
-    flags = parse(__doc__, ModelConfig, TrainConfig)
-    c, config, checkpoint = settle(flags)
+    flags = parse(__doc__, ModelConfig, LoRAConfig, TrainConfig)
+    c, lora, config, checkpoint = settle(flags)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     folder, meta, tokenizer = training_data(config, flags, checkpoint)
     if not checkpoint and "vocab_size" not in flags:
         c.vocab_size = tokenizer.vocab_size
     check_sizes(c, folder, meta, tokenizer)
-    tokens, val_tokens = open_split(folder, meta, "train"), open_split(folder, meta, "val")
+    data, val_data = open_data(folder, meta, "train", c.block_size), open_data(folder, meta, "val", c.block_size)
 
     torch.manual_seed(config.seed)
-    model = Llama(c).to(device).train()
-    if checkpoint:
-        load_weights(model, checkpoint)
+    model = starting_model(c, lora, checkpoint, device)
     model.checkpoint_activations = config.checkpoint_activations
     if config.compile:
         for layer in model.layers:
@@ -344,23 +275,25 @@ def main() -> None:
     optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     position = restore(checkpoint, optimizers, scaler) if config.resume else dict.fromkeys(POSITION, 0)
+    del checkpoint  # and with it the mapped file
     path, last, kept = Path(config.out_dir) / "ckpt.pt", config.max_steps, position["step"]
 
     def save_checkpoint() -> None:
         state = {"model": model.state_dict(), "config": asdict(c), "train": asdict(config), **position}
+        state |= {"lora": asdict(lora)} if lora.lora_r else {}
         state |= {"tokenizer": tokenizer.data, "data": meta, "scaler": scaler.state_dict()}
         save(path, {**state, "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
 
     def save_if_healthy() -> int:
         """What the last update did shows only in the loss after it."""
         with torch.no_grad(), autocast(device, dtype):
-            loss = sum(model(x.to(device), y.to(device)).item() for x, y in batches) / count
+            loss = sum(model(x.to(device), y.to(device)).item() for x, y in batches) / targets(batches)
         check_health(loss, None, model, f"after step {position['step']}", f"{path} keeps step {kept}")
         save_checkpoint()
         return position["step"]
 
     def evaluate() -> None:
-        val_loss, at = validate(model, val_tokens, dtype, most=config.eval_tokens), position["step"]
+        val_loss, at = validate(model, val_data, dtype, most=config.eval_tokens), position["step"]
         record = {"val_loss": val_loss, "val_tokens": config.eval_tokens}
         log.write({"step": at, **record, "peak_memory_bytes": peak_memory_bytes(device)})
         tqdm.write(f"step {at}/{last} | val loss {val_loss:.4f} | val ppl {perplexity(val_loss):.2f}")
@@ -369,7 +302,7 @@ def main() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint()  # a run that is killed early can be resumed too
     log = Log(path.with_name("log.jsonl"), kept if config.resume else None)
-    log.write({"step": kept, **describe(model, config, len(tokens))})
+    log.write({"step": kept, **describe(model, config, lora, data)})
     since = f", continued from step {kept}" if config.resume else ""
     print(f"on {device}, {str(dtype).removeprefix('torch.')} -> {path.parent}{since}", flush=True)
     if 0 < kept < last and kept % config.eval_every == 0 and kept not in log.evaluated:
@@ -379,8 +312,8 @@ def main() -> None:
         while position["step"] < last and not caught:
             began, step = time.perf_counter(), position["step"]
             torch.manual_seed(config.seed + 1_000_003 * (step + 1))  # dropout, too, is a function of (seed, step)
-            batches = step_batches(tokens, c.block_size, config.batch_size, config.grad_accum, config.seed, step)
-            lr, count = learning_rate(config, step), sum(y.numel() for _, y in batches)
+            batches = data.step_batches(config.batch_size, config.grad_accum, config.seed, step)
+            lr, count = learning_rate(config, step), sum(x.numel() for x, _ in batches)
             loss = forward_backward(model, batches, dtype, scaler).item()
             norm = update(model, optimizers, scaler, config, lr)
             known = None if scaler.is_enabled() else norm  # to the scaler, infinity only means: a smaller scale next
@@ -403,7 +336,7 @@ def main() -> None:
         name = signal.Signals(caught[0]).name
         print(f"{name}: saved step {kept}; continue with: python train.py --resume --out_dir {path.parent}", flush=True)
         sys.exit(128 + caught[0])
-    log.write({"step": kept, **report(model, tokenizer, val_tokens, position, path)})
+    log.write({"step": kept, **report(model, tokenizer, val_data, position, path)})
 
 
 if __name__ == "__main__":

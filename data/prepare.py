@@ -4,25 +4,24 @@
     python data/prepare.py shakespeare                      # or wikitext2, tinystories: downloaded, checksum verified
     python data/prepare.py shakespeare --from input.txt     # the same from a copy that you have
     python data/prepare.py mine --text 'notes/**/*.md'      # your own UTF-8 text
+    python data/prepare.py alpaca --tokenizer ckpt.pt       # instruction data, for a model that has this tokenizer
+    python data/prepare.py tasks --from mine.jsonl --fields dialogue,summary --tokenizer ckpt.pt
+    python data/prepare.py en_de --parallel train.en train.de --tokenizer ckpt.pt
 
 A document becomes BOS, its tokens, EOS; a token file is the documents end to end, uint16 (uint32 above 65,536 tokens).
 Corpora with splits of their own keep them. Otherwise whole documents (files) go to val, test or train in the order of
 a hash of their names, so that no file is on two sides (huge ones always to train); fewer than 20 files are cut at line
 ends instead, each into its first 90%, next 5% and last 5%. A document that repeats another's text is dropped. The
-tokenizer learns from train alone.
+tokenizer learns from train alone. Instruction data: see instruct.py.
 """
 
 import glob
 import hashlib
-import http.client
 import json
 import os
 import shutil
 import sys
 import sysconfig
-import time
-import urllib.error
-import urllib.request
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -36,6 +35,8 @@ DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))  # run as a script, Python looks for modules beside this file only
 
 from config import POSITIONAL, UserError, exit_cleanly, parse
+from download import download, sha256_of
+from instruct import FIELDS, Record, parallel_records, prompt_text, read_splits, records_of, write_examples
 from tokenizer import SETTINGS, Tokenizer, read_tokenizer
 from tokenizer_files import find_tokenizer
 
@@ -58,6 +59,10 @@ DOWNLOADS = {  # name: [(address, sha256), ...]
         (TINYSTORIES + "TinyStoriesV2-GPT4-valid.txt",
          "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d"),
     ],
+    "alpaca": [
+        ("https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/761dc5bfbdeeffa89b8bff5d038781a4055f796a/alpaca_data.json",
+         "2eddafc6b977608d778aaab8dfc7e50e547b3af9826dfb9e909d9fc362e4a419"),
+    ],
 }  # fmt: skip
 BUILT_IN = ("stdlib", *DOWNLOADS)  # the names that need no --text
 
@@ -66,9 +71,12 @@ BUILT_IN = ("stdlib", *DOWNLOADS)  # the names that need no --text
 class PrepareConfig:
     """data"""
 
-    name: str = field(default="stdlib", metadata=POSITIONAL)  # stdlib, shakespeare, wikitext2, tinystories, yours
+    name: str = field(default="stdlib", metadata=POSITIONAL)  # stdlib, shakespeare, wikitext2, tinystories, alpaca, ...
     text: list[str] | None = None  # your own UTF-8 text: files, folders or globs
-    from_: str | None = None  # a local copy to use instead of the download: the file, or the folder with the files
+    from_: list[str] | None = None  # a local copy of the download; or instructions, .json or .jsonl: train [val] [test]
+    parallel: list[str] | None = None  # instructions from pairs of parallel texts: SOURCE TARGET, of train [val] [test]
+    fields: list[str] | None = None  # names of instruction,input,output, or input,output: once, or for each --from file
+    instruction: str = ""  # what every record asks for, where the records do not say it
     tokenizer: str | None = None  # an existing tokenizer.model or .json, or a ckpt.pt that has one (default: learn one)
     vocab_size: int | None = None  # pieces that the learned tokenizer has (default: 4096)
     out: str | None = None  # folder to write (default: data/NAME beside this script)
@@ -185,60 +193,6 @@ def cut_by_position(piece: Piece) -> dict[str, Piece]:
     return parts
 
 
-def download(url: str, sha256: str, folder: Path) -> Path:
-    """Fetch `url` into `folder`, continuing a broken download, and check it; an earlier, whole copy is used."""
-    path, part = folder / url.split("/")[-1], folder / (url.split("/")[-1] + ".part")
-    if path.exists():
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
-    for attempt in range(5):
-        try:
-            fetch_rest(url, part)
-            break
-        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, EOFError) as error:
-            if attempt == 4 or getattr(error, "code", 0) in (403, 404):
-                hint = f"try again later, or get the file another way and give --from {path.name}"
-                raise UserError(f"cannot download {url}: {error}; {hint}") from None
-            print(f"download interrupted ({error}); trying again", file=sys.stderr)
-            time.sleep(2**attempt)
-    found = sha256_of(part)
-    if found != sha256:
-        part.unlink()
-        raise UserError(f"{url}: its sha256 is {found}, not {sha256}; it was not kept. Try again, or use --from")
-    return part.rename(path)
-
-
-def fetch_rest(url: str, part: Path) -> None:
-    """Append to `part` the bytes that it lacks."""
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-", "User-Agent": "herd"})
-    try:
-        response = urllib.request.urlopen(request, timeout=30)
-    except urllib.error.HTTPError as error:
-        if error.code == 416 and have:  # nothing is left to send: `part` is whole, or too long and fails its checksum
-            return
-        raise
-    with response, open(part, "ab" if response.status == 206 else "wb") as file:
-        have = have if response.status == 206 else 0  # a server that knows no ranges begins again
-        length = response.length
-        total = have + length if length else None
-        with tqdm(desc=part.stem, total=total, initial=have, unit="B", unit_scale=True, disable=None) as bar:
-            while block := response.read(1 << 16):
-                file.write(block)
-                bar.update(len(block))
-                length = length and length - len(block)
-        if length:
-            raise EOFError(f"{length:,} bytes are missing")
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(CHUNK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def local_copy(source: Path, names: list[str]) -> list[Path]:
     """The files `names` from `--from`: the file itself, or those in the folder."""
     paths = [source / name for name in names] if source.is_dir() else [source]
@@ -289,19 +243,52 @@ def story_start(piece: Piece, place: int) -> int:
 
 
 def corpus(config: PrepareConfig) -> dict[str, list[Piece]]:
-    """The splits that the flags name."""
+    """The splits of text that the flags name."""
     if config.text:
         if config.name in BUILT_IN:
             raise UserError(f"{config.name} is not your text: name it, python data/prepare.py NAME --text ...")
         return split(own_text(config.text))
-    if config.from_ and config.name not in DOWNLOADS:
-        raise UserError(f"--from is a copy of a download ({', '.join(DOWNLOADS)}); your own text is --text FILE")
+    if config.from_ and (config.name not in DOWNLOADS or len(config.from_) > 1):
+        copies = f"one copy of a download ({', '.join(DOWNLOADS)}), or .json and .jsonl records"
+        raise UserError(f"--from {' '.join(config.from_)}: it takes {copies}; your own text is --text FILE")
     if config.name == "stdlib":
         return split(standard_library())
     if config.name in DOWNLOADS:
-        return public_corpus(config.name, Path(config.from_) if config.from_ else None)
+        return public_corpus(config.name, Path(config.from_[0]) if config.from_ else None)
     known = ", ".join(BUILT_IN)
     raise UserError(f"unknown data set {config.name!r}: take one of {known}, or give your own text with --text FILE")
+
+
+def instructions(config: PrepareConfig) -> dict[str, list[Record]] | None:
+    """The splits of records that the flags name; None if they name text."""
+    files = [Path(name) for name in config.parallel or config.from_ or []]
+    if config.name == "alpaca" and not files:
+        files = [download(*DOWNLOADS["alpaca"][0], DATA / "downloads")]
+    is_records = [path.name.removesuffix(".gz").endswith((".json", ".jsonl")) for path in files]
+    if not config.parallel and not (files and all(is_records)):
+        if config.fields or config.instruction:
+            raise UserError("--fields and --instruction are of records: give --from FILE.json or --parallel")
+        return None
+    if bool(config.text) + bool(config.from_) + bool(config.parallel) > 1:
+        raise UserError("--text, --from and --parallel are three sources: give one of them")
+    if config.parallel:
+        if len(files) not in (2, 4, 6) or config.fields:
+            raise UserError("--parallel takes pairs, SOURCE TARGET, of train, val and test, and no --fields")
+        parts = [parallel_records(*pair, config.instruction) for pair in zip(files[0::2], files[1::2])]
+    else:
+        if len(files) > 3:
+            raise UserError(f"--from has {len(files)} files: give those of train, val and test")
+        fields = config.fields or [",".join(FIELDS)]
+        if len(fields) not in (1, len(files)):
+            raise UserError(f"--fields {' '.join(fields)}: give one list of names, or one for each file of --from")
+        fields = fields * len(files) if len(fields) == 1 else fields
+        parts = [records_of(path, names, config.instruction) for path, names in zip(files, fields)]
+    if empty := [name for name, part in zip(files[:: len(files) // len(parts)], parts) if not part]:
+        raise UserError(f"{empty[0]} holds no records")
+    splits = read_splits(parts)
+    if few := [name for name, part in splits.items() if not part]:
+        raise UserError(f"no record is left for the {few[0]} split: give more than {sum(map(len, parts))}")
+    return splits
 
 
 def given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
@@ -321,10 +308,14 @@ def given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
     return tokenizer
 
 
-def learn_tokenizer(pieces: list[Piece], vocab_size: int) -> Tokenizer:
+def learn_tokenizer(train: list[Piece] | list[Record], vocab_size: int) -> Tokenizer:
     """SentencePiece BPE on the lines of the train documents; of a large corpus, on evenly spread ones."""
-    every = max(1, round(sum(piece.stop - piece.start for piece in pieces) / TOKENIZER_BYTES))
-    lines = (line for piece in pieces for text in piece.documents() for line in text.split("\n"))
+    if isinstance(train[0], Piece):
+        every = max(1, round(sum(piece.stop - piece.start for piece in train) / TOKENIZER_BYTES))
+        lines = (line for piece in train for text in piece.documents() for line in text.split("\n"))
+    else:
+        every = 1
+        lines = (line for record in train for line in (prompt_text(record) + record["output"]).split("\n"))
     print(f"learning a tokenizer of {vocab_size:,} pieces")
     # SentencePiece leaves out what is longer than 4,192 bytes, so long lines come in parts
     parts = (line[i : i + 1000] for line in islice(lines, 0, None, every) for i in range(0, len(line), 1000))
@@ -335,7 +326,7 @@ def token_dtype(tokenizer: Tokenizer) -> str:
     return "uint16" if tokenizer.vocab_size <= 65536 else "uint32"
 
 
-def write_split(pieces: list[Piece], tokenizer: Tokenizer, path: Path, seen: set[bytes]) -> dict:
+def write_split(pieces: list[Piece], tokenizer: Tokenizer, path: Path, seen: set[bytes], dtype: str) -> dict:
     """Write one token file and return its record. `seen` holds the digests of the documents written so far."""
     record = {"documents": 0, "repeated": 0, "bytes": 0, "tokens": 0}
     total = sum(piece.stop - piece.start for piece in pieces)
@@ -349,14 +340,14 @@ def write_split(pieces: list[Piece], tokenizer: Tokenizer, path: Path, seen: set
                     continue
                 seen.add(digest)
                 ends = [] if tokenizer.eos < 0 else [tokenizer.eos]
-                tokens = np.array(tokenizer.prompt(text) + ends, dtype=token_dtype(tokenizer))
+                tokens = np.array(tokenizer.prompt(text) + ends, dtype=dtype)
                 tokens.tofile(file)
                 record["documents"] += 1
                 record["bytes"] += size
                 record["tokens"] += len(tokens)
     if not record["documents"]:
         raise UserError(f"no text is left for the {path.stem} split: give more of it, in lines")
-    return {**record, "sha256": sha256_of(path)}
+    return record
 
 
 def prepare(config: PrepareConfig) -> Path:
@@ -364,24 +355,29 @@ def prepare(config: PrepareConfig) -> Path:
     folder = Path(config.out) if config.out else DATA / config.name
     if (folder / "meta.json").exists() and not config.overwrite:
         raise UserError(f"{folder} is already prepared: use it, or give --overwrite")
-    ours = {"meta.json", "tokenizer.model", *(f"{name}.bin" for name in SPLITS)}
+    ours = {"meta.json", "tokenizer.model", *(f"{name}.{kind}" for name in SPLITS for kind in ("bin", "mask", "jsonl"))}
     if folder.exists() and not {path.name for path in folder.iterdir()} <= ours:
         raise UserError(f"{folder} holds something else than a prepared data set: choose another name or --out")
-    tokenizer, splits = given_tokenizer(config), corpus(config)
+    tokenizer, records = given_tokenizer(config), instructions(config)
+    splits = records or corpus(config)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         tokenizer = tokenizer or learn_tokenizer(splits["train"], config.vocab_size or 4096)
         (partial / "tokenizer.model").write_bytes(tokenizer.data)
-        seen: set[bytes] = set()
-        records = {name: write_split(splits[name], tokenizer, partial / f"{name}.bin", seen) for name in SPLITS}
+        seen, dtype, counts = set(), token_dtype(tokenizer), {}
+        for name in ("test", "val", "train") if records else SPLITS:  # what stands in two, test keeps
+            path = partial / f"{name}.bin"
+            write = write_examples if records else write_split
+            counts[name] = {**write(splits[name], tokenizer, path, seen, dtype), "sha256": sha256_of(path)}
         meta = {
             "name": config.name,
-            "source": " ".join(config.text) if config.text else config.from_ or source_of(config.name),
-            "splits": records,
+            "kind": "instructions" if records else "text",
+            "source": " ".join(config.text or config.parallel or config.from_ or [source_of(config.name)]),
+            "splits": counts,
             "vocab_size": tokenizer.vocab_size,
-            "dtype": token_dtype(tokenizer),
+            "dtype": dtype,
             "tokenizer_sha256": hashlib.sha256(tokenizer.data).hexdigest(),
             "tokenizer": config.tokenizer or SETTINGS,
             "python": sys.version.split()[0],
@@ -406,11 +402,19 @@ def source_of(name: str) -> str:
 def main() -> None:
     config = PrepareConfig(**parse(__doc__, PrepareConfig))
     folder = prepare(config)
-    for name, record in json.loads((folder / "meta.json").read_text())["splits"].items():
-        rate = f"{record['bytes'] / record['tokens']:.2f} bytes a token"
-        repeated = f", {record['repeated']} repeated ones dropped" if record["repeated"] else ""
-        print(f"{name:5} {record['tokens']:>13,} tokens | {rate} | {record['documents']:,} documents{repeated}")
+    meta = json.loads((folder / "meta.json").read_text())
+    what = "examples" if meta["kind"] == "instructions" else "documents"
+    for name in SPLITS:
+        record = meta["splits"][name]
+        line = f"{name:5} {record['tokens']:>13,} tokens | {record['bytes'] / record['tokens']:.2f} bytes a token"
+        line += f" | {record['documents']:,} {what}"
+        line += f", {record['repeated']} repeated ones dropped" if record["repeated"] else ""
+        if what == "examples":
+            line += f", {record['empty']} empty ones dropped" if record["empty"] else ""
+            line += f" | {record['answer_tokens']:,} answer tokens | longest {record['longest']:,} tokens"
+        print(line)
     start = f" --init_from {config.tokenizer}" if (config.tokenizer or "").endswith(".pt") else ""
+    start += " --lora_r 8" if start and what == "examples" else ""
     print(f"wrote {folder}\nnext: python train.py --dataset {config.out or config.name}{start}")
 
 

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 import data.prepare as module
 from config import UserError
-from data.prepare import Piece, PrepareConfig, download, prepare, split, whole_file
+from data.prepare import Piece, PrepareConfig, prepare, split, whole_file
 from dataset import open_split, read_meta
+from download import download
 from eval_ppl import bits_per_byte
 from sample import readable
 from tokenizer import SETTINGS, Tokenizer
@@ -127,9 +128,9 @@ def test_large_vocabularies_get_uint32(tmp_path, tiny_data):
             self.vocab_size = 70000
 
     (tmp_path / "a.txt").write_text("some words\n" * 50)
-    record = module.write_split(
-        [whole_file(tmp_path / "a.txt")], Large((tiny_data / "tokenizer.model").read_bytes()), tmp_path / "x.bin", set()
-    )
+    large = Large((tiny_data / "tokenizer.model").read_bytes())
+    dtype = module.token_dtype(large)
+    record = module.write_split([whole_file(tmp_path / "a.txt")], large, tmp_path / "x.bin", set(), dtype)
     assert (tmp_path / "x.bin").stat().st_size == 4 * record["tokens"]
 
 
@@ -153,7 +154,7 @@ def test_wikitext_keeps_its_own_splits(tmp_path, source):
             for name, text in parts.items():
                 archive.writestr(f"wikitext-2-raw/wiki.{name}.raw", text)
     given_path = tmp_path / "w.zip" if source == "zip" else folder
-    out = prepare(PrepareConfig("wikitext2", from_=str(given_path), vocab_size=300, out=str(tmp_path / "out")))
+    out = prepare(PrepareConfig("wikitext2", from_=[str(given_path)], vocab_size=300, out=str(tmp_path / "out")))
     meta = read_meta(str(out))[1]
     tokenizer = Tokenizer((out / "tokenizer.model").read_bytes())
     for ours, theirs in (("train", "train"), ("val", "valid"), ("test", "test")):
@@ -166,7 +167,7 @@ def test_tinystories_validation_becomes_val_and_test(tmp_path):
 
     (tmp_path / "TinyStoriesV2-GPT4-train.txt").write_text(stories(0, 200))
     (tmp_path / "TinyStoriesV2-GPT4-valid.txt").write_text(stories(1000, 40))
-    out = prepare(PrepareConfig("tinystories", from_=str(tmp_path), vocab_size=300, out=str(tmp_path / "out")))
+    out = prepare(PrepareConfig("tinystories", from_=[str(tmp_path)], vocab_size=300, out=str(tmp_path / "out")))
     records = read_meta(str(out))[1]["splits"]
     assert records["train"]["documents"] == 200 and records["val"]["documents"] + records["test"]["documents"] == 40
     assert abs(records["val"]["documents"] - 20) <= 1
@@ -191,7 +192,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr("download.time.sleep", lambda seconds: None)
     monkeypatch.setattr(Server, "requests", [])
     monkeypatch.setattr(Server, "body", bytes(range(256)) * 1000)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
@@ -220,7 +221,7 @@ def test_a_download_with_another_checksum_is_not_kept(server, tmp_path):
 
 
 def test_a_download_that_never_comes_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr("download.time.sleep", lambda seconds: None)
     with pytest.raises(UserError, match="--from"):
         download("http://127.0.0.1:9/corpus.txt", "0" * 64, tmp_path)
 

@@ -1,0 +1,249 @@
+"""Score what a model answers: it writes an answer to each instruction of a split, and the answers, without the prompts,
+are compared with the references.
+
+    python eval_text.py out/RUN/ckpt.pt                             # the test split of the data that it was tuned on
+    python eval_text.py out/RUN/ckpt.pt --base base.pt --limit 100  # side by side with another model
+    python eval_text.py any.pt --dataset alpaca --split val
+
+    loss         nats a token of the references, given the prompts (for the same tokenizer alone comparable)
+    BLEU         sacreBLEU's corpus BLEU, 0 to 100 (arXiv 1804.08771)
+    ROUGE-1/2/L  F1 of words, of pairs of words, of the longest common subsequence: means over the answers, 0 to 100
+                 (rouge-score, without stemmer; it knows a-z and 0-9 alone)
+    exact match  % of answers that are the reference, spaces at the ends aside
+    latency      seconds until an answer is there: those of its whole batch
+
+Answers are greedy unless --temperature is given. All are kept, with references and settings, in a .jsonl.
+"""
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from checkpoint import build, load, replacing
+from config import UserError, exit_cleanly, parse
+from dataset import Batch, Examples, padded, read_meta
+from device import autocast, pick_device
+from instruct import Record, encode_answer, encode_prompt
+from model import IGNORE, Llama
+from tokenizer import Tokenizer
+
+
+@dataclass
+class AnswerConfig:
+    """scoring of answers"""
+
+    ckpt: str  # the checkpoint
+    base: str | None = None  # another checkpoint, to be scored beside it
+    dataset: str | None = None  # prepared instruction data (default: what the checkpoint was trained on)
+    split: Literal["val", "test"] = "test"  # which part of it
+    limit: int | None = None  # only the first so many examples
+    max_new_tokens: int = 128  # tokens of an answer at most; the model's context may end it sooner
+    temperature: float = 0.0  # 0 is greedy, 1 the model's own distribution
+    top_p: float = 1.0  # draw from the likeliest tokens that have this much probability together
+    seed: int = 0  # of the drawing
+    batch_size: int = 16  # answers written at a time
+    out: str | None = None  # the .jsonl to write (default: beside the checkpoint, NAME-answers-DATASET-SPLIT.jsonl)
+    device: str = "auto"  # cuda, mps, cpu or auto
+    json: bool = False  # print one JSON object and nothing else
+
+
+# ---- loss ----
+
+
+@torch.no_grad()
+def batches_nll(model: Llama, batches: Iterator[Batch], dtype: torch.dtype) -> tuple[float, int]:
+    """Mean negative log-likelihood of the targets, nats, and their number. The model is in eval mode."""
+    assert not model.training, "call model.eval() first"
+    device, total, count = model.tok_embeddings.weight.device, 0.0, 0
+    for x, y in batches:
+        with autocast(device, dtype):
+            total += model(x.to(device), y.to(device)).item()
+        count += (y != IGNORE).sum().item()
+    return total / max(1, count), count
+
+
+def answer_nll(model: Llama, data: Examples, dtype: torch.dtype, every: int = 1) -> tuple[float, int]:
+    """The same of the answers of every so-manieth example."""
+    rows = np.argsort(data.spans[:, 1] - data.spans[:, 0], kind="stable")[::every]
+    return batches_nll(model, (data.batch(rows[i : i + 16]) for i in range(0, len(rows), 16)), dtype)
+
+
+# ---- answers ----
+
+
+def rooms(lengths: Sequence[int], max_new_tokens: int, block_size: int, batch_size: int) -> Iterator[list[int]]:
+    """Batches of indices of prompts, by length. Where the context would cut an answer short, prompts of equal length
+    alone share a batch: in a batch, the longest prompt ends all answers, and none shall be shorter for the others'."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    for _, group in groupby(order, key=lambda i: max(0, lengths[i] + max_new_tokens - block_size)):
+        rows = list(group)
+        yield from (rows[i : i + batch_size] for i in range(0, len(rows), batch_size))
+
+
+def write_answers(model: Llama, tokenizer: Tokenizer, records: list[Record], config: AnswerConfig) -> dict:
+    """The answer to each record, whether it ended by itself, the seconds it took, and the tokens of all answers."""
+    prompts = [encode_prompt(record, tokenizer) for record in records]
+    generator = torch.Generator(model.tok_embeddings.weight.device).manual_seed(config.seed)
+    how = {"temperature": config.temperature, "top_p": config.top_p, "stop": tokenizer.stop, "generator": generator}
+    model.generate(prompts[:1], 2, **{**how, "generator": None, "temperature": 0.0})  # the first call sets things up
+    written: list[dict] = [{} for _ in records]
+    block = model.config.block_size
+    with tqdm(total=len(records), desc="answering", disable=None, leave=False) as bar:
+        for rows in rooms([len(prompt) for prompt in prompts], config.max_new_tokens, block, config.batch_size):
+            began = time.perf_counter()
+            new_tokens = model.generate([prompts[i] for i in rows], config.max_new_tokens, **how)
+            seconds = time.perf_counter() - began
+            for i, ids in zip(rows, new_tokens):
+                ended = len(ids) < min(config.max_new_tokens, block - len(prompts[i]))
+                answer = tokenizer.decode(ids).strip()
+                written[i] = {"answer": answer, "ended": ended, "seconds": seconds, "tokens": len(ids)}
+            bar.update(len(rows))
+    return {key: [answer[key] for answer in written] for key in ("answer", "ended", "seconds", "tokens")}
+
+
+# ---- scores ----
+
+
+def text_scores(answers: list[str], references: list[str]) -> dict:
+    """BLEU with its signature, ROUGE and exact match, in percent. Raises UserError if the libraries are missing."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+        from sacrebleu.metrics import BLEU
+    except ImportError:
+        raise UserError("BLEU and ROUGE need two libraries: pip install sacrebleu rouge-score") from None
+    bleu, kinds = BLEU(), ("rouge1", "rouge2", "rougeL")
+    scorer = RougeScorer(kinds, use_stemmer=False)
+    rouge = [scorer.score(reference, answer) for answer, reference in zip(answers, references)]
+    exact = [answer.strip() == reference.strip() for answer, reference in zip(answers, references)]
+    return {
+        "bleu": bleu.corpus_score(answers, [references]).score,
+        **{kind: 100 * float(np.mean([scores[kind].fmeasure for scores in rouge])) for kind in kinds},
+        "exact_match": 100 * float(np.mean(exact)),
+        "bleu_signature": str(bleu.get_signature()),
+    }
+
+
+def evaluate(model: Llama, tokenizer: Tokenizer, records: list[Record], config: AnswerConfig) -> dict:
+    """All scores of one model, and its answers."""
+    encoded = [(encode_prompt(record, tokenizer), encode_answer(record, tokenizer)) for record in records]
+    encoded.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
+    batches = (padded(encoded[i : i + 16]) for i in range(0, len(encoded), 16))
+    loss, count = batches_nll(model, batches, torch.float32)
+    written = write_answers(model, tokenizer, records, config)
+    seconds = np.array(written["seconds"])
+    p5, median, p95 = np.percentile(seconds, (5, 50, 95)).tolist()
+    return {
+        "loss": loss,
+        "answer_tokens": count,
+        **text_scores(written["answer"], [record["output"] for record in records]),
+        "ended": 100 * float(np.mean(written["ended"])),
+        "latency_s": {"mean": float(seconds.mean()), "median": median, "p5": p5, "p95": p95},
+        "params": model.num_params(),
+        "answers": written["answer"],
+    }
+
+
+# ---- the command ----
+
+
+def records_to_score(config: AnswerConfig, checkpoint: dict) -> tuple[str, list[Record]]:
+    """The data set's name and its records."""
+    train = checkpoint.get("train")
+    name = config.dataset or (train.get("dataset") if isinstance(train, dict) else None)
+    if not isinstance(name, str):
+        raise UserError("this checkpoint names no data set: give --dataset NAME")
+    folder, meta = read_meta(name)
+    path = folder / f"{config.split}.jsonl"
+    if meta.get("kind") != "instructions":
+        raise UserError(f"{folder} is text, without questions and answers: give --dataset, or use eval_ppl.py")
+    if not path.exists():
+        raise UserError(f"{path} is missing: prepare the data again with --overwrite")
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    return Path(name).name, records[: config.limit]
+
+
+def too_long(record: Record, models: Iterable[tuple[Llama, Tokenizer]]) -> bool:
+    """Whether prompt and reference together are beyond the context of one of the models."""
+    return any(
+        len(encode_prompt(record, tokenizer)) + len(encode_answer(record, tokenizer)) - 1 > model.config.block_size
+        for model, tokenizer in models
+    )
+
+
+def table(results: dict[str, dict]) -> Iterator[str]:
+    """A line a score, a column a model."""
+    rows = {
+        "loss, nats a token": "loss", "BLEU": "bleu", "ROUGE-1": "rouge1", "ROUGE-2": "rouge2", "ROUGE-L": "rougeL",
+        "exact match, %": "exact_match", "ended by itself, %": "ended",
+    }  # fmt: skip
+    yield " " * 20 + "".join(f"{name:>12}" for name in results)
+    for label, key in rows.items():
+        yield f"{label:20}" + "".join(f"{r[key]:12.{4 if key == 'loss' else 2}f}" for r in results.values())
+    for key in ("mean", "median", "p5", "p95"):
+        yield f"{'latency, s, ' + key:20}" + "".join(f"{r['latency_s'][key]:12.3f}" for r in results.values())
+
+
+def examples(records: list[Record], results: dict[str, dict], count: int = 5, width: int = 200) -> Iterator[str]:
+    """Some to read, evenly spread; long texts shortened, each on a line."""
+
+    def short(text: str) -> str:
+        text = " / ".join(line for line in text.split("\n") if line.strip())
+        return text if len(text) <= width else text[:width] + " ..."
+
+    for i in sorted({k * len(records) // count for k in range(count)}):
+        yield "---"
+        texts = [("instruction", records[i]["instruction"]), ("input", records[i]["input"])]
+        texts += [("reference", records[i]["output"])]
+        texts += [(f"answer of {name}", result["answers"][i]) for name, result in results.items()]
+        yield from (f"{label}: {short(text)}" for label, text in texts if text or "answer" in label)
+
+
+def main() -> None:
+    config = AnswerConfig(**parse(__doc__, AnswerConfig))
+    for name in ("limit", "max_new_tokens", "batch_size"):
+        if getattr(config, name) is not None and getattr(config, name) < 1:
+            raise UserError(f"{name} is {getattr(config, name)}: give --{name} 1 or more")
+    if not 0 <= config.temperature < 1e9 or not 0 < config.top_p <= 1 or not 0 <= config.seed < 2**63:
+        raise UserError("give --temperature 0 or more, --top_p above 0 up to 1, and --seed 0 to 2^63 - 1")
+    paths = {"base": config.base, "ckpt": config.ckpt} if config.base else {"ckpt": config.ckpt}
+    device = pick_device(config.device)
+    name, records = records_to_score(config, load(config.ckpt))
+    text_scores(["none"], ["none"])  # a missing library is found out before the work
+    models = {key: build(load(path), device) for key, path in paths.items()}
+    kept = [record for record in records if not too_long(record, models.values())]
+    if not kept:
+        block = min(model.config.block_size for model, _ in models.values())
+        raise UserError(f"none of the {len(records)} examples fits the context of {block} tokens")
+    results = {key: evaluate(*model, kept, config) for key, model in models.items()}
+    out = Path(config.ckpt)
+    out = Path(config.out) if config.out else out.with_name(f"{out.stem}-answers-{name}-{config.split}.jsonl")
+    settings = {"settings": asdict(config), "examples": len(kept), "left_out": len(records) - len(kept)}
+    for key, result in results.items():
+        settings[key] = {name: value for name, value in result.items() if name != "answers"}
+    with replacing(out, "w") as file:
+        file.write(json.dumps(settings) + "\n")
+        for i, record in enumerate(kept):
+            answers = {key: result["answers"][i] for key, result in results.items()}
+            file.write(json.dumps({**record, "answers": answers}, ensure_ascii=False) + "\n")
+    if config.json:
+        print(json.dumps(settings))
+        return
+    left = f", {settings['left_out']} left out, longer than the context" if settings["left_out"] else ""
+    how = "greedy" if not config.temperature else f"temperature {config.temperature}, top_p {config.top_p}"
+    print(f"{name} {config.split}: {len(kept)} examples{left} | {how}, batches of {config.batch_size}")
+    print("\n".join(f"{key}: {path}, {results[key]['params']:,} parameters" for key, path in paths.items()))
+    print("\n".join(table(results)))
+    print(f"sacreBLEU {results['ckpt']['bleu_signature']}\n" + "\n".join(examples(kept, results)))
+    print(f"---\nall answers: {out}")
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

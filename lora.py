@@ -1,0 +1,181 @@
+"""LoRA and QLoRA by hand: a small trainable product beside each of a model's frozen matrices (arXiv 2106.09685).
+
+A frozen layer y = W x becomes y = W x + (alpha / r) B A dropout(x), with A (r, in) and B (out, r): r (in + out) numbers
+learn instead of in * out. A begins random and B at zero, so that the model begins as it was. After training the product
+can be added into W (`merge`), which costs nothing at inference. In QLoRA (arXiv 2305.14314) W is stored in 4 bits
+(nf4.py). Nothing here merges, freezes or quantizes unless it is called.
+
+    python train.py --init_from ckpt.pt --lora_r 8                     # a run that trains only the adapter
+    python train.py --init_from ckpt.pt --lora_r 8 --quantize nf4      # QLoRA
+    python lora.py merge out/RUN/ckpt.pt --out merged.pt               # an ordinary checkpoint, dequantized
+    python lora.py export out/RUN/ckpt.pt adapter.pt                   # the adapter alone
+    python lora.py export out/RUN/ckpt.pt FOLDER                       # the adapter alone, in PEFT's format
+    python lora.py import FOLDER ckpt.pt --out with_adapter.pt         # either of these, beside a base's weights
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from config import UserError, exit_cleanly
+from model import Llama, widen
+from nf4 import NF4Linear
+
+TARGETS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "output")
+ATTENTION = TARGETS[:4]
+
+
+@dataclass
+class LoRAConfig:
+    """adapter"""
+
+    lora_r: int = 0  # rank of the adapter, which alone is trained; 8 is usual, 0 trains the whole model
+    lora_alpha: float = 16.0  # the adapter's product is scaled by lora_alpha / lora_r
+    lora_dropout: float = 0.0  # on the adapter's input
+    lora_targets: list[str] | None = None  # any of wq wk wv wo w1 w2 w3 output (default: wq wk wv wo)
+    quantize: Literal["none", "nf4"] = "none"  # how the frozen matrices of the blocks are stored
+
+    def __post_init__(self):
+        self.lora_targets = list(self.lora_targets or ATTENTION)
+        if unknown := [name for name in self.lora_targets if name not in TARGETS]:
+            raise UserError(f"--lora_targets {unknown[0]}: no such layer; take any of {' '.join(TARGETS)}")
+        if self.lora_r < 0 or not 0 < self.lora_alpha < math.inf or not 0 <= self.lora_dropout < 1:
+            values = f"lora_r {self.lora_r}, lora_alpha {self.lora_alpha}, lora_dropout {self.lora_dropout}"
+            raise UserError(f"{values}: give --lora_r 1 or more, --lora_alpha above 0, --lora_dropout from 0 below 1")
+        if self.quantize != "none" and not self.lora_r:
+            raise UserError("--quantize freezes the model: give --lora_r 8, so that an adapter learns")
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer and a low-rank product beside it; as it is made, equal to the layer alone."""
+
+    def __init__(self, linear: nn.Linear | NF4Linear, r: int = 8, alpha: float = 16.0, dropout: float = 0.0):
+        super().__init__()
+        self.linear, self.scale = linear.requires_grad_(False), alpha / r
+        like = {"device": next(iter(linear.state_dict().values())).device}
+        if isinstance(linear, nn.Linear):
+            like["dtype"] = widen(linear.weight[:0]).dtype
+        self.lora_A = nn.Parameter(torch.empty(r, linear.in_features, **like))
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, r, **like))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # the same as nn.Linear's own: 1 / sqrt(in)
+        self.dropout = nn.Dropout(dropout)
+        self.base: list[nn.Module] = []  # while merged, what was there; in a list, it is no submodule of the state dict
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x)
+        if self.base:
+            return y
+        return y + self.scale * F.linear(F.linear(self.dropout(x), self.lora_A), self.lora_B)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """From now on one product with W + (alpha / r) B A; the sum is made in float32 or wider."""
+        assert not self.base, "merged already"
+        weight = plain_linear(self.linear).weight
+        total = widen(weight) + self.scale * widen(self.lora_B) @ widen(self.lora_A)
+        self.base = [self.linear]
+        self.linear = linear_of(total if isinstance(self.linear, NF4Linear) else total.to(weight.dtype))
+
+    def unmerge(self) -> None:
+        """The layer and its adapter again, bit for bit: W was kept, not recomputed."""
+        assert self.base, "not merged"
+        self.linear = self.base.pop()
+
+
+def linear_of(weight: torch.Tensor) -> nn.Linear:
+    """A frozen nn.Linear with this weight (out, in)."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
+
+
+def plain_linear(layer: nn.Linear | NF4Linear) -> nn.Linear:
+    return linear_of(layer.dequantize()) if isinstance(layer, NF4Linear) else layer
+
+
+def replace(model: nn.Module, names: Iterable[str], kinds: type | tuple, make) -> None:
+    """Put make(layer) in the place of every layer of these kinds whose own name, not a part of it, is among `names`."""
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if name in names and isinstance(layer, kinds):
+                setattr(parent, name, make(layer))
+
+
+def apply_lora(
+    model: Llama, r: int = 8, alpha: float = 16.0, dropout: float = 0.0, targets: Sequence[str] = ATTENTION
+) -> None:
+    """Give each layer of these names an adapter, and freeze everything else.
+
+    Raises UserError for a target that the model has not.
+    """
+    here = {
+        name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, nn.Linear | NF4Linear)
+    }
+    assert not any(isinstance(layer, LoRALinear) for layer in model.modules()), "the model has an adapter already"
+    if unknown := [name for name in targets if name not in here]:
+        raise UserError(f"--lora_targets {unknown[0]}: no such layer; take any of {' '.join(TARGETS)}")
+    replace(model, targets, (nn.Linear, NF4Linear), lambda layer: LoRALinear(layer, r, alpha, dropout))
+    freeze(model)
+
+
+def freeze(model: nn.Module) -> None:
+    """Only adapters learn."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.endswith(("lora_A", "lora_B")))
+
+
+def quantize_blocks(model: Llama) -> None:
+    """Store the matrices of the blocks in NF4, one after the other. Embeddings, output, norms and the novel layers,
+    which are few or looked up, not multiplied, stay as they are."""
+    replace(model.layers, TARGETS[:7], nn.Linear, NF4Linear.from_linear)
+
+
+def adapt(model: Llama, config: LoRAConfig) -> Llama:
+    """The model, changed as the settings say."""
+    if config.quantize == "nf4":
+        quantize_blocks(model)
+    if config.lora_r:
+        apply_lora(model, config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_targets)
+    return model
+
+
+def merge(model: nn.Module) -> None:
+    """Add every adapter into its layer; `unmerge` undoes it. A tied output is a matrix of its own while merged."""
+    for layer in adapters(model):
+        layer.merge()
+
+
+def unmerge(model: nn.Module) -> None:
+    for layer in adapters(model):
+        layer.unmerge()
+
+
+def adapters(model: nn.Module) -> list[LoRALinear]:
+    return [layer for layer in model.modules() if isinstance(layer, LoRALinear)]
+
+
+def plain(model: Llama) -> Llama:
+    """An ordinary Llama for good: adapters merged, quantized layers dequantized, the wrappers gone."""
+    tied = model.config.tie_embeddings and not isinstance(model.output, LoRALinear)
+    model.config.tie_embeddings = tied  # an adapted output is no longer the embeddings
+    for layer in adapters(model):
+        if not layer.base:
+            layer.merge()
+    replace(model, TARGETS, LoRALinear, lambda layer: layer.linear)
+    replace(model, TARGETS, NF4Linear, plain_linear)
+    return model.requires_grad_(True)
+
+
+def main() -> None:
+    from adapter_files import run  # which imports this module: its classes are those, and not this script's
+
+    run()
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

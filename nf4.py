@@ -1,0 +1,139 @@
+"""4-bit NormalFloat with double quantization, by hand: how QLoRA stores its frozen base (arXiv 2305.14314).
+
+A trained weight matrix looks like a sample of a normal distribution. So NF4's 16 values are quantiles of one: each code
+is used equally often. The weights, row after row, are cut into blocks of 64; a block is divided by its largest absolute
+value (absmax), and each weight becomes the code of the nearest value. The absmaxes are quantized in turn: less their
+mean, in blocks of 256, to 8 bits of a dynamic data type (arXiv 1511.04561) that has small steps where most of them are.
+
+    4 bits of code + 8/64 of its block's absmax + 32/(64 * 256) of that one's = 4.127 bits a weight
+
+Codes and values are those of bitsandbytes, bit for bit. (Its CPU kernel finds an absmax's code in a coarse table, and
+so takes a neighbour of the nearest one for some in a hundred; its other kernels do as this file.)
+"""
+
+from functools import cache
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+BLOCK, ABSMAX_BLOCK = 64, 256
+BUFFERS = ("codes", "absmax", "scales")  # what takes the place of a weight in a state dict, all uint8
+
+# the paper's appendix E: quantiles of N(0, 1), 8 positive ones, 0, and 7 negative ones, divided by the largest
+NF4 = torch.tensor([
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+])  # fmt: skip
+
+
+def dynamic_values() -> torch.Tensor:
+    """The 256 values of the dynamic data type: for each power of ten from 1 down to 10^-6 the centres of half as many
+    intervals as for the one above it, of both signs; 0 and 1."""
+    values = [0.0, 1.0]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2**i + 1)
+        centres = 10 ** (i - 6) * (edges[:-1] + edges[1:]) / 2
+        values += centres.tolist() + (-centres).tolist()
+    return torch.tensor(sorted(values))
+
+
+DYNAMIC = dynamic_values()
+
+
+@cache
+def tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both NF4 values of each possible byte, (256, 2), so that one look gives two weights; the 256 dynamic values."""
+    byte = torch.arange(256)
+    return NF4[torch.stack((byte >> 4, byte & 15), dim=-1)].to(device), DYNAMIC.to(device)
+
+
+def nearest(x: torch.Tensor, values: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (N,) float32 -> the code (N,) uint8 of the value nearest to each x / absmax, and the absmax of each block."""
+    blocks = F.pad(x, (0, -len(x) % block)).view(-1, block)
+    absmax = blocks.abs().amax(-1)
+    scaled = blocks * (1 / absmax.clamp(min=1e-38))[:, None]
+    borders = ((values[:-1] + values[1:]) / 2).to(x.device)
+    return torch.bucketize(scaled.flatten()[: len(x)], borders).to(torch.uint8), absmax
+
+
+def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """weight, any shape of N numbers -> the uint8 tensors `codes` (N/2,), `absmax` (N/64,) and `scales`: the bytes of
+    the float32 mean of all absmaxes, then of the absmax of each 256 of them. Odd ends are rounded up."""
+    codes, absmax = nearest(weight.detach().flatten().float(), NF4, BLOCK)
+    codes = F.pad(codes, (0, len(codes) % 2), value=7)  # of 0.0
+    mean = absmax.mean()
+    absmax, scales = nearest(absmax - mean, DYNAMIC, ABSMAX_BLOCK)
+    return codes[0::2] << 4 | codes[1::2], absmax, torch.cat((mean[None], scales)).view(torch.uint8)
+
+
+def dequantize(codes: torch.Tensor, absmax: torch.Tensor, scales: torch.Tensor, shape: tuple) -> torch.Tensor:
+    """The float32 weight of `shape` that `quantize` stored."""
+    pairs, dynamic = tables(codes.device)
+    mean, scale = scales.view(torch.float32).split((1, scales.numel() // 4 - 1))
+    of_block = dynamic[absmax.int()] * scale.repeat_interleave(ABSMAX_BLOCK)[: len(absmax)] + mean
+    values = pairs.index_select(0, codes.int()).flatten()  # (N,), or one more
+    values = F.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK)
+    return (values * of_block[:, None]).flatten()[: shape.numel()].view(shape)
+
+
+class FrozenProduct(torch.autograd.Function):
+    """x W^T, where W exists only while it is multiplied: it is made of its codes in the forward, and made again in the
+    backward, instead of being kept for it. W gets no gradient."""
+
+    @staticmethod
+    def forward(ctx, x, codes, absmax, scales, shape):
+        ctx.save_for_backward(codes, absmax, scales)
+        ctx.shape = shape
+        return F.linear(x, dequantize(codes, absmax, scales, shape).type_as(x))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad @ dequantize(*ctx.saved_tensors, ctx.shape).type_as(grad), None, None, None, None
+
+
+class NF4Linear(nn.Module):
+    """A frozen linear layer without bias whose weight (out, in) is stored in NF4."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.in_features, self.out_features, self.shape = (
+            in_features,
+            out_features,
+            torch.Size((out_features, in_features)),
+        )
+        n = self.shape.numel()
+        absmax = -(-n // BLOCK)
+        sizes = (-(-n // 2), absmax, 4 * (1 + -(-absmax // ABSMAX_BLOCK)))
+        for name, size in zip(BUFFERS, sizes):
+            # floats among them would be rounded by model.bfloat16(), so these are bytes
+            self.register_buffer(name, torch.zeros(size, dtype=torch.uint8))
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> "NF4Linear":
+        """The layer's weight, rounded to NF4."""
+        with torch.device("meta"):
+            layer = cls(linear.in_features, linear.out_features)
+        if linear.weight.is_meta:
+            return layer
+        layer.load_state_dict(dict(zip(BUFFERS, quantize(linear.weight))), assign=True)
+        return layer
+
+    @property
+    def num_weights(self) -> int:
+        """How many the codes stand for: these are no Parameters, and `parameters()` does not count them."""
+        return self.shape.numel()
+
+    def dequantize(self) -> torch.Tensor:
+        """(out, in) float32."""
+        return dequantize(self.codes, self.absmax, self.scales, self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(getattr(self, name).nbytes for name in BUFFERS)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_autocast_enabled(x.device.type):  # it knows nn.Linear, and not us
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return FrozenProduct.apply(x, self.codes, self.absmax, self.scales, self.shape)
