@@ -1,5 +1,6 @@
 """What this machine does best: its device, the number format that is fast and safe there, and its peak memory."""
 
+import os
 import resource
 import sys
 
@@ -39,9 +40,33 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16))
 
 
+def memory_bytes(device: torch.device) -> int:
+    """Memory held now: allocated on a GPU, else resident in this process (where the system does not tell, its peak)."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return linux_status("VmRSS") or peak_memory_bytes(device)
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Most memory held so far: allocated on a GPU, else resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+    return linux_status("VmHWM") or (peak if sys.platform == "darwin" else peak * 1024)  # macOS counts bytes, not KiB
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """From now on the peak is what is held, and what comes; elsewhere than on GPUs and Linux it stays."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif os.access("/proc/self/clear_refs", os.W_OK):
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+
+
+def linux_status(field: str) -> int | None:
+    """A size in /proc/self/status, bytes; None on other systems."""
+    if not os.path.exists("/proc/self/status"):
+        return None
+    with open("/proc/self/status") as file:
+        return next((1024 * int(line.split()[1]) for line in file if line.startswith(field + ":")), None)

@@ -1,0 +1,42 @@
+"""The tables of bench.py: what can be known of them in advance."""
+
+import json
+
+import pytest
+import torch
+from conftest import quick, refused
+
+from device import memory_bytes, peak_memory_bytes, reset_peak_memory
+
+SHAPE = ["--n_layer", 2, "--dim", 32, "--n_head", 4, "--vocab_size", 64, "--block_size", 16]
+
+
+def test_each_memory_saver_changes_what_it_should():
+    done = quick("bench.py", "memory", *SHAPE, "--steps", 1, "--lora_r", 2, "--batch_size", 8, "--json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    full, lora, both = rows["full fine-tune"], rows["LoRA"], rows["all together"]
+    assert full["optimizer"] == 8 * full["trainable"] and lora["optimizer"] == 8 * lora["trainable"]
+    assert lora["trainable"] == 2 * 4 * 2 * (32 + 32) == both["trainable"]
+    assert lora["weights"] == full["weights"] + 4 * lora["trainable"]
+    blocks = 2 * (4 * 32 * 32 + 3 * 32 * 96)  # weights that 4 bits hold in "QLoRA"
+    saved = lora["weights"] - rows["QLoRA"]["weights"]
+    assert saved == pytest.approx(blocks * (4 - 4.127 / 8), rel=0.01)
+    assert all(row["tokens_per_s"] > 0 for row in rows.values()) and len(rows) == 7
+
+
+def test_the_peak_is_reset_and_seen_again():
+    device = torch.device("cpu")
+    held = torch.ones(2**26)  # 256 MiB
+    assert peak_memory_bytes(device) >= memory_bytes(device) >= held.nbytes
+    del held
+    reset_peak_memory(device)
+    low = peak_memory_bytes(device)
+    again = torch.ones(2**25)
+    assert peak_memory_bytes(device) >= low + 0.9 * again.nbytes
+
+
+def test_mistakes_about_benchmarks_get_one_line():
+    refused(quick("bench.py", "speed"), "speed", "memory")
+    refused(quick("bench.py", "memory", "--batch_size", 6), "batch_size 6", "divisor")
+    refused(quick("bench.py", "memory", "--quantize", "nf4"), "--quantize")
