@@ -18,22 +18,33 @@ from typing import Literal
 import torch
 
 import lora
-from checkpoint import build_model, check_tensors, checked, load, lora_config, map_file, model_config, save, show
+from checkpoint import (
+    build_model,
+    check_tensors,
+    checked,
+    load,
+    lora_config,
+    map_file,
+    model_config,
+    save,
+    show,
+    writable,
+)
 from config import POSITIONAL, UserError, parse
 from hugging_face import NAMES, new_folder, open_weights, permute_rows, write_safetensors
 from lora import LoRAConfig, adapt, plain
 from model import Llama, ModelConfig
 from tokenizer_files import read_json
 
-THEIRS = {ours.rpartition(".")[2]: theirs for ours, theirs in NAMES.items() if ours.endswith(lora.TARGETS)}
-MODULES = {theirs: ours for ours, theirs in NAMES.items() if ours.endswith(lora.TARGETS)}
+OURS = {theirs: ours for ours, theirs in NAMES.items() if ours.rpartition(".")[2] in lora.TARGETS}
+SHORT = {ours.rpartition(".")[2]: theirs.rpartition(".")[2] for theirs, ours in OURS.items()}  # such as w3: up_proj
 PLAIN = {  # settings of PEFT's that would make another function of the same tensors: what an ordinary LoRA has
     "use_dora": (None, False), "fan_in_fan_out": (None, False), "bias": (None, "none"), "modules_to_save": (None, []),
     "rank_pattern": (None, {}), "alpha_pattern": (None, {}), "lora_bias": (None, False),
     "init_lora_weights": (None, True, False, "gaussian"), "layer_replication": (None, []),
-    "trainable_token_indices": (None, []),
+    "trainable_token_indices": (None, []), "alora_invocation_tokens": (None, []),
 }  # fmt: skip
-KNOWN = ("use_rslora",)  # any other use_... of theirs is refused
+KNOWN = ("use_rslora", "loftq_config", "eva_config")  # other use_... and ..._config of theirs are variants, too
 
 
 @dataclass
@@ -59,6 +70,8 @@ def fit(settings: LoRAConfig, tensors: dict[str, torch.Tensor], base: dict, wher
     with torch.device("meta"):
         wanted = adapt(Llama(model_config(base)), settings).state_dict()
     wanted = {name: x for name, x in wanted.items() if ".lora_" in name}
+    if not wanted:
+        raise UserError(f"{where} is no adapter: its rank is {settings.lora_r}")
     for name in sorted(wanted | tensors):
         ask, have = (str(list(state[name].shape)) if name in state else "none" for state in (wanted, tensors))
         if ask != have:
@@ -66,12 +79,11 @@ def fit(settings: LoRAConfig, tensors: dict[str, torch.Tensor], base: dict, wher
 
 
 def with_adapter(base: dict, settings: LoRAConfig, tensors: dict[str, torch.Tensor], where: str) -> dict:
-    """A checkpoint of the base's weights and an adapter's tensors."""
-    with torch.device("meta"):
-        names = adapt(Llama(model_config(base)), settings).state_dict()
-    weights = {name: tensors.get(name, base["model"].get(name.replace(".linear.", "."))) for name in names}
+    """A checkpoint of the base, in NF4 if the adapter was trained on that, with an adapter's tensors."""
+    model = adapt(build_model(base), settings)
+    model.load_state_dict(tensors, strict=False, assign=True)
     kept = {key: x for key, x in base.items() if key in ("config", "tokenizer", "data", "train")}
-    return {**kept, "model": weights, "lora": asdict(settings), "source": where}
+    return {**kept, "model": model.state_dict(), "lora": asdict(settings), "source": where}
 
 
 def adapter_of(path: str) -> tuple[LoRAConfig, dict[str, torch.Tensor], ModelConfig]:
@@ -96,7 +108,7 @@ def read_adapter(source: Path, base: dict) -> tuple[LoRAConfig, dict[str, torch.
         return read_peft(source, base)
     try:
         found = map_file(source)
-        settings, tensors = checked(LoRAConfig, {**found["lora"], "quantize": "none"}), found["adapter"]
+        settings, tensors = checked(LoRAConfig, found["lora"]), found["adapter"]
         check_tensors(tensors, source, source.stat().st_size)
         fit(settings, tensors, base, source)
         return settings, tensors
@@ -127,10 +139,10 @@ def peft_name(ours: str) -> str:
 def our_name(theirs: str, where: Path) -> str:
     """The way back. Raises UserError for a tensor that no ordinary LoRA has."""
     found = re.fullmatch(r"base_model\.model\.(?:model\.(layers\.\d+\.))?(.+)\.(lora_[AB])\.weight", theirs)
-    if not found or found[2] not in MODULES:
-        known = ", ".join(name.rpartition(".")[2] for name in MODULES)
+    if not found or found[2] not in OURS:
+        known = ", ".join(SHORT.values())
         raise UserError(f"{where}: {theirs[:100]} is not supported, LoRA on {known} is")
-    return f"{found[1] or ''}{MODULES[found[2]]}.{found[3]}"
+    return f"{found[1] or ''}{OURS[found[2]]}.{found[3]}"
 
 
 def in_pairs(tensors: dict[str, torch.Tensor], c: ModelConfig, to_pairs: bool) -> None:
@@ -146,7 +158,8 @@ def read_peft(folder: Path, base: dict) -> tuple[LoRAConfig, dict[str, torch.Ten
     check_order(c)
     settings = read_json(path)
     unlike = [name for name, fine in PLAIN.items() if settings.get(name) not in fine]
-    unlike += [name for name, value in settings.items() if name.startswith("use_") and value and name not in KNOWN]
+    variants = [name for name, value in settings.items() if value and re.match("use_|.+_config$", name)]
+    unlike += [name for name in variants if name not in KNOWN]
     if settings.get("peft_type") != "LORA" or unlike:
         what = f"{unlike[0]} {str(settings[unlike[0]])[:60]}" if unlike else f"peft_type {settings.get('peft_type')}"
         raise UserError(f"{path}: {what} is not supported, plain LoRA is")
@@ -159,12 +172,12 @@ def read_peft(folder: Path, base: dict) -> tuple[LoRAConfig, dict[str, torch.Ten
     if copy is not None and not torch.equal(copy, base["model"]["output.weight"].to(copy.dtype)):
         raise UserError(f"{weights} is an adapter of another model: its copy of lm_head differs from the base's")
     tensors = {our_name(name, weights): x for name, x in found.items()}
-    rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    if settings.get("use_rslora") and rank and alpha:  # scales by alpha / sqrt(r)
-        alpha *= math.sqrt(rank)
     adapted = {name.split(".")[-2] for name in tensors}
-    fields = {"lora_r": rank, "lora_alpha": alpha, "lora_dropout": settings.get("lora_dropout", 0.0)}
-    ours = checked(LoRAConfig, {**fields, "lora_targets": [name for name in lora.TARGETS if name in adapted]})
+    fields = {ours: settings.get(theirs) for ours, theirs in (("lora_r", "r"), ("lora_alpha", "lora_alpha"))}
+    fields["lora_targets"] = [name for name in lora.TARGETS if name in adapted]
+    ours = checked(LoRAConfig, {**fields, "lora_dropout": settings.get("lora_dropout", 0.0)})
+    if settings.get("use_rslora"):  # scales by alpha / sqrt(r)
+        ours.lora_alpha *= math.sqrt(ours.lora_r)
     fit(ours, tensors, base, folder)
     in_pairs(tensors, c, to_pairs=True)
     return ours, tensors
@@ -176,7 +189,7 @@ def write_peft(folder: Path, settings: LoRAConfig, tensors: dict[str, torch.Tens
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
         "r": settings.lora_r, "lora_alpha": alpha, "lora_dropout": settings.lora_dropout, "bias": "none",
-        "target_modules": [THEIRS[name].rpartition(".")[2] for name in settings.lora_targets],
+        "target_modules": [SHORT[name] for name in settings.lora_targets],
         "fan_in_fan_out": False, "use_dora": False, "use_rslora": False, "modules_to_save": None,
     }  # fmt: skip
     with new_folder(folder) as partial:
@@ -187,31 +200,26 @@ def write_peft(folder: Path, settings: LoRAConfig, tensors: dict[str, torch.Tens
 # ---- the command ----
 
 
-def free(path: Path, overwrite: bool) -> Path:
-    """The path, if a file may be written there."""
-    if path.is_dir() or (path.exists() and not overwrite):
-        remedy = f"name a file, such as {path / 'model.pt'}" if path.is_dir() else "give another name, or --overwrite"
-        raise UserError(f"{path} exists: {remedy}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
 def export(source: str, out: Path, overwrite: bool) -> str:
     """Write the adapter of a checkpoint alone; return what was written, in words."""
     settings, tensors, c = adapter_of(source)
     if out.suffix == ".pt":
-        own = {name: x.clone() for name, x in tensors.items()}  # a view would be saved with all that it is a view of
-        save(free(out, overwrite), {"lora": asdict(settings), "adapter": own})
+        writable(out, overwrite)
+        save(out, {"lora": asdict(settings), "adapter": tensors})
         size = out.stat().st_size
     else:
         check_order(c)
+        if overwrite or out.suffix in (".safetensors", ".bin"):
+            raise UserError(f"{out}: name a .pt, or a folder that is not there yet; --overwrite replaces a .pt alone")
         in_pairs(tensors, c, to_pairs=False)
         write_peft(out, settings, tensors, source)
         size = sum(path.stat().st_size for path in out.iterdir())
     count = sum(x.numel() for x in tensors.values())
-    return (
-        f"wrote {out}, {size:,} bytes: {count:,} parameters, r {settings.lora_r} on {' '.join(settings.lora_targets)}"
-    )
+    targets = " ".join(settings.lora_targets)
+    text = f"wrote {out}, {size:,} bytes: {count:,} parameters, r {settings.lora_r} on {targets}"
+    if settings.quantize != "none":
+        text += f"\nnote: it was trained on a base in {settings.quantize}: use it on such a one"
+    return text
 
 
 def run() -> None:
@@ -232,7 +240,7 @@ def run() -> None:
     base = Path(config.target or config.source)
     out = Path(config.out or base.with_name(f"{base.stem}-{'merged' if config.action == 'merge' else source.stem}.pt"))
     checkpoint = load(base)
-    free(out, config.overwrite)
+    writable(out, config.overwrite)
     if config.action == "merge":
         if not lora_config(checkpoint).lora_r:
             raise UserError(f"{base} has no adapter: there is nothing to merge")

@@ -8,7 +8,8 @@ everything in float32; an adapter alone; the adapter with one saver more at a ti
 
     weights    bytes of the model's tensors, adapter included
     optimizer  bytes of AdamW's two moments
-    peak       the most memory that a step takes, beyond that of a process that has only imported torch
+    peak       the most memory that a step takes, weights included, beyond that of a process that has warmed torch up;
+               on a Mac, which does not reset it, the most since the process began
 """
 
 import json
@@ -16,6 +17,8 @@ import multiprocessing
 import statistics
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -25,7 +28,7 @@ from tqdm import tqdm
 
 from checkpoint import load, save
 from config import UserError, exit_cleanly, parse, pick
-from device import memory_bytes, peak_memory_bytes, pick_device, pick_dtype, reset_peak_memory
+from device import autocast, memory_bytes, peak_memory_bytes, pick_device, pick_dtype, reset_peak_memory
 from lora import LoRAConfig
 from model import Llama, ModelConfig
 from settings import TrainConfig
@@ -57,13 +60,15 @@ class BenchConfig:
 
 def measure(path: str, lora: LoRAConfig, config: BenchConfig, savers: tuple[str, ...]) -> dict:
     """Train the checkpoint for some steps with these savers. It is called in a process of its own."""
-    device = pick_device(config.device)
+    device, dtype = pick_device(config.device), torch.float32
+    if "amp" in savers:
+        dtype = pick_dtype("auto", device) if device.type == "cuda" else torch.bfloat16
+    for size in (64, 32):  # libraries and threads come with the first products, and are not what is measured
+        with autocast(device, dtype):
+            torch.nn.Linear(size, size, device=device)(torch.ones(size, size, device=device)).sum().backward()
     before = memory_bytes(device)
     checkpoint = load(path)
     c = ModelConfig(**checkpoint["config"])
-    dtype = torch.float32
-    if "amp" in savers:
-        dtype = pick_dtype("auto", device) if device.type == "cuda" else torch.bfloat16
     lora = replace(lora, quantize="nf4" if "nf4" in savers else "none") if "lora" in savers else LoRAConfig()
     model = starting_model(c, lora, checkpoint, device)
     del checkpoint
@@ -92,13 +97,16 @@ def measure(path: str, lora: LoRAConfig, config: BenchConfig, savers: tuple[str,
 
 def memory(c: ModelConfig, lora: LoRAConfig, config: BenchConfig) -> dict:
     """{row: what `measure` says}."""
-    processes, found = multiprocessing.get_context("spawn"), {}
+    found = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "random.pt"
         save(path, {"model": Llama(c).state_dict(), "config": asdict(c), "tokenizer": None})
         for name, savers in tqdm(ROWS.items(), desc="measuring", disable=None, leave=False):
-            with processes.Pool(1) as pool:
-                found[name] = pool.apply(measure, (str(path), lora, config, savers))
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                try:
+                    found[name] = process.submit(measure, str(path), lora, config, savers).result()
+                except BrokenProcessPool:
+                    raise UserError(f"out of memory in {name!r}: give a smaller --batch_size or model") from None
     return found
 
 

@@ -69,8 +69,17 @@ def replacing(path: Path, mode: str) -> Iterator[IO]:
         temporary.unlink(missing_ok=True)
 
 
+def writable(path: Path, overwrite: bool) -> None:
+    """Raise UserError if `path` is a folder, or a file that must not be replaced."""
+    if path.is_dir() or (path.exists() and not overwrite):
+        remedy = f"name a file, such as {path / 'model.pt'}" if path.is_dir() else "give another name, or --overwrite"
+        raise UserError(f"{path} exists: {remedy}")
+
+
 def save(path: Path, checkpoint: dict) -> None:
-    """Write `path` whole or not at all. Raises UserError when the disk is full or read-only."""
+    """Write `path`, in a new folder if need be, whole or not at all. Raises UserError when the disk is full or
+    read-only."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, "wb") as file:
         torch.save(checkpoint, file)
 
@@ -320,11 +329,9 @@ def main() -> None:
     if action == "export":
         print(export(config.source, out))
         return
-    if Path(config.source).exists() and (out.is_dir() or (out.exists() and not config.overwrite)):
-        remedy = f"name a file, such as {out / 'model.pt'}" if out.is_dir() else "give another name, or --overwrite"
-        raise UserError(f"{out} exists: {remedy}")
+    if Path(config.source).exists():
+        writable(out, config.overwrite)
     checkpoint, notes = read(Path(config.source), config.tokenizer, config.block_size)
-    out.parent.mkdir(parents=True, exist_ok=True)
     save(out, checkpoint)
     show(config.out)
     print("".join(f"note: {note}\n" for note in notes), end="")

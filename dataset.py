@@ -118,7 +118,10 @@ class Examples:
         if not path.exists() or path.stat().st_size != len(self.tokens):
             raise UserError(f"{path} is missing, or not of {split}.bin: prepare the data with --overwrite")
         self.mask = np.memmap(path, dtype=np.uint8, mode="r")
+        record = meta["splits"][split]
         ends = np.flatnonzero(self.mask & np.append(self.mask[1:] == 0, True)) + 1  # an answer ends its example
+        if len(ends) != record.get("documents") or int(self.mask.sum()) != record.get("answer_tokens"):
+            raise UserError(f"{path} is damaged: prepare the data with --overwrite")
         starts = np.append(0, ends[:-1])
         fits = ends - starts - 1 <= block_size  # the last token is no input
         self.spans, longest = np.stack((starts, ends), axis=1)[fits], int((ends - starts).max()) - 1

@@ -16,6 +16,8 @@ Answers are greedy unless --temperature is given. All are kept, with references 
 """
 
 import json
+import math
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -27,11 +29,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import build, load, replacing
+from checkpoint import build, load, replacing, writable
 from config import UserError, exit_cleanly, parse
 from dataset import Batch, Examples, padded, read_meta
 from device import autocast, pick_device
-from instruct import Record, encode_answer, encode_prompt
+from instruct import FIELDS, Record, encode_answer, encode_prompt, records_of
 from model import IGNORE, Llama
 from tokenizer import Tokenizer
 
@@ -50,7 +52,7 @@ class AnswerConfig:
     top_p: float = 1.0  # draw from the likeliest tokens that have this much probability together
     seed: int = 0  # of the drawing
     batch_size: int = 16  # answers written at a time
-    out: str | None = None  # the .jsonl to write (default: beside the checkpoint, NAME-answers-DATASET-SPLIT.jsonl)
+    out: str | None = None  # the .jsonl to write, a new one (default: beside the checkpoint, replaced by the next)
     device: str = "auto"  # cuda, mps, cpu or auto
     json: bool = False  # print one JSON object and nothing else
 
@@ -70,10 +72,12 @@ def batches_nll(model: Llama, batches: Iterator[Batch], dtype: torch.dtype) -> t
     return total / max(1, count), count
 
 
-def answer_nll(model: Llama, data: Examples, dtype: torch.dtype, every: int = 1) -> tuple[float, int]:
+def answer_nll(
+    model: Llama, data: Examples, dtype: torch.dtype, every: int = 1, batch_size: int = 16
+) -> tuple[float, int]:
     """The same of the answers of every so-manieth example."""
     rows = np.argsort(data.spans[:, 1] - data.spans[:, 0], kind="stable")[::every]
-    return batches_nll(model, (data.batch(rows[i : i + 16]) for i in range(0, len(rows), 16)), dtype)
+    return batches_nll(model, (data.batch(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)), dtype)
 
 
 # ---- answers ----
@@ -135,8 +139,11 @@ def evaluate(model: Llama, tokenizer: Tokenizer, records: list[Record], config: 
     """All scores of one model, and its answers."""
     encoded = [(encode_prompt(record, tokenizer), encode_answer(record, tokenizer)) for record in records]
     encoded.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
-    batches = (padded(encoded[i : i + 16]) for i in range(0, len(encoded), 16))
+    size = config.batch_size
+    batches = (padded(encoded[i : i + size]) for i in range(0, len(encoded), size))
     loss, count = batches_nll(model, batches, torch.float32)
+    if not math.isfinite(loss):
+        raise UserError(f"the loss is {loss}: this model has diverged, and its answers are noise")
     written = write_answers(model, tokenizer, records, config)
     seconds = np.array(written["seconds"])
     p5, median, p95 = np.percentile(seconds, (5, 50, 95)).tolist()
@@ -157,17 +164,31 @@ def evaluate(model: Llama, tokenizer: Tokenizer, records: list[Record], config: 
 def records_to_score(config: AnswerConfig, checkpoint: dict) -> tuple[str, list[Record]]:
     """The data set's name and its records."""
     train = checkpoint.get("train")
-    name = config.dataset or (train.get("dataset") if isinstance(train, dict) else None)
+    trained_on = train.get("dataset") if isinstance(train, dict) else None
+    name = config.dataset or trained_on
     if not isinstance(name, str):
         raise UserError("this checkpoint names no data set: give --dataset NAME")
     folder, meta = read_meta(name)
     path = folder / f"{config.split}.jsonl"
     if meta.get("kind") != "instructions":
         raise UserError(f"{folder} is text, without questions and answers: give --dataset, or use eval_ppl.py")
-    if not path.exists():
-        raise UserError(f"{path} is missing: prepare the data again with --overwrite")
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    records = records_of(path, ",".join(FIELDS), "")
+    if len(records) != meta["splits"][config.split].get("documents"):
+        raise UserError(f"{path} is damaged: prepare the data again with --overwrite")
+    trained = checkpoint.get("data", {}).get("splits", {}).get(config.split, {}) if name == trained_on else {}
+    if trained and trained.get("sha256") != meta["splits"][config.split]["sha256"]:
+        print(f"note: {folder} was prepared anew since training, which may have seen these", file=sys.stderr)
     return Path(name).name, records[: config.limit]
+
+
+def answers_file(config: AnswerConfig, name: str) -> Path:
+    """Where the answers go; found out before they are written, which takes long."""
+    if config.out:
+        writable(Path(config.out), overwrite=False)
+        return Path(config.out)
+    first = f"-first{config.limit}" if config.limit else ""
+    ckpt = Path(config.ckpt)
+    return ckpt.with_name(f"{ckpt.stem}-answers-{name}-{config.split}{first}.jsonl")
 
 
 def too_long(record: Record, models: Iterable[tuple[Llama, Tokenizer]]) -> bool:
@@ -216,6 +237,7 @@ def main() -> None:
     paths = {"base": config.base, "ckpt": config.ckpt} if config.base else {"ckpt": config.ckpt}
     device = pick_device(config.device)
     name, records = records_to_score(config, load(config.ckpt))
+    out = answers_file(config, name)
     text_scores(["none"], ["none"])  # a missing library is found out before the work
     models = {key: build(load(path), device) for key, path in paths.items()}
     kept = [record for record in records if not too_long(record, models.values())]
@@ -223,11 +245,10 @@ def main() -> None:
         block = min(model.config.block_size for model, _ in models.values())
         raise UserError(f"none of the {len(records)} examples fits the context of {block} tokens")
     results = {key: evaluate(*model, kept, config) for key, model in models.items()}
-    out = Path(config.ckpt)
-    out = Path(config.out) if config.out else out.with_name(f"{out.stem}-answers-{name}-{config.split}.jsonl")
     settings = {"settings": asdict(config), "examples": len(kept), "left_out": len(records) - len(kept)}
     for key, result in results.items():
         settings[key] = {name: value for name, value in result.items() if name != "answers"}
+    out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out, "w") as file:
         file.write(json.dumps(settings) + "\n")
         for i, record in enumerate(kept):

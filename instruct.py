@@ -11,6 +11,7 @@ the answer and its EOS, which alone carry loss. The .jsonl keeps the records as 
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config import UserError
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, check_unicode
 
 Record = dict[str, str]  # instruction, input, output
 FIELDS = ("instruction", "input", "output")
@@ -47,29 +48,29 @@ def encode_answer(record: Record, tokenizer: Tokenizer) -> list[int]:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file, gzipped or not. Raises UserError if it is missing or none."""
+    """A UTF-8 file, gzipped or not. Raises UserError if it is missing or is none."""
     try:
         data = path.read_bytes()
         return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path} is not UTF-8 text: {error}") from None
 
 
 def read_json(path: Path) -> list:
     """The objects of a .json that is one list, or of a .jsonl, one a line. Raises UserError for damaged ones."""
-    text, number = read_text(path), 0
-    try:
-        if ".jsonl" not in path.suffixes:
-            rows = json.loads(text)
-        else:
-            rows = []
-            for number, line in enumerate(text.split("\n")):  # noqa: B007
-                rows += [json.loads(line)] if line.strip() else []
-    except ValueError as error:
-        at = f"line {number + 1}" if ".jsonl" in path.suffixes else str(error)
-        raise UserError(f"{path} is no {path.suffix[1:]}: {at} cannot be read") from None
+
+    def parsed(text: str, place: str) -> object:
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}{place} is no JSON: {str(error)[:80]}") from None
+
+    if ".jsonl" in path.suffixes:
+        lines = enumerate(read_text(path).split("\n"), 1)
+        return [parsed(line, f", line {number},") for number, line in lines if line.strip()]
+    rows = parsed(read_text(path), "")
     if not isinstance(rows, list):
         raise UserError(f"{path} holds no list of records: give [{{...}}, ...], or a .jsonl of one record a line")
     return rows
@@ -92,6 +93,7 @@ def records_of(path: Path, fields: str, instruction: str) -> list[Record]:
                 has = ", ".join(map(str, row)) if isinstance(row, dict) else repr(row)[:40]
                 what = f"no text in the field {theirs!r} (it has: {has[:100]})"
                 raise UserError(f"{path}, record {number}: {what}; name the fields with --fields INPUT,OUTPUT")
+            check_unicode(value, f"{path}, record {number}")
             record[ours] = value.strip()
         records.append(record)
     return records

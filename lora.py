@@ -41,14 +41,18 @@ class LoRAConfig:
     quantize: Literal["none", "nf4"] = "none"  # how the frozen matrices of the blocks are stored
 
     def __post_init__(self):
-        self.lora_targets = list(self.lora_targets or ATTENTION)
-        if unknown := [name for name in self.lora_targets if name not in TARGETS]:
-            raise UserError(f"--lora_targets {unknown[0]}: no such layer; take any of {' '.join(TARGETS)}")
-        if self.lora_r < 0 or not 0 < self.lora_alpha < math.inf or not 0 <= self.lora_dropout < 1:
+        self.lora_targets = list(dict.fromkeys(self.lora_targets or ATTENTION))
+        check_targets(self.lora_targets)
+        if not 0 <= self.lora_r <= 2**20 or not 0 < self.lora_alpha < math.inf or not 0 <= self.lora_dropout < 1:
             values = f"lora_r {self.lora_r}, lora_alpha {self.lora_alpha}, lora_dropout {self.lora_dropout}"
             raise UserError(f"{values}: give --lora_r 1 or more, --lora_alpha above 0, --lora_dropout from 0 below 1")
         if self.quantize != "none" and not self.lora_r:
             raise UserError("--quantize freezes the model: give --lora_r 8, so that an adapter learns")
+
+
+def check_targets(names: Sequence[str]) -> None:
+    if unknown := [name for name in names if name not in TARGETS]:
+        raise UserError(f"--lora_targets {unknown[0]}: no such layer; take any of {' '.join(TARGETS)}")
 
 
 class LoRALinear(nn.Module):
@@ -56,6 +60,7 @@ class LoRALinear(nn.Module):
 
     def __init__(self, linear: nn.Linear | NF4Linear, r: int = 8, alpha: float = 16.0, dropout: float = 0.0):
         super().__init__()
+        assert getattr(linear, "bias", None) is None, "a Llama's matrices have no bias, and merging would lose it"
         self.linear, self.scale = linear.requires_grad_(False), alpha / r
         like = {"device": next(iter(linear.state_dict().values())).device}
         if isinstance(linear, nn.Linear):
@@ -64,27 +69,25 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, r, **like))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # the same as nn.Linear's own: 1 / sqrt(in)
         self.dropout = nn.Dropout(dropout)
-        self.base: list[nn.Module] = []  # while merged, what was there; in a list, it is no submodule of the state dict
+        self.merged: nn.Linear | None = None  # a submodule, so that a state dict shows that the model is merged
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.linear(x)
-        if self.base:
-            return y
-        return y + self.scale * F.linear(F.linear(self.dropout(x), self.lora_A), self.lora_B)
+        if self.merged is not None:
+            return self.merged(x)
+        return self.linear(x) + self.scale * F.linear(F.linear(self.dropout(x), self.lora_A), self.lora_B)
 
     @torch.no_grad()
     def merge(self) -> None:
-        """From now on one product with W + (alpha / r) B A; the sum is made in float32 or wider."""
-        assert not self.base, "merged already"
+        """From now on one product with W + (alpha / r) B A, a sum made in float32 or wider; W itself stays as it is."""
+        assert self.merged is None, "merged already"
         weight = plain_linear(self.linear).weight
         total = widen(weight) + self.scale * widen(self.lora_B) @ widen(self.lora_A)
-        self.base = [self.linear]
-        self.linear = linear_of(total if isinstance(self.linear, NF4Linear) else total.to(weight.dtype))
+        self.merged = linear_of(total if isinstance(self.linear, NF4Linear) else total.to(weight.dtype))
 
     def unmerge(self) -> None:
-        """The layer and its adapter again, bit for bit: W was kept, not recomputed."""
-        assert self.base, "not merged"
-        self.linear = self.base.pop()
+        """The layer and its adapter again, bit for bit."""
+        assert self.merged is not None, "not merged"
+        self.merged = None
 
 
 def linear_of(weight: torch.Tensor) -> nn.Linear:
@@ -111,14 +114,10 @@ def apply_lora(
 ) -> None:
     """Give each layer of these names an adapter, and freeze everything else.
 
-    Raises UserError for a target that the model has not.
+    Raises UserError for a name that no layer has.
     """
-    here = {
-        name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, nn.Linear | NF4Linear)
-    }
-    assert not any(isinstance(layer, LoRALinear) for layer in model.modules()), "the model has an adapter already"
-    if unknown := [name for name in targets if name not in here]:
-        raise UserError(f"--lora_targets {unknown[0]}: no such layer; take any of {' '.join(TARGETS)}")
+    assert not adapters(model), "the model has an adapter already"
+    check_targets(targets)
     replace(model, targets, (nn.Linear, NF4Linear), lambda layer: LoRALinear(layer, r, alpha, dropout))
     freeze(model)
 
@@ -132,6 +131,7 @@ def freeze(model: nn.Module) -> None:
 def quantize_blocks(model: Llama) -> None:
     """Store the matrices of the blocks in NF4, one after the other. Embeddings, output, norms and the novel layers,
     which are few or looked up, not multiplied, stay as they are."""
+    assert not adapters(model), "quantize first: what has an adapter would be passed over"
     replace(model.layers, TARGETS[:7], nn.Linear, NF4Linear.from_linear)
 
 
@@ -164,9 +164,9 @@ def plain(model: Llama) -> Llama:
     tied = model.config.tie_embeddings and not isinstance(model.output, LoRALinear)
     model.config.tie_embeddings = tied  # an adapted output is no longer the embeddings
     for layer in adapters(model):
-        if not layer.base:
+        if layer.merged is None:
             layer.merge()
-    replace(model, TARGETS, LoRALinear, lambda layer: layer.linear)
+    replace(model, TARGETS, LoRALinear, lambda layer: layer.merged)
     replace(model, TARGETS, NF4Linear, plain_linear)
     return model.requires_grad_(True)
 

@@ -11,8 +11,6 @@ Codes and values are those of bitsandbytes, bit for bit. (Its CPU kernel finds a
 so takes a neighbour of the nearest one for some in a hundred; its other kernels do as this file.)
 """
 
-from functools import cache
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -40,13 +38,8 @@ def dynamic_values() -> torch.Tensor:
 
 
 DYNAMIC = dynamic_values()
-
-
-@cache
-def tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both NF4 values of each possible byte, (256, 2), so that one look gives two weights; the 256 dynamic values."""
-    byte = torch.arange(256)
-    return NF4[torch.stack((byte >> 4, byte & 15), dim=-1)].to(device), DYNAMIC.to(device)
+# both NF4 values of each possible byte, (256, 2), so that one look gives two weights
+PAIRS = NF4[torch.stack((torch.arange(256) >> 4, torch.arange(256) & 15), dim=-1)]
 
 
 def nearest(x: torch.Tensor, values: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,10 +61,11 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     return codes[0::2] << 4 | codes[1::2], absmax, torch.cat((mean[None], scales)).view(torch.uint8)
 
 
-def dequantize(codes: torch.Tensor, absmax: torch.Tensor, scales: torch.Tensor, shape: tuple) -> torch.Tensor:
+def dequantize(codes: torch.Tensor, absmax: torch.Tensor, scales: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """The float32 weight of `shape` that `quantize` stored."""
-    pairs, dynamic = tables(codes.device)
-    mean, scale = scales.view(torch.float32).split((1, scales.numel() // 4 - 1))
+    pairs, dynamic = PAIRS.to(codes.device), DYNAMIC.to(codes.device)
+    floats = scales.clone().view(torch.float32)  # a mapped file's bytes may begin anywhere, and floats may not
+    mean, scale = floats[:1], floats[1:]
     of_block = dynamic[absmax.int()] * scale.repeat_interleave(ABSMAX_BLOCK)[: len(absmax)] + mean
     values = pairs.index_select(0, codes.int()).flatten()  # (N,), or one more
     values = F.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK)
@@ -98,11 +92,9 @@ class NF4Linear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
-        self.in_features, self.out_features, self.shape = (
-            in_features,
-            out_features,
-            torch.Size((out_features, in_features)),
-        )
+        self.in_features = in_features
+        self.out_features = out_features
+        self.shape = torch.Size((out_features, in_features))
         n = self.shape.numel()
         absmax = -(-n // BLOCK)
         sizes = (-(-n // 2), absmax, 4 * (1 + -(-absmax // ABSMAX_BLOCK)))
@@ -113,6 +105,7 @@ class NF4Linear(nn.Module):
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> "NF4Linear":
         """The layer's weight, rounded to NF4."""
+        assert linear.bias is None, "a Llama's matrices have no bias"
         with torch.device("meta"):
             layer = cls(linear.in_features, linear.out_features)
         if linear.weight.is_meta:
@@ -134,6 +127,4 @@ class NF4Linear(nn.Module):
         return sum(getattr(self, name).nbytes for name in BUFFERS)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_autocast_enabled(x.device.type):  # it knows nn.Linear, and not us
-            x = x.to(torch.get_autocast_dtype(x.device.type))
         return FrozenProduct.apply(x, self.codes, self.absmax, self.scales, self.shape)

@@ -28,7 +28,7 @@ class TrainConfig:
     batch_size: int = 16  # sequences of one micro-batch on one process
     grad_accum: int = 1  # micro-batches of one step
     max_steps: int = 500  # optimizer steps
-    lr: float | None = None  # highest learning rate (default: 0.01 with muon, 0.002 with adamw)
+    lr: float | None = None  # highest learning rate (default: muon 0.01, adamw 0.002; tuning 0.001, LoRA 0.005)
     min_lr: float | None = None  # learning rate at the end of the cosine (default: lr / 10)
     warmup_steps: int = 50  # steps over which the learning rate rises from 0
     weight_decay: float = 0.1  # on matrices only
@@ -63,7 +63,9 @@ def settle(flags: dict) -> tuple[ModelConfig, LoRAConfig, TrainConfig, dict | No
     checkpoint = start_from(flags["init_from"], flags) if flags.get("init_from") else None
     c = model_config(checkpoint, **shape) if checkpoint else ModelConfig(**shape)
     lora = lora_config(checkpoint) if checkpoint and checkpoint.get("lora") else LoRAConfig(**adapter)
-    defaults = {"optimizer": "adamw"} if lora.lora_r else {}
+    if adapter and not lora.lora_r:
+        raise UserError(f"--{min(adapter)} is of an adapter: give --lora_r 8, or drop it")
+    defaults = {"optimizer": "adamw", "lr": 0.005} if lora.lora_r else {"lr": 0.001} if checkpoint else {}
     if checkpoint and is_a(dataset := checkpoint["train"].get("dataset"), str):
         defaults["dataset"] = dataset
     config = TrainConfig(**{**defaults, **pick(TrainConfig, flags)})

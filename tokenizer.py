@@ -39,11 +39,11 @@ def remedy(reason: str) -> str:
     return reason.strip()
 
 
-def check_unicode(text: str) -> None:
+def check_unicode(text: str, where: str = "the text") -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:  # a lone surrogate, which Python makes of a shell's broken bytes
-        raise UserError(f"the text is not valid UTF-8 at character {error.start}: retype it") from None
+        raise UserError(f"{where} is not valid UTF-8 at character {error.start}: retype it") from None
 
 
 def read_tokenizer(data: bytes | None) -> "Tokenizer":

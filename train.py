@@ -70,6 +70,11 @@ def targets(batches: list[Batch]) -> int:
     return max(1, sum((y != IGNORE).sum().item() for _, y in batches))
 
 
+def tokens_read(batches: list[Batch]) -> int:
+    """Input tokens, without the padding that follows the last target of a row."""
+    return sum(((y != IGNORE).flip(1).cumsum(1) > 0).sum().item() for _, y in batches)
+
+
 def forward_backward(
     model: Llama, batches: list[Batch], dtype: torch.dtype, scaler: torch.amp.GradScaler
 ) -> torch.Tensor:
@@ -166,9 +171,10 @@ def starting_model(c: ModelConfig, lora: LoRAConfig, checkpoint: dict | None, de
     """The model to train: new, or a checkpoint's in float32, with the adapter that it has or gets."""
     if checkpoint is None:
         return Llama(c).to(device).train()
-    model = build_model({**checkpoint, "config": asdict(c)}, dtype=torch.float32)
+    model = build_model({**checkpoint, "config": asdict(c)})
     if not checkpoint.get("lora"):
-        adapt(model, lora)  # one layer after the other, so that memory never holds the base in two forms
+        adapt(model, lora)  # layer after layer, from the mapped file: what is quantized never stands here in full
+    model.float()
     for x in (*model.parameters(), *model.buffers()):  # until here they may be a view of the file
         x.data = x.data.to(device, copy=True)
     return model.train()
@@ -204,20 +210,21 @@ def describe(model: Llama, config: TrainConfig, lora: LoRAConfig, data: Text | E
     return {**settings, "batch": batch, "params": params, "trainable": trainable}
 
 
-def validate(model: Llama, data: Text | Examples, dtype: torch.dtype, most: int | None = None) -> float:
-    """Mean loss, nats a token: over non-overlapping blocks of text, or the answers of examples; over all of them, or
-    some `most` tokens in evenly spread ones."""
+def validate(model: Llama, data: Text | Examples, dtype: torch.dtype, most: int | None = None) -> tuple[float, int]:
+    """Mean loss, nats a token, and the number of tokens: over non-overlapping blocks of text, or over the answers of
+    examples; all of them, or some `most` tokens in evenly spread ones."""
     context, whole = model.config.block_size, most is None
     model.eval()
     with torch.compiler.set_stance("force_eager"):  # compiling once more would take longer than the evaluation
         if isinstance(data, Examples):
             every = 1 if whole else max(1, len(data.tokens) // most)
-            loss = answer_nll(model, data, dtype, every)[0]
+            loss, count = answer_nll(model, data, dtype, every)
         else:
             stride = context if whole else max(context, context * len(data.tokens) // most)
-            loss = mean_nll(window_nll(model, data.tokens, context, stride, dtype, quiet=not whole))
+            windows = window_nll(model, data.tokens, context, stride, dtype, quiet=not whole)
+            loss, count = mean_nll(windows), sum(map(len, windows))
     model.train()
-    return loss
+    return loss, count
 
 
 def check_health(loss: float, norm: float | None, model: Llama, where: str, kept: str) -> None:
@@ -231,16 +238,17 @@ def check_health(loss: float, norm: float | None, model: Llama, where: str, kept
 def report(model: Llama, tokenizer: Tokenizer, data: Text | Examples, position: dict, path: Path) -> dict:
     """Print the loss on the whole val split, as the evaluations do, a sample, and what to run next."""
     device = model.tok_embeddings.weight.device
-    loss, peak = validate(model, data, torch.float32), peak_memory_bytes(device)
-    record = {"val_loss": loss, "peak_memory_bytes": peak}
+    (loss, count), peak = validate(model, data, torch.float32), peak_memory_bytes(device)
+    record = {"val_loss": loss, "val_tokens": count, "peak_memory_bytes": peak}
     prompt, generator = tokenizer.prompt("") or [0], torch.Generator(device).manual_seed(0)
     following = f"python eval_ppl.py {path} --split test\npython sample.py {path}"
     if isinstance(data, Text):
-        record |= {"val_tokens": len(data.tokens) - 1, "bits_per_byte": bits_per_byte(loss, data.tokens, tokenizer)}
-        protocol = f"blocks | {record['val_tokens']:,} tokens, context {model.config.block_size}, float32"
+        record["bits_per_byte"] = bits_per_byte(loss, data.tokens, tokenizer)
+        protocol = f"blocks | {count:,} tokens, context {model.config.block_size}, float32"
         print(f"val perplexity {perplexity(loss):.4f} | {protocol} | bits per byte {record['bits_per_byte']:.4f}")
     else:
-        print(f"val loss {loss:.4f} nats a token of the answers | {len(data.spans):,} examples, float32")
+        what = f"{count:,} tokens of the answers of {len(data.spans):,} examples"
+        print(f"val loss {loss:.4f} nats a token | {what}, float32")
         prompt = data.parts(0)[0].tolist()
         print("--- an example of the val split:\n" + tokenizer.decode(prompt), end="")
         following = f"python eval_text.py {path}\npython sample.py {path} --instruction 'Name three animals.'"
@@ -293,8 +301,8 @@ def main() -> None:
         return position["step"]
 
     def evaluate() -> None:
-        val_loss, at = validate(model, val_data, dtype, most=config.eval_tokens), position["step"]
-        record = {"val_loss": val_loss, "val_tokens": config.eval_tokens}
+        (val_loss, count), at = validate(model, val_data, dtype, most=config.eval_tokens), position["step"]
+        record = {"val_loss": val_loss, "val_tokens": count}
         log.write({"step": at, **record, "peak_memory_bytes": peak_memory_bytes(device)})
         tqdm.write(f"step {at}/{last} | val loss {val_loss:.4f} | val ppl {perplexity(val_loss):.2f}")
 
@@ -313,7 +321,7 @@ def main() -> None:
             began, step = time.perf_counter(), position["step"]
             torch.manual_seed(config.seed + 1_000_003 * (step + 1))  # dropout, too, is a function of (seed, step)
             batches = data.step_batches(config.batch_size, config.grad_accum, config.seed, step)
-            lr, count = learning_rate(config, step), sum(x.numel() for x, _ in batches)
+            lr, count = learning_rate(config, step), tokens_read(batches)
             loss = forward_backward(model, batches, dtype, scaler).item()
             norm = update(model, optimizers, scaler, config, lr)
             known = None if scaler.is_enabled() else norm  # to the scaler, infinity only means: a smaller scale next

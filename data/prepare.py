@@ -261,16 +261,18 @@ def corpus(config: PrepareConfig) -> dict[str, list[Piece]]:
 
 def instructions(config: PrepareConfig) -> dict[str, list[Record]] | None:
     """The splits of records that the flags name; None if they name text."""
+    if bool(config.text) + bool(config.from_) + bool(config.parallel) > 1:
+        raise UserError("--text, --from and --parallel are three sources: give one of them")
     files = [Path(name) for name in config.parallel or config.from_ or []]
-    if config.name == "alpaca" and not files:
+    if config.name == "alpaca" and not (files or config.text):
         files = [download(*DOWNLOADS["alpaca"][0], DATA / "downloads")]
     is_records = [path.name.removesuffix(".gz").endswith((".json", ".jsonl")) for path in files]
     if not config.parallel and not (files and all(is_records)):
         if config.fields or config.instruction:
             raise UserError("--fields and --instruction are of records: give --from FILE.json or --parallel")
         return None
-    if bool(config.text) + bool(config.from_) + bool(config.parallel) > 1:
-        raise UserError("--text, --from and --parallel are three sources: give one of them")
+    if config.name in BUILT_IN and config.name != "alpaca":
+        raise UserError(f"{config.name} is text, and these are records: name them otherwise")
     if config.parallel:
         if len(files) not in (2, 4, 6) or config.fields:
             raise UserError("--parallel takes pairs, SOURCE TARGET, of train, val and test, and no --fields")

@@ -25,6 +25,16 @@ def test_each_memory_saver_changes_what_it_should():
     assert all(row["tokens_per_s"] > 0 for row in rows.values()) and len(rows) == 7
 
 
+def test_accumulation_and_checkpointing_lower_the_peak():
+    """A shape whose activations are most of the memory: four times fewer rows, or one block's instead of eight."""
+    shape = ["--n_layer", 8, "--dim", 64, "--n_head", 4, "--vocab_size", 64, "--block_size", 128, "--batch_size", 32]
+    rows = json.loads(quick("bench.py", "memory", *shape, "--steps", 1, "--json").stdout)["rows"]
+    whole = rows["LoRA"]["peak"]
+    peaks = {name: row["peak"] / whole for name, row in rows.items()}
+    assert peaks["LoRA + accumulation"] < 0.8 and peaks["LoRA + activation checkpointing"] < 0.8, peaks
+    assert peaks["all together"] < 0.5, peaks
+
+
 def test_the_peak_is_reset_and_seen_again():
     device = torch.device("cpu")
     held = torch.ones(2**26)  # 256 MiB

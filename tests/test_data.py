@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import OWN_TEXT, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -84,8 +84,8 @@ def test_token_files_are_the_documents_end_to_end(tiny_data, tokenizer):
         starts = [0, *(ends[:-1] + 1)]
         texts[name] = [tokenizer.decode(tokens[a:b].tolist()) for a, b in zip(starts, ends)]
         assert sum(len(text.encode()) for text in texts[name]) == record["bytes"]
-    for i, path in enumerate(sorted(ROOT.glob("*.py"))):
-        assert texts["train"][i] + texts["val"][i] + texts["test"][i] == path.read_text()
+    for i, path in enumerate(OWN_TEXT):
+        assert texts["train"][i] + texts["val"][i] + texts["test"][i] == Path(path).read_text()
 
 
 def test_documents_are_split_whole_by_their_names_and_repeated_ones_dropped(tmp_path):
@@ -109,7 +109,7 @@ def test_documents_are_split_whole_by_their_names_and_repeated_ones_dropped(tmp_
 
 
 def test_preparing_twice_gives_the_same_bytes(tmp_path, tiny_data):
-    again = prepare(PrepareConfig("own", text=[str(ROOT / "*.py")], vocab_size=400, out=str(tmp_path / "again")))
+    again = prepare(PrepareConfig("own", text=OWN_TEXT, vocab_size=400, out=str(tmp_path / "again")))
     for name in ("tokenizer.model", "train.bin", "val.bin", "test.bin"):
         assert (again / name).read_bytes() == (tiny_data / name).read_bytes(), name
 

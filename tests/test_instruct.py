@@ -2,14 +2,14 @@
 
 import gzip
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import quick, refused, sharp_model
+from conftest import ROOT, quick, refused, sharp_model
 
-import instruct
-from checkpoint import build, load
+from checkpoint import build, load, save
 from data.prepare import PrepareConfig, prepare
 from dataset import Examples, open_split, read_meta
 from eval_text import AnswerConfig, answer_nll, rooms, text_scores, write_answers
@@ -91,6 +91,18 @@ def test_a_prompt_is_in_one_split_only():
     assert parts == read_splits([same])
 
 
+def test_what_stands_in_two_given_splits_is_left_to_the_test(tmp_path):
+    both = {"instruction": "", "input": "the same", "output": "twice"}
+    paths = [tmp_path / f"{name}.json" for name in ("train", "test")]
+    paths[0].write_text(json.dumps([*records(), both]))
+    paths[1].write_text(json.dumps([both, records()[4]]))
+    config = PrepareConfig("x", from_=[str(path) for path in paths], vocab_size=330, out=str(tmp_path / "out"))
+    kept = {name: (prepare(config) / f"{name}.jsonl").read_text() for name in ("test",)}
+    kept |= {name: (tmp_path / "out" / f"{name}.jsonl").read_text() for name in ("train", "val")}
+    assert "the same" in kept["test"] and "the same" not in kept["train"] + kept["val"]
+    assert len(kept["test"].splitlines()) == 2
+
+
 def test_own_splits_are_kept(tmp_path):
     few = [[{"instruction": "", "input": f"{name} {i}", "output": "x"} for i in range(20)] for name in "abc"]
     assert [part[0]["input"][0] for part in read_splits(few).values()] == ["a", "b", "c"]
@@ -135,6 +147,10 @@ def test_an_epoch_has_every_example_once_in_batches_of_like_length(data):
     real = sum((split.spans[row, 1] - split.spans[row, 0] - 1) for row in range(len(split.spans)))
     assert sum(x.numel() for x, _ in batches) < 1.1 * 2 * real, "much padding"
     assert len({x.shape[1] for x, _ in batches}) > 3
+    orders = [np.concatenate(split.epoch(4, *key)).tolist() for key in ((0, 0), (0, 1), (1, 0))]
+    assert orders[0] != orders[1] and orders[0] != orders[2]
+    lengths = [x.shape[1] for x, _ in batches[:count]]
+    assert lengths != sorted(lengths), "short examples always come first"
 
 
 def test_no_example_sees_another_and_padding_carries_no_loss(data):
@@ -174,7 +190,8 @@ def test_the_loss_of_training_is_that_of_scoring(tuned):
     done = quick("eval_text.py", path, "--split", "val", "--json", "--max_new_tokens", 2)
     assert done.returncode == 0, done.stderr
     scores = json.loads(done.stdout)
-    assert f"val loss {scores['ckpt']['loss']:.4f} nats a token of the answers" in printed
+    loss, tokens = scores["ckpt"]["loss"], scores["ckpt"]["answer_tokens"]
+    assert f"val loss {loss:.4f} nats a token | {tokens} tokens of the answers" in printed
     model, _ = build(load(path))
     folder, meta = read_meta(load(path)["train"]["dataset"])
     split = Examples(folder, meta, "val", 120)
@@ -215,8 +232,11 @@ def test_scores_are_those_of_the_published_formulas():
     references = ["the cat sat on the mat today", "a red bird"]
     answers = ["the cat sat on a mat today", "a red bird"]
     scores = text_scores(answers, references)
-    # BLEU: n-gram precisions 9/10, 6/8, 4/6, 2/4 of both sentences together ("a red bird" has no 4-gram), no brevity
-    assert scores["bleu"] == pytest.approx(100 * ((9 / 10) * (6 / 8) * (3 / 6) * (1 / 4)) ** 0.25)
+    # BLEU: n-gram precisions of both sentences together ("a red bird" has no 4-gram), none too short
+    precisions = (9 / 10) * (6 / 8) * (3 / 6) * (1 / 4)
+    assert scores["bleu"] == pytest.approx(100 * precisions**0.25)
+    shorter = text_scores(["the cat sat on the mat", "a red bird"], references)  # all of it right: brevity alone
+    assert shorter["bleu"] == pytest.approx(100 * np.exp(1 - 10 / 9))
     assert scores["rouge1"] == pytest.approx(100 * (6 / 7 + 1) / 2)  # 6 words of 7 in common
     assert scores["rouge2"] == pytest.approx(100 * (4 / 6 + 1) / 2)
     assert scores["rougeL"] == pytest.approx(100 * (6 / 7 + 1) / 2)
@@ -231,7 +251,7 @@ def test_scoring_compares_two_models_and_keeps_what_they_wrote(tuned, tmp_path):
     assert fresh.returncode == 0, fresh.stderr
     done = quick("eval_text.py", tmp_path / "other/ckpt.pt", "--base", path, "--limit", 5, "--max_new_tokens", 20)
     assert done.returncode == 0, done.stderr
-    first, *lines = (tmp_path / "other/ckpt-answers-tasks-test.jsonl").read_text().splitlines()
+    first, *lines = (tmp_path / "other/ckpt-answers-tasks-test-first5.jsonl").read_text().splitlines()
     settings, kept = json.loads(first), [json.loads(line) for line in lines]
     assert settings["examples"] == 5 == len(kept) and settings["settings"]["max_new_tokens"] == 20
     for name in ("base", "ckpt"):
@@ -244,9 +264,31 @@ def test_scoring_compares_two_models_and_keeps_what_they_wrote(tuned, tmp_path):
     assert 0 < latency["p5"] <= latency["median"] <= latency["p95"]
     again = quick("eval_text.py", path, "--limit", 5, "--max_new_tokens", 20, "--batch_size", 2, "--json")
     scores = json.loads(again.stdout)["ckpt"]
-    assert {k: v for k, v in scores.items() if k != "latency_s"} == {
-        k: v for k, v in settings["base"].items() if k != "latency_s"
-    }
+    assert scores.pop("loss") == pytest.approx(settings["base"].pop("loss"), rel=1e-5)  # other batches round otherwise
+    assert scores | {"latency_s": None} == settings["base"] | {"latency_s": None}
+
+
+def test_examples_that_do_not_fit_are_counted_and_answers_can_be_drawn(tuned, data, tmp_path):
+    path, _ = tuned
+    checkpoint = load(path)
+    checkpoint["config"]["block_size"] = 70
+    save(tmp_path / "short.pt", checkpoint)
+    lines = (data / "test.jsonl").read_text().splitlines() + (data / "val.jsonl").read_text().splitlines()
+    found = []
+    for split in ("test", "val"):
+        done = quick("eval_text.py", tmp_path / "short.pt", "--split", split, "--max_new_tokens", 5, "--json")
+        found.append(json.loads(done.stdout))
+    tokenizer = read_tokenizer(checkpoint["tokenizer"])
+    fits = [len(encode_prompt(r, tokenizer)) + len(encode_answer(r, tokenizer)) <= 71 for r in map(json.loads, lines)]
+    assert sum(r["examples"] for r in found) == sum(fits) < len(fits)
+    assert sum(r["left_out"] for r in found) == len(fits) - sum(fits)
+    drawn = []
+    for seed in (0, 0, 1):
+        flags = ["--temperature", 1.5, "--seed", seed, "--max_new_tokens", 20]
+        assert quick("eval_text.py", path, *flags, "--out", tmp_path / f"{len(drawn)}.jsonl").returncode == 0
+        drawn.append((tmp_path / f"{len(drawn)}.jsonl").read_text().split("\n", 1)[1])
+    assert drawn[0] == drawn[1] != drawn[2]
+    refused(quick("eval_text.py", path, "--out", tmp_path / "0.jsonl"), "exists")
 
 
 def test_a_task_is_answered_from_the_command_line(tuned):
@@ -263,12 +305,12 @@ def test_a_task_is_answered_from_the_command_line(tuned):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("[]", "holds no records"), ("", "cannot be read"), ('{"a": 1}', "no list of records"), ("[1]", "record 1"),
+    ("[]", "holds no records"), ("", "is no JSON"), ('{"a": 1}', "no list of records"), ("[1]", "record 1"),
     ('[{"instruction": "x", "input": ""}]', "no text in the field 'output' (it has: instruction, input)"),
     ('[{"instruction": "x", "output": "a"}, {"instruction": "x", "output": 3}]', "record 2"),
     ('[{"instruction": "x", "input": 3, "output": "a"}]', "'input'"),
     ('[{"instruction": "x", "output": "a"}]', "split"), ('[{"instruction": "x", "output": ""}]', "split"),
-    ("\xff", "cannot be read"),
+    ("\xff", "is no JSON"), ("[" * 100_000, "is no JSON"), ('[{"instruction": "\\ud83d", "output": "a"}]', "record 1"),
 ])  # fmt: skip
 def test_records_that_are_none_are_refused_by_name(tmp_path, text, words):
     (tmp_path / "x.json").write_text(text)
@@ -293,6 +335,11 @@ def test_mistakes_about_instructions_get_one_line(tmp_path, source, data, tuned,
     refused(prepared("--from", tmp_path / "none.json"), "none.json: no such file")
     refused(prepared("--text", tmp_path / "a.txt", "--instruction", "x"), "--instruction")
     refused(prepared("--from", source, "--text", tmp_path / "a.txt"), "one of them")
+    alpaca = ["data/prepare.py", "alpaca", "--out", tmp_path / "out"]
+    refused(quick(*alpaca, "--text", tmp_path / "a.txt"), "alpaca is not your text")
+    refused(quick("data/prepare.py", "stdlib", "--from", source, "--out", tmp_path / "out"), "stdlib is text")
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b"x" * 1000)[:-20] + b"0" * 20)
+    refused(prepared("--from", tmp_path / "d.jsonl.gz"), "is not UTF-8 text")
     refused(quick("eval_text.py", tiny_run), "is text", "eval_ppl.py")
     refused(quick("eval_text.py", tuned[0], "--limit", 0), "--limit")
     refused(quick("eval_ppl.py", tuned[0]), "eval_text.py")
@@ -306,8 +353,19 @@ def test_missing_scorers_name_the_command_that_installs_them(monkeypatch, tuned)
 
 
 def test_the_template_stands_in_one_place():
-    assert instruct.prompt_text.__module__ == "instruct"
-    from pathlib import Path
+    assert [path.name for path in ROOT.glob("*.py") if "### Response" in path.read_text()] == ["instruct.py"]
 
-    found = [p.name for p in Path(instruct.__file__).parent.glob("*.py") if "### Response" in p.read_text()]
-    assert found == ["instruct.py"]
+
+@pytest.mark.parametrize("name, change", [
+    ("test.jsonl", lambda b: b[:-10]), ("test.jsonl", lambda b: b""), ("test.jsonl", lambda b: b'{"a": 1}\n' + b),
+    ("train.mask", lambda b: bytes(len(b))), ("train.mask", lambda b: b"\1" * len(b)), ("train.mask", lambda b: b[1:]),
+])  # fmt: skip
+def test_damaged_files_of_a_data_set_are_noticed(tuned, data, tmp_path, name, change):
+    shutil.copytree(data, tmp_path / "tasks")
+    path = tmp_path / "tasks" / name
+    path.write_bytes(change(path.read_bytes()))
+    if name == "test.jsonl":
+        refused(quick("eval_text.py", tuned[0], "--dataset", tmp_path / "tasks"), name)
+    else:
+        run = ["--dataset", tmp_path / "tasks", "--init_from", tuned[0], "--out_dir", tmp_path / "run"]
+        refused(quick("train.py", *run), name, "--overwrite")

@@ -1,5 +1,6 @@
 """LoRA and QLoRA: peft's outputs, gradients and files; merging by request alone; a base frozen to the bit."""
 
+import gc
 import json
 
 import pytest
@@ -101,6 +102,7 @@ def test_merge_equals_adapter_forward_and_unmerge_restores_every_bit(targets, ti
     model.train()
     model.eval()
     assert_close(model(TOKENS), before, 1e-10, "merged")
+    assert model.state_dict().keys() != state.keys()  # a merged model cannot be taken for one that is not
     unmerge(model)
     assert torch.equal(model(TOKENS), before)
     assert model.state_dict().keys() == state.keys()
@@ -118,7 +120,21 @@ def test_nothing_merges_by_itself():
         model.eval()
         use()
         assert all(torch.equal(layer.linear.weight, weight) for layer, weight in zip(adapters(model), weights))
-        assert not any(layer.base for layer in adapters(model))
+        assert all(layer.merged is None for layer in adapters(model))
+
+
+def test_settings_reach_the_layers():
+    config = LoRAConfig(2, 6.0, 0.3, ["w2", "w2"])
+    layers = adapters(adapt(sharp_model(), config))
+    assert [(layer.scale, layer.dropout.p, layer.lora_A.shape[0]) for layer in layers] == [(3.0, 0.3, 2)] * 2
+    assert config.lora_targets == ["w2"]
+
+
+def test_a_layer_with_a_bias_and_the_wrong_order_are_refused():
+    with pytest.raises(AssertionError, match="bias"):
+        LoRALinear(nn.Linear(4, 4))
+    with pytest.raises(AssertionError, match="first"):
+        quantize_blocks(adapted())
 
 
 def test_a_target_matches_a_whole_name_once():
@@ -184,6 +200,7 @@ def test_a_stopped_adapter_run_resumes_exactly(tiny_run, tmp_path, stored):
     assert resumed.returncode == 0, resumed.stderr
     ends = [load(tmp_path / name / "ckpt.pt")["model"] for name in ("once", "parts")]
     assert all(torch.equal(x, ends[1][name]) for name, x in ends[0].items())
+    refused(quick("train.py", "--resume", "--out_dir", tmp_path / "parts", "--lora_r", 8), "--lora_r 8", "has 2")
 
 
 def test_activation_checkpointing_gives_identical_gradients_of_adapters():
@@ -319,12 +336,14 @@ def test_a_quantized_layer_is_its_dequantized_weight_and_keeps_none(dtype):
         theirs = F.linear(x, exact)
     assert ours.dtype == dtype and torch.equal(ours, theirs)
     assert sum(t.nbytes for t in kept if t.is_floating_point()) == 0, "the weight was kept for the backward"
+    alive = [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter) and t.shape == exact.shape]
+    assert all(t is exact or t is linear.weight for t in alive), "the weight is kept somewhere"
     grads = [torch.autograd.grad(y.float().square().sum(), x)[0] for y in (ours, theirs)]
     assert_close(*grads, 1e-6 if dtype == torch.float32 else 2**-8, "gradient of the input")
 
 
 def test_scales_survive_a_change_of_number_format():
-    layer = NF4Linear.from_linear(nn.Linear(128, 64))
+    layer = NF4Linear.from_linear(nn.Linear(128, 64, bias=False))
     before = layer.dequantize()
     assert torch.equal(layer.bfloat16().dequantize(), before)
 
@@ -332,11 +351,10 @@ def test_scales_survive_a_change_of_number_format():
 # ---- files ----
 
 
-def saved(model, path, **more):
-    lora = LoRAConfig(3, 5.0, 0.0, ["wq", "wk", "wv", "wo", "w1", "w2", "w3", "output"])
-    save(
-        path, {"model": model.state_dict(), "config": vars(model.config), "tokenizer": None, "lora": vars(lora), **more}
-    )
+def saved(llama, path, **more):
+    lora = LoRAConfig(3, 5.0, 0.0, list(TARGETS))
+    plain_parts = {"model": llama.state_dict(), "config": vars(llama.config), "tokenizer": None}
+    save(path, {**plain_parts, "lora": vars(lora), **more})
     return path
 
 
@@ -387,6 +405,21 @@ def test_rank_stabilized_adapters_keep_their_scale(tmp_path):
         assert_close(build_model(load(tmp_path / "base-theirs.pt"))(TOKENS), theirs(TOKENS).logits, 1e-5)
 
 
+def test_a_bfloat16_base_stays_bfloat16_beside_an_adapter_and_after_merging(tmp_path):
+    base = sharp_model().bfloat16()
+    save(tmp_path / "base.pt", {"model": base.state_dict(), "config": vars(base.config), "tokenizer": None})
+    quick("lora.py", "export", saved(adapted(TARGETS), tmp_path / "ours.pt"), tmp_path / "adapter.pt")
+    done = quick("lora.py", "import", tmp_path / "adapter.pt", tmp_path / "base.pt", "--out", tmp_path / "both.pt")
+    assert done.returncode == 0, done.stderr
+    both = load(tmp_path / "both.pt")
+    assert torch.equal(both["model"]["layers.1.attention.wo.linear.weight"], base.layers[1].attention.wo.weight)
+    assert quick("lora.py", "merge", tmp_path / "both.pt", "--out", tmp_path / "merged.pt").returncode == 0
+    merged = load(tmp_path / "merged.pt")
+    assert {x.dtype for x in merged["model"].values()} == {torch.bfloat16}
+    wide = plain(build_model(both)).state_dict()  # float32: the exact sum, rounded once
+    assert all(torch.equal(x, wide[name].bfloat16()) for name, x in merged["model"].items())
+
+
 def test_an_adapter_alone_is_a_file_that_fits_its_base(tmp_path):
     ours, base = adapted(TARGETS), sharp_model()
     done = quick("lora.py", "export", saved(ours, tmp_path / "ours.pt"), tmp_path / "adapter.pt")
@@ -398,6 +431,36 @@ def test_an_adapter_alone_is_a_file_that_fits_its_base(tmp_path):
     done = quick("lora.py", "import", tmp_path / "adapter.pt", tmp_path / "base.pt", "--out", tmp_path / "back.pt")
     assert done.returncode == 0, done.stderr
     assert torch.equal(build_model(load(tmp_path / "back.pt"))(TOKENS), ours(TOKENS))
+    again = ["lora.py", "import", tmp_path / "adapter.pt", tmp_path / "back.pt", "--out", tmp_path / "twice.pt"]
+    refused(quick(*again), "adapter already", "merge")
+    damaged = base.state_dict() | {"norm.weight": torch.ones(3)}
+    save(tmp_path / "base.pt", {"model": damaged, "config": vars(base.config), "tokenizer": None})
+    refused(quick("lora.py", "import", tmp_path / "adapter.pt", tmp_path / "base.pt", *again[4:]), "norm")
+    assert not (tmp_path / "twice.pt").exists()
+
+
+def test_an_adapter_of_a_quantized_base_comes_back_on_one(tmp_path):
+    ours, base = adapted(TARGETS, quantized=True), sharp_model()
+    lora = vars(LoRAConfig(3, 5.0, 0.0, list(TARGETS), "nf4"))
+    done = quick("lora.py", "export", saved(ours, tmp_path / "ours.pt", lora=lora), tmp_path / "adapter.pt")
+    assert "note: it was trained on a base in nf4" in done.stdout
+    save(tmp_path / "base.pt", {"model": base.state_dict(), "config": vars(base.config), "tokenizer": None})
+    done = quick("lora.py", "import", tmp_path / "adapter.pt", tmp_path / "base.pt", "--out", tmp_path / "back.pt")
+    assert done.returncode == 0 and "NF4: the " in done.stdout, done.stderr
+    assert torch.equal(build_model(load(tmp_path / "back.pt"))(TOKENS), ours(TOKENS))
+
+
+def test_a_copy_of_another_output_matrix_is_noticed(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    quick("lora.py", "export", saved(adapted(TARGETS), tmp_path / "ours.pt"), tmp_path / "folder")
+    path, base = tmp_path / "folder/adapter_model.safetensors", sharp_model()
+    save(tmp_path / "base.pt", {"model": base.state_dict(), "config": vars(base.config), "tokenizer": None})
+    for copy, code in ((base.output.weight.detach().clone(), 0), (torch.zeros(64, 32), 2)):
+        save_file({**load_file(path), "base_model.model.lm_head.base_layer.weight": copy}, path)
+        flags = ["--out", tmp_path / "out.pt", "--overwrite"]
+        done = quick("lora.py", "import", tmp_path / "folder", tmp_path / "base.pt", *flags)
+        assert done.returncode == code and ("copy of lm_head" in done.stderr) == bool(code)
 
 
 # ---- bad input ----
@@ -411,6 +474,10 @@ def test_mistakes_about_adapters_get_one_line(tiny_run, tiny_data, tmp_path):
     refused(quick(*run, "--lora_r", -1), "lora_r -1")
     refused(quick(*run, "--lora_r", 2, "--lora_alpha", "nan"), "lora_alpha nan")
     refused(quick(*run, "--quantize", "nf4"), "--lora_r 8")
+    refused(quick(*run, "--lora_alpha", 3), "--lora_alpha", "--lora_r 8")
+    refused(quick(*run, "--lora_r", 10**18), "lora_r")
+    refused(quick("lora.py", "merge", tiny_run, "--out", tmp_path / "new/m.pt"), "has no adapter")
+    assert not (tmp_path / "new").exists()
     refused(quick("train.py", *small_run(tiny_data, tmp_path / "run"), "--lora_r", 2), "--init_from")
     refused(quick("lora.py", "merge", tiny_run, "--out", tmp_path / "m.pt"), "has no adapter")
     refused(quick("lora.py", "export", tiny_run, tmp_path / "m.pt"), "has no adapter", "--lora_r")
@@ -418,6 +485,17 @@ def test_mistakes_about_adapters_get_one_line(tiny_run, tiny_data, tmp_path):
     refused(quick("lora.py", "import", tmp_path / "none", tiny_run), "no such adapter")
     refused(quick("lora.py", "import", tiny_run, tiny_run, "--out", tmp_path / "m.pt"), "is no adapter")
     assert not (tmp_path / "run").exists() and not (tmp_path / "m.pt").exists()
+
+
+def test_a_checkpoint_with_bytes_for_weights_or_absurd_settings_is_refused(tmp_path):
+    for name, x in (("norm.weight", torch.ones(32).byte()), ("layers.0.attention.wq.lora_A", torch.ones(3))):
+        path = saved(adapted(TARGETS), tmp_path / "x.pt", model={**adapted(TARGETS).state_dict(), name: x})
+        refused(quick("checkpoint.py", "show", path), name)
+    right, wrong = vars(LoRAConfig(3, lora_targets=list(TARGETS))), [8]
+    for change in ({"lora_r": 10**30}, {"lora_r": "8"}, {"lora_targets": ["norm"]}, {"quantize": "int3"}, {"x": 1}):
+        path = saved(adapted(TARGETS), tmp_path / "x.pt", lora={**right, **change})
+        refused(quick("checkpoint.py", "show", path), next(iter(change)))
+    refused(quick("checkpoint.py", "show", saved(adapted(TARGETS), tmp_path / "x.pt", lora=wrong)), "no checkpoint")
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path):
@@ -435,7 +513,9 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
 @pytest.mark.parametrize("change, words", [
     ({"use_dora": True}, "use_dora"), ({"peft_type": "IA3"}, "IA3"), ({"bias": "all"}, "bias all"),
     ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"), ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-    ({"r": "four"}, "lora_r"), ({"r": None}, "lora_r"), ({"r": 5}, "another model"), ({"lora_alpha": -1}, "lora_alpha"),
+    ({"use_qalora": True}, "use_qalora"), ({"alora_invocation_tokens": [1]}, "alora"), ({"r": 5}, "another model"),
+    ({"kasa_config": {"a": 1}}, "kasa"), ({"r": "four", "use_rslora": True}, "lora_r"), ({"r": None}, "lora_r"),
+    ({"r": 2**62}, "lora_r"), ({"lora_alpha": -1}, "lora_alpha"),
 ])  # fmt: skip
 def test_an_adapter_that_is_no_plain_lora_is_refused(tmp_path, change, words):
     quick("lora.py", "export", saved(adapted(TARGETS), tmp_path / "ours.pt"), tmp_path / "folder")
