@@ -3,7 +3,7 @@
 A batch is a function of (seed, step) alone, so a run that is stopped and resumed sees what it would have seen anyway.
 
 Text is cut into blocks of equal length. Examples of instruction data are rows of their own, padded behind to the length
-of the longest of their micro-batch, which has examples of about one length. So no example sees another, no attention
+of the longest of their micro-batch, which has examples of like length. So no example sees another, no attention
 needs a mask, and little is computed for nothing.
 """
 
@@ -97,8 +97,12 @@ def step_batches(
 
 
 def padded(examples: list[tuple[Sequence[int], Sequence[int]]]) -> Batch:
-    """Prompts and answers -> inputs, padded behind with token 0, and targets, IGNORE in prompts and padding."""
-    x = torch.zeros(len(examples), max(len(prompt) + len(answer) for prompt, answer in examples) - 1, dtype=torch.int64)
+    """Prompts and answers -> inputs, padded behind with token 0, and targets, IGNORE in prompts and padding.
+
+    Rows have a multiple of 16 tokens: for every new shape a CPU's library of products makes and keeps a kernel.
+    """
+    longest = max(len(prompt) + len(answer) for prompt, answer in examples) - 1
+    x = torch.zeros(len(examples), 16 * -(-longest // 16), dtype=torch.int64)
     y = torch.full_like(x, IGNORE)
     for row, (prompt, answer) in enumerate(examples):
         ids = torch.tensor([*prompt, *answer])

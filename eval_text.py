@@ -33,6 +33,7 @@ from checkpoint import build, load, replacing, writable
 from config import UserError, exit_cleanly, parse
 from dataset import Batch, Examples, padded, read_meta
 from device import autocast, pick_device
+from eval_ppl import MOST_LOGITS
 from instruct import FIELDS, Record, encode_answer, encode_prompt, records_of
 from model import IGNORE, Llama
 from tokenizer import Tokenizer
@@ -76,8 +77,13 @@ def answer_nll(
     model: Llama, data: Examples, dtype: torch.dtype, every: int = 1, batch_size: int = 16
 ) -> tuple[float, int]:
     """The same of the answers of every so-manieth example."""
-    rows = np.argsort(data.spans[:, 1] - data.spans[:, 0], kind="stable")[::every]
-    return batches_nll(model, (data.batch(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)), dtype)
+    rows, size = np.argsort(data.spans[:, 1] - data.spans[:, 0], kind="stable")[::every], affordable(model, batch_size)
+    return batches_nll(model, (data.batch(rows[i : i + size]) for i in range(0, len(rows), size)), dtype)
+
+
+def affordable(model: Llama, batch_size: int) -> int:
+    """No more rows than those whose logits fit memory."""
+    return max(1, min(batch_size, MOST_LOGITS // (model.config.block_size * model.config.vocab_size)))
 
 
 # ---- answers ----
@@ -139,7 +145,7 @@ def evaluate(model: Llama, tokenizer: Tokenizer, records: list[Record], config: 
     """All scores of one model, and its answers."""
     encoded = [(encode_prompt(record, tokenizer), encode_answer(record, tokenizer)) for record in records]
     encoded.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
-    size = config.batch_size
+    size = affordable(model, config.batch_size)
     batches = (padded(encoded[i : i + size]) for i in range(0, len(encoded), size))
     loss, count = batches_nll(model, batches, torch.float32)
     if not math.isfinite(loss):

@@ -108,6 +108,28 @@ def parallel_records(source: Path, target: Path, instruction: str) -> list[Recor
     return [{"instruction": instruction, "input": a.strip(), "output": b.strip()} for a, b in zip(*lines)]
 
 
+def read_files(
+    files: list[Path], parallel: bool, fields: list[str] | None, instruction: str
+) -> dict[str, list[Record]]:
+    """The splits of records in one to three files, or in as many pairs of parallel texts."""
+    if parallel:
+        if len(files) not in (2, 4, 6) or fields:
+            raise UserError("--parallel takes pairs, SOURCE TARGET, of train, val and test, and no --fields")
+        parts = [parallel_records(*pair, instruction) for pair in zip(files[0::2], files[1::2])]
+    else:
+        fields = fields or [",".join(FIELDS)]
+        if len(files) > 3 or len(fields) not in (1, len(files)):
+            count = f"--from has {len(files)} files, --fields {len(fields)} lists"
+            raise UserError(f"{count}: give the files of train, val and test, and one list of names, or one a file")
+        parts = [records_of(path, names, instruction) for path, names in zip(files, fields * len(files))]
+    if empty := [path for path, part in zip(files[:: len(files) // len(parts)], parts) if not part]:
+        raise UserError(f"{empty[0]} holds no records")
+    splits = read_splits(parts)
+    if few := [name for name, part in splits.items() if not part]:
+        raise UserError(f"no record is left for the {few[0]} split: give more than {sum(map(len, parts))}")
+    return splits
+
+
 def read_splits(files: list[list[Record]]) -> dict[str, list[Record]]:
     """Records of one file, which is cut; of two, train (from which val is cut) and test; or of train, val and test."""
     if len(files) == 3:

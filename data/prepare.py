@@ -36,7 +36,7 @@ sys.path.insert(0, str(DATA.parent))  # run as a script, Python looks for module
 
 from config import POSITIONAL, UserError, exit_cleanly, parse
 from download import download, sha256_of
-from instruct import FIELDS, Record, parallel_records, prompt_text, read_splits, records_of, write_examples
+from instruct import Record, prompt_text, read_files, write_examples
 from tokenizer import SETTINGS, Tokenizer, read_tokenizer
 from tokenizer_files import find_tokenizer
 
@@ -273,24 +273,7 @@ def instructions(config: PrepareConfig) -> dict[str, list[Record]] | None:
         return None
     if config.name in BUILT_IN and config.name != "alpaca":
         raise UserError(f"{config.name} is text, and these are records: name them otherwise")
-    if config.parallel:
-        if len(files) not in (2, 4, 6) or config.fields:
-            raise UserError("--parallel takes pairs, SOURCE TARGET, of train, val and test, and no --fields")
-        parts = [parallel_records(*pair, config.instruction) for pair in zip(files[0::2], files[1::2])]
-    else:
-        if len(files) > 3:
-            raise UserError(f"--from has {len(files)} files: give those of train, val and test")
-        fields = config.fields or [",".join(FIELDS)]
-        if len(fields) not in (1, len(files)):
-            raise UserError(f"--fields {' '.join(fields)}: give one list of names, or one for each file of --from")
-        fields = fields * len(files) if len(fields) == 1 else fields
-        parts = [records_of(path, names, config.instruction) for path, names in zip(files, fields)]
-    if empty := [name for name, part in zip(files[:: len(files) // len(parts)], parts) if not part]:
-        raise UserError(f"{empty[0]} holds no records")
-    splits = read_splits(parts)
-    if few := [name for name, part in splits.items() if not part]:
-        raise UserError(f"no record is left for the {few[0]} split: give more than {sum(map(len, parts))}")
-    return splits
+    return read_files(files, bool(config.parallel), config.fields, config.instruction)
 
 
 def given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
