@@ -250,12 +250,11 @@ def report(model: Llama, tokenizer: Tokenizer, data: Text | Examples, position: 
         what = f"{count:,} tokens of the answers of {len(data.spans):,} examples"
         print(f"val loss {loss:.4f} nats a token | {what}, float32")
         prompt = data.parts(0)[0].tolist()
-        print("--- an example of the val split:\n" + tokenizer.decode(prompt), end="")
         following = f"python eval_text.py {path}\npython sample.py {path} --instruction 'Name three animals.'"
     minutes = position["seconds"] / 60
     print(f"{position['tokens']:,} tokens in {minutes:.1f} min of training | peak memory {peak / 2**30:.2f} GiB")
     settings = {"temperature": 0.8, "top_p": 0.95, "stop": tokenizer.stop, "generator": generator}
-    print("--- a sample:")
+    print("--- a sample:" if isinstance(data, Text) else "--- an example of the val split:\n" + tokenizer.decode(prompt))
     model.eval()
     with torch.compiler.set_stance("force_eager"):
         print("".join(readable(prompt, (row[0] for row in model.stream([prompt], 160, **settings)), tokenizer)))
