@@ -254,7 +254,8 @@ def report(model: Llama, tokenizer: Tokenizer, data: Text | Examples, position: 
     minutes = position["seconds"] / 60
     print(f"{position['tokens']:,} tokens in {minutes:.1f} min of training | peak memory {peak / 2**30:.2f} GiB")
     settings = {"temperature": 0.8, "top_p": 0.95, "stop": tokenizer.stop, "generator": generator}
-    print("--- a sample:" if isinstance(data, Text) else "--- an example of the val split:\n" + tokenizer.decode(prompt))
+    begins = "a sample:" if isinstance(data, Text) else f"an example of the val split:\n{tokenizer.decode(prompt)}"
+    print(f"--- {begins}")
     model.eval()
     with torch.compiler.set_stance("force_eager"):
         print("".join(readable(prompt, (row[0] for row in model.stream([prompt], 160, **settings)), tokenizer)))
