@@ -19,9 +19,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -89,15 +88,6 @@ def affordable(model: Llama, batch_size: int) -> int:
 # ---- answers ----
 
 
-def rooms(lengths: Sequence[int], max_new_tokens: int, block_size: int, batch_size: int) -> Iterator[list[int]]:
-    """Batches of indices of prompts, by length. Where the context would cut an answer short, prompts of equal length
-    alone share a batch: in a batch, the longest prompt ends all answers, and none shall be shorter for the others'."""
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    for _, group in groupby(order, key=lambda i: max(0, lengths[i] + max_new_tokens - block_size)):
-        rows = list(group)
-        yield from (rows[i : i + batch_size] for i in range(0, len(rows), batch_size))
-
-
 def write_answers(model: Llama, tokenizer: Tokenizer, records: list[Record], config: AnswerConfig) -> dict:
     """The answer to each record, whether it ended by itself, the seconds it took, and the tokens of all answers."""
     prompts = [encode_prompt(record, tokenizer) for record in records]
@@ -105,14 +95,15 @@ def write_answers(model: Llama, tokenizer: Tokenizer, records: list[Record], con
     how = {"temperature": config.temperature, "top_p": config.top_p, "stop": tokenizer.stop, "generator": generator}
     model.generate(prompts[:1], 2, **{**how, "generator": None, "temperature": 0.0})  # the first call sets things up
     written: list[dict] = [{} for _ in records]
-    block = model.config.block_size
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # so that batches have little padding
     with tqdm(total=len(records), desc="answering", disable=None, leave=False) as bar:
-        for rows in rooms([len(prompt) for prompt in prompts], config.max_new_tokens, block, config.batch_size):
+        for start in range(0, len(order), config.batch_size):
+            rows = order[start : start + config.batch_size]
             began = time.perf_counter()
             new_tokens = model.generate([prompts[i] for i in rows], config.max_new_tokens, **how)
             seconds = time.perf_counter() - began
             for i, ids in zip(rows, new_tokens):
-                ended = len(ids) < min(config.max_new_tokens, block - len(prompts[i]))
+                ended = len(ids) < min(config.max_new_tokens, model.config.block_size - len(prompts[i]))
                 answer = tokenizer.decode(ids).strip()
                 written[i] = {"answer": answer, "ended": ended, "seconds": seconds, "tokens": len(ids)}
             bar.update(len(rows))

@@ -365,8 +365,9 @@ class Llama(nn.Module):
     ) -> Iterator[list[int | None]]:  # fmt: skip
         """Yield, token by token, the next token of every prompt; None for a prompt that has met a `stop` token.
 
-        Ends when all have stopped, after max_new_tokens, or when the longest text fills block_size. Temperature 0 is
-        greedy; above it, tokens are drawn from the smallest set of probability `top_p` or more (arXiv 1904.09751).
+        A text also stops after max_new_tokens, or when it fills block_size, so that it is the same in any batch.
+        Temperature 0 is greedy; above it, tokens are drawn from the smallest set of probability `top_p` or more
+        (arXiv 1904.09751).
         Raises UserError for an empty prompt or one that leaves no room.
         """
         assert not self.training, "call model.eval() first: dropout would change the text"
@@ -377,7 +378,8 @@ class Llama(nn.Module):
         tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
         padding = torch.tensor([longest - len(p) for p in prompts], device=device)
         padding = padding if padding.any() else None
-        last = min(longest + max_new_tokens, room)
+        most = torch.tensor([min(max_new_tokens, room - len(p)) for p in prompts], device=device)
+        last = longest + int(most.max())  # may be beyond block_size, by padding
         cache = KVCache(self.config, last) if use_cache else None
         stopped, step = torch.zeros(len(prompts), dtype=torch.bool, device=device), tokens
         stops = torch.tensor(stop, dtype=torch.int64, device=device)
@@ -389,6 +391,7 @@ class Llama(nn.Module):
                 return
             yield [None if s else t for s, t in zip(stopped.tolist(), step[:, 0].tolist(), strict=True)]
             tokens = torch.cat((tokens, step), dim=1)
+            stopped |= tokens.shape[1] - longest >= most
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int, **how) -> list[list[int]]:
         """The new tokens of every prompt, without the prompt and the stop token; `how` as for `stream`."""

@@ -12,7 +12,7 @@ from conftest import ROOT, quick, refused, sharp_model
 from checkpoint import build, load, save
 from data.prepare import PrepareConfig, prepare
 from dataset import Examples, open_split, read_meta
-from eval_text import AnswerConfig, answer_nll, rooms, text_scores, write_answers
+from eval_text import AnswerConfig, answer_nll, text_scores, write_answers
 from instruct import encode_answer, encode_prompt, prompt_text, read_splits
 from model import IGNORE
 from tokenizer import read_tokenizer
@@ -217,15 +217,6 @@ def test_answers_of_a_batch_are_those_alone_even_where_the_context_ends(data):
         assert written["answer"][i] == tokenizer.decode(alone).strip() and written["tokens"][i] == len(alone)
         assert written["ended"][i] == (len(alone) < min(30, 80 - len(ids)))
     assert len({80 - len(encode_prompt(task, tokenizer)) < 30 for task in tasks}) == 2
-
-
-def test_rooms_batches_every_prompt_once():
-    lengths = [5, 90, 7, 91, 91, 6, 40, 95]
-    batches = list(rooms(lengths, 10, 100, 3))
-    assert sorted(i for rows in batches for i in rows) == list(range(8)) and max(map(len, batches)) <= 3
-    for rows in batches:
-        longest = max(lengths[i] for i in rows)
-        assert all(min(10, 100 - lengths[i]) == min(10, 100 - longest) for i in rows)
 
 
 def test_scores_are_those_of_the_published_formulas():

@@ -184,7 +184,20 @@ def test_sampling_follows_the_temperature():
     assert set(pick_token(logits[:100], 1e-40, 1.0).flatten().tolist()) == {0}
 
 
-def test_a_stop_token_ends_its_row_and_the_context_ends_all():
+def test_every_row_of_a_batch_fills_its_own_context():
+    """Prompts of 5 to 60 tokens in a context of 64: in a batch each gets the tokens that it gets alone."""
+    model = sharp_model()
+    prompts = [
+        torch.randint(64, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+        for length in (60, 5, 40, 63)
+    ]
+    for use_cache in (True, False):
+        together = model.generate(prompts, 30, use_cache=use_cache)
+        assert together == [model.generate([prompt], 30)[0] for prompt in prompts]
+        assert [len(ids) for ids in together] == [4, 30, 24, 1]
+
+
+def test_a_stop_token_ends_its_row_and_the_context_every_row():
     model = sharp_model()
     free = model.generate([[1], [2]], 30)
     stop = free[0][4]
