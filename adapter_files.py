@@ -226,12 +226,8 @@ def run() -> None:
     flags = parse(lora.__doc__, AdapterConfig)
     config, source = AdapterConfig(**flags), Path(flags["source"])
     if (config.action == "merge") == bool(config.target):
-        what = {
-            "merge": "CKPT --out OUT.pt",
-            "export": "CKPT ADAPTER.pt, or FOLDER",
-            "import": "ADAPTER CKPT --out OUT.pt",
-        }
-        raise UserError(f"names do not fit: python lora.py {config.action} {what[config.action]}")
+        usage = {"merge": "CKPT [--out OUT.pt]", "export": "CKPT ADAPTER", "import": "ADAPTER CKPT [--out OUT.pt]"}
+        raise UserError(f"{config.action} takes other names: python lora.py {config.action} {usage[config.action]}")
     if config.action == "export":
         if config.out:
             raise UserError(f"export does not use --out {config.out}: leave it out")

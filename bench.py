@@ -5,6 +5,7 @@
 
 `memory` trains a model of random weights for some steps, with the same number of tokens a step in every row:
 everything in float32; an adapter alone; the adapter with one saver more at a time; the base in 4 bits; all together.
+Of a tiny model, or in a step or two, it measures overheads.
 
     weights    bytes of the model's tensors, adapter included
     optimizer  bytes of AdamW's two moments

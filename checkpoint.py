@@ -114,6 +114,8 @@ def load(path: str | Path) -> dict:
         hint = f"; a foreign one is imported first: python checkpoint.py import {path} OUT.pt"
         raise UserError(what + hint * (path.suffix in (".bin", ".safetensors", ".pth"))) from None
     keys = {"model": dict, "config": dict, "tokenizer": (bytes, type(None))}
+    if isinstance(checkpoint, dict) and set(checkpoint) == {"lora", "adapter"}:
+        raise UserError(f"{path} is an adapter alone: lay it beside its base, python lora.py import {path} BASE.pt")
     there = isinstance(checkpoint, dict) and isinstance(checkpoint.get("lora", {}), dict)
     if not there or any(not isinstance(checkpoint.get(k, 0), t) for k, t in keys.items()):
         raise UserError(f"{path} is no checkpoint: it lacks {', '.join(keys)}")

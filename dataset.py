@@ -130,7 +130,7 @@ class Examples:
         fits = ends - starts - 1 <= block_size  # the last token is no input
         self.spans, longest = np.stack((starts, ends), axis=1)[fits], int((ends - starts).max()) - 1
         out = f"{(~fits).sum()} of {len(fits)} {split} examples are left out: longer than block_size {block_size}"
-        self.note = "" if fits.all() else f"{out}, up to {longest} tokens"
+        self.note = "" if fits.all() else f"{out}; --block_size {longest} would take them all"
         if not fits.any():
             raise UserError(f"{folder}: {out}; give --block_size {longest}")
 

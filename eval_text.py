@@ -5,7 +5,7 @@ are compared with the references.
     python eval_text.py out/RUN/ckpt.pt --base base.pt --limit 100  # side by side with another model
     python eval_text.py any.pt --dataset alpaca --split val
 
-    loss         nats a token of the references, given the prompts (for the same tokenizer alone comparable)
+    loss         nats a token of the references, given the prompts; compare it between models of one tokenizer
     BLEU         sacreBLEU's corpus BLEU, 0 to 100 (arXiv 1804.08771)
     ROUGE-1/2/L  F1 of words, of pairs of words, of the longest common subsequence: means over the answers, 0 to 100
                  (rouge-score, without stemmer; it knows a-z and 0-9 alone)
@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import build, load, replacing, writable
+from checkpoint import build, load, replacing
 from config import UserError, exit_cleanly, parse
 from dataset import Batch, Examples, padded, read_meta
 from device import autocast, pick_device
@@ -75,7 +75,7 @@ def batches_nll(model: Llama, batches: Iterator[Batch], dtype: torch.dtype) -> t
 def answer_nll(
     model: Llama, data: Examples, dtype: torch.dtype, every: int = 1, batch_size: int = 16
 ) -> tuple[float, int]:
-    """The same of the answers of every so-manieth example."""
+    """The same of the answers of one example in `every`."""
     rows, size = np.argsort(data.spans[:, 1] - data.spans[:, 0], kind="stable")[::every], affordable(model, batch_size)
     return batches_nll(model, (data.batch(rows[i : i + size]) for i in range(0, len(rows), size)), dtype)
 
@@ -168,20 +168,22 @@ def records_to_score(config: AnswerConfig, checkpoint: dict) -> tuple[str, list[
     folder, meta = read_meta(name)
     path = folder / f"{config.split}.jsonl"
     if meta.get("kind") != "instructions":
-        raise UserError(f"{folder} is text, without questions and answers: give --dataset, or use eval_ppl.py")
+        remedy = "name instruction data with --dataset NAME, or use eval_ppl.py"
+        raise UserError(f"{folder} is text, without questions and answers: {remedy}")
     records = records_of(path, ",".join(FIELDS), "")
     if len(records) != meta["splits"][config.split].get("documents"):
         raise UserError(f"{path} is damaged: prepare the data again with --overwrite")
     trained = checkpoint.get("data", {}).get("splits", {}).get(config.split, {}) if name == trained_on else {}
     if trained and trained.get("sha256") != meta["splits"][config.split]["sha256"]:
         print(f"note: {folder} was prepared anew since training, which may have seen these", file=sys.stderr)
-    return Path(name).name, records[: config.limit]
+    return Path(name).name, records
 
 
 def answers_file(config: AnswerConfig, name: str) -> Path:
     """Where the answers go; found out before they are written, which takes long."""
     if config.out:
-        writable(Path(config.out), overwrite=False)
+        if Path(config.out).exists():
+            raise UserError(f"--out {config.out} exists: name a new file")
         return Path(config.out)
     first = f"-first{config.limit}" if config.limit else ""
     ckpt = Path(config.ckpt)
@@ -237,12 +239,13 @@ def main() -> None:
     out = answers_file(config, name)
     text_scores(["none"], ["none"])  # a missing library is found out before the work
     models = {key: build(load(path), device) for key, path in paths.items()}
-    kept = [record for record in records if not too_long(record, models.values())]
+    fitting = [record for record in records if not too_long(record, models.values())]
+    kept = fitting[: config.limit]
     if not kept:
         block = min(model.config.block_size for model, _ in models.values())
         raise UserError(f"none of the {len(records)} examples fits the context of {block} tokens")
     results = {key: evaluate(*model, kept, config) for key, model in models.items()}
-    settings = {"settings": asdict(config), "examples": len(kept), "left_out": len(records) - len(kept)}
+    settings = {"settings": asdict(config), "examples": len(kept), "left_out": len(records) - len(fitting)}
     for key, result in results.items():
         settings[key] = {name: value for name, value in result.items() if name != "answers"}
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -258,6 +261,8 @@ def main() -> None:
     how = "greedy" if not config.temperature else f"temperature {config.temperature}, top_p {config.top_p}"
     print(f"{name} {config.split}: {len(kept)} examples{left} | {how}, batches of {config.batch_size}")
     print("\n".join(f"{key}: {path}, {results[key]['params']:,} parameters" for key, path in paths.items()))
+    if len({tokenizer.data for _, tokenizer in models.values()}) > 1:
+        print("note: the models have other tokenizers, so their losses are of other tokens and do not compare")
     print("\n".join(table(results)))
     print(f"sacreBLEU {results['ckpt']['bleu_signature']}\n" + "\n".join(examples(kept, results)))
     print(f"---\nall answers: {out}")

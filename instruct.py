@@ -79,19 +79,21 @@ def read_json(path: Path) -> list:
 def records_of(path: Path, fields: str, instruction: str) -> list[Record]:
     """The records of a .json or .jsonl file. `fields` names, with commas between, what takes the place of
     instruction,input,output, or of input,output alone. Raises UserError for a record without them."""
-    names = fields.split(",")
+    names = [name.strip() for name in fields.split(",")]
     if len(names) not in (2, 3):
-        raise UserError(f"--fields {fields}: name two, input,output, or three, instruction,input,output")
-    wanted, records = dict(zip(FIELDS[-len(names) :], names)), []
-    for number, row in enumerate(read_json(path), 1):
+        raise UserError(f"--fields {fields}: name two, input,output, or three, instruction,input,output, with commas")
+    wanted, records, rows = dict(zip(FIELDS[-len(names) :], names)), [], read_json(path)
+    if wanted["input"] != "input" and not any(isinstance(row, dict) and wanted["input"] in row for row in rows):
+        raise UserError(f"{path}: no record has a field {wanted['input']!r}: mend --fields {fields}")
+    for number, row in enumerate(rows, 1):
         record = {"instruction": instruction, "input": ""}
         for ours, theirs in wanted.items():
             value = row.get(theirs) if isinstance(row, dict) else None
             if value is None and ours == "input" and len(names) == 3:
                 continue  # many instructions need none
             if not isinstance(value, str):
-                has = ", ".join(map(str, row)) if isinstance(row, dict) else repr(row)[:40]
-                what = f"no text in the field {theirs!r} (it has: {has[:100]})"
+                has = {key: type(x).__name__ for key, x in row.items()} if isinstance(row, dict) else row
+                what = f"no text in the field {theirs!r} (it has: {str(has)[:100]})"
                 raise UserError(f"{path}, record {number}: {what}; name the fields with --fields INPUT,OUTPUT")
             check_unicode(value, f"{path}, record {number}")
             record[ours] = value.strip()
@@ -114,13 +116,14 @@ def read_files(
     """The splits of records in one to three files, or in as many pairs of parallel texts."""
     if parallel:
         if len(files) not in (2, 4, 6) or fields:
-            raise UserError("--parallel takes pairs, SOURCE TARGET, of train, val and test, and no --fields")
+            has = f"has {len(files)} files" + " and --fields" * bool(fields)
+            raise UserError(f"--parallel {has}: give pairs, SOURCE TARGET, of train, val and test, and no --fields")
         parts = [parallel_records(*pair, instruction) for pair in zip(files[0::2], files[1::2])]
     else:
         fields = fields or [",".join(FIELDS)]
         if len(files) > 3 or len(fields) not in (1, len(files)):
             count = f"--from has {len(files)} files, --fields {len(fields)} lists"
-            raise UserError(f"{count}: give the files of train, val and test, and one list of names, or one a file")
+            raise UserError(f"{count}: give the files of train, val, test, and names with commas, once or once a file")
         parts = [records_of(path, names, instruction) for path, names in zip(files, fields * len(files))]
     if empty := [path for path, part in zip(files[:: len(files) // len(parts)], parts) if not part]:
         raise UserError(f"{empty[0]} holds no records")
@@ -157,20 +160,25 @@ def cut_records(records: list[Record], shares: dict[str, float]) -> dict[str, li
 # ---- token files ----
 
 
-def write_examples(records: Iterable[Record], tokenizer: Tokenizer, path: Path, seen: set[bytes], dtype: str) -> dict:
-    """Write the .bin, .mask and .jsonl of a split and return its record. An example that repeats one of those `seen`,
-    and one whose prompt or answer is empty, is left out and counted."""
+def write_examples(
+    records: Iterable[Record], tokenizer: Tokenizer, path: Path, seen: dict[str, str], dtype: str
+) -> dict:
+    """Write the .bin, .mask and .jsonl of a split and return its record. Left out and counted: an example that repeats
+    another, one whose prompt stands in a split written before, and one whose prompt or answer is empty.
+
+    seen: {record or prompt: the split that has it}, of all splits so far
+    """
     record = {"documents": 0, "repeated": 0, "empty": 0, "bytes": 0, "tokens": 0, "answer_tokens": 0, "longest": 0}
     files = [path.with_suffix(suffix) for suffix in (".bin", ".mask", ".jsonl")]
     with open(files[0], "wb") as tokens, open(files[1], "wb") as mask, open(files[2], "w", encoding="utf-8") as kept:
         for example in tqdm(records, desc=path.stem, disable=None):
             line = json.dumps(example, ensure_ascii=False)
-            digest = hashlib.sha256(line.encode()).digest()
             empty = not example["output"] or not (example["instruction"] or example["input"])
-            if empty or digest in seen:
+            elsewhere = seen.setdefault(prompt_text(example), path.stem) != path.stem
+            if empty or elsewhere or line in seen:
                 record["empty" if empty else "repeated"] += 1
                 continue
-            seen.add(digest)
+            seen[line] = path.stem
             prompt, answer = encode_prompt(example, tokenizer), encode_answer(example, tokenizer)
             np.array(prompt + answer, dtype).tofile(tokens)
             np.array([0] * len(prompt) + [1] * len(answer), np.uint8).tofile(mask)
@@ -181,5 +189,6 @@ def write_examples(records: Iterable[Record], tokenizer: Tokenizer, path: Path, 
             record["answer_tokens"] += len(answer)
             record["longest"] = max(record["longest"], len(prompt) + len(answer))
     if not record["documents"]:
-        raise UserError(f"no record is left for the {path.name} split: give more of them")
+        what = f"{record['empty']} have an empty prompt or answer, {record['repeated']} repeat others"
+        raise UserError(f"no record is left for the {path.stem} split: {what}; give more of them")
     return record

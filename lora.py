@@ -35,7 +35,7 @@ class LoRAConfig:
     """adapter"""
 
     lora_r: int = 0  # rank of the adapter, which alone is trained; 8 is usual, 0 trains the whole model
-    lora_alpha: float = 16.0  # the adapter's product is scaled by lora_alpha / lora_r
+    lora_alpha: float = 16.0  # the adapter's product is scaled by lora_alpha / lora_r: twice the rank is usual
     lora_dropout: float = 0.0  # on the adapter's input
     lora_targets: list[str] | None = None  # any of wq wk wv wo w1 w2 w3 output (default: wq wk wv wo)
     quantize: Literal["none", "nf4"] = "none"  # how the frozen matrices of the blocks are stored
@@ -52,7 +52,7 @@ class LoRAConfig:
 
 def check_targets(names: Sequence[str]) -> None:
     if unknown := [name for name in names if name not in TARGETS]:
-        raise UserError(f"--lora_targets {unknown[0]}: no such layer; take any of {' '.join(TARGETS)}")
+        raise UserError(f"--lora_targets {unknown[0]}: no such layer; take any of {' '.join(TARGETS)}, with spaces")
 
 
 class LoRALinear(nn.Module):
@@ -62,12 +62,13 @@ class LoRALinear(nn.Module):
         super().__init__()
         assert getattr(linear, "bias", None) is None, "a Llama's matrices have no bias, and merging would lose it"
         self.linear, self.scale = linear.requires_grad_(False), alpha / r
-        like = {"device": next(iter(linear.state_dict().values())).device}
-        if isinstance(linear, nn.Linear):
-            like["dtype"] = widen(linear.weight[:0]).dtype
+        weight = linear.codes if isinstance(linear, NF4Linear) else linear.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)  # of a bfloat16 base, too, the adapter is float32
+        like = {"device": weight.device, "dtype": dtype}
         self.lora_A = nn.Parameter(torch.empty(r, linear.in_features, **like))
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, r, **like))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # the same as nn.Linear's own: 1 / sqrt(in)
+        # nn.Linear's own start, uniform within +-1 / sqrt(in), as in loralib and PEFT; the paper says Gaussian
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.dropout = nn.Dropout(dropout)
         self.merged: nn.Linear | None = None  # a submodule, so that a state dict shows that the model is merged
 
@@ -172,7 +173,7 @@ def plain(model: Llama) -> Llama:
 
 
 def main() -> None:
-    from adapter_files import run  # which imports this module: its classes are those, and not this script's
+    from adapter_files import run  # it imports this file once more, as a module, and uses the classes of that one
 
     run()
 

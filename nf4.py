@@ -1,9 +1,10 @@
 """4-bit NormalFloat with double quantization, by hand: how QLoRA stores its frozen base (arXiv 2305.14314).
 
-A trained weight matrix looks like a sample of a normal distribution. So NF4's 16 values are quantiles of one: each code
-is used equally often. The weights, row after row, are cut into blocks of 64; a block is divided by its largest absolute
-value (absmax), and each weight becomes the code of the nearest value. The absmaxes are quantized in turn: less their
-mean, in blocks of 256, to 8 bits of a dynamic data type (arXiv 1511.04561) that has small steps where most of them are.
+A trained weight matrix looks like a sample of a normal distribution. So NF4's 16 values are quantiles of one, close
+where weights are frequent, and no code is used much more often than the others. The weights, row after row, are cut
+into blocks of 64; a block is divided by its largest absolute value (absmax), and each weight becomes the code of the
+nearest value. The absmaxes are quantized in turn: less their mean, in blocks of 256, to 8 bits of a dynamic data type
+(arXiv 1511.04561) that has small steps where most of them are.
 
     4 bits of code + 8/64 of its block's absmax + 32/(64 * 256) of that one's = 4.127 bits a weight
 
@@ -18,7 +19,8 @@ import torch.nn.functional as F
 BLOCK, ABSMAX_BLOCK = 64, 256
 BUFFERS = ("codes", "absmax", "scales")  # what takes the place of a weight in a state dict, all uint8
 
-# the paper's appendix E: quantiles of N(0, 1), 8 positive ones, 0, and 7 negative ones, divided by the largest
+# the paper's appendix E: 8 quantiles of N(0, 1), evenly spaced from 1 - (1/32 + 1/30) / 2 down to 1/2, exclusive; 7
+# such ones with a minus; and 0, which must be exact. All are divided by the largest.
 NF4 = torch.tensor([
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -46,7 +48,7 @@ def nearest(x: torch.Tensor, values: torch.Tensor, block: int) -> tuple[torch.Te
     """x (N,) float32 -> the code (N,) uint8 of the value nearest to each x / absmax, and the absmax of each block."""
     blocks = F.pad(x, (0, -len(x) % block)).view(-1, block)
     absmax = blocks.abs().amax(-1)
-    scaled = blocks * (1 / absmax.clamp(min=1e-38))[:, None]
+    scaled = blocks * (1 / absmax.clamp(min=1e-38))[:, None]  # a block of zeros stays one; a product, as bitsandbytes
     borders = ((values[:-1] + values[1:]) / 2).to(x.device)
     return torch.bucketize(scaled.flatten()[: len(x)], borders).to(torch.uint8), absmax
 
@@ -79,7 +81,7 @@ class FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, codes, absmax, scales, shape):
         ctx.save_for_backward(codes, absmax, scales)
-        ctx.shape = shape
+        ctx.shape = shape  # under autocast, F.linear rounds both factors
         return F.linear(x, dequantize(codes, absmax, scales, shape).type_as(x))
 
     @staticmethod
@@ -108,7 +110,7 @@ class NF4Linear(nn.Module):
         assert linear.bias is None, "a Llama's matrices have no bias"
         with torch.device("meta"):
             layer = cls(linear.in_features, linear.out_features)
-        if linear.weight.is_meta:
+        if linear.weight.is_meta:  # a model without memory, that tells a checkpoint's names and shapes
             return layer
         layer.load_state_dict(dict(zip(BUFFERS, quantize(linear.weight))), assign=True)
         return layer

@@ -62,8 +62,10 @@ def settle(flags: dict) -> tuple[ModelConfig, LoRAConfig, TrainConfig, dict | No
     shape, adapter = pick(ModelConfig, flags), pick(LoRAConfig, flags)
     checkpoint = start_from(flags["init_from"], flags) if flags.get("init_from") else None
     c = model_config(checkpoint, **shape) if checkpoint else ModelConfig(**shape)
-    lora = lora_config(checkpoint) if checkpoint and checkpoint.get("lora") else LoRAConfig(**adapter)
-    if adapter and not lora.lora_r:
+    lora = lora_config(checkpoint or {})
+    if not lora.lora_r and not (flags.get("resume") and "lora_r" not in adapter):  # a run that is resumed has its own
+        lora = LoRAConfig(**adapter)
+    if adapter and not lora.lora_r and not flags.get("resume"):
         raise UserError(f"--{min(adapter)} is of an adapter: give --lora_r 8, or drop it")
     defaults = {"optimizer": "adamw", "lr": 0.005} if lora.lora_r else {"lr": 0.001} if checkpoint else {}
     if checkpoint and is_a(dataset := checkpoint["train"].get("dataset"), str):
@@ -98,16 +100,17 @@ def start_from(path: str, flags: dict) -> dict:
     source = load(path)
     refuse_changes(flags, source["config"], set(pick(ModelConfig, flags)) - SHAPE_FREE)
     if source.get("lora"):  # its adapter is trained further
-        refuse_changes(flags, asdict(lora_config(source)), set(pick(LoRAConfig, flags)))
+        hint = f", or merge it for a new adapter: python lora.py merge {path}"
+        refuse_changes(flags, asdict(lora_config(source)), set(pick(LoRAConfig, flags)), hint)
     train = source["train"] if isinstance(source.get("train"), dict) else {}
     return {key: source[key] for key in ("model", "config", "tokenizer", "lora") if key in source} | {"train": train}
 
 
-def refuse_changes(flags: dict, saved: dict, names: set[str]) -> None:
+def refuse_changes(flags: dict, saved: dict, names: set[str], hint: str = "") -> None:
     """Raise UserError if one of the flags `names` says something else than the checkpoint."""
     for name in sorted(names & set(flags)):
         if flags[name] != saved.get(name):
-            raise UserError(f"--{name} {flags[name]}, but the checkpoint has {saved.get(name)}: drop --{name}")
+            raise UserError(f"--{name} {flags[name]}, but the checkpoint has {saved.get(name)}: drop --{name}{hint}")
 
 
 def default_out_dir(c: ModelConfig, lora: LoRAConfig, config: TrainConfig) -> Path:

@@ -206,6 +206,8 @@ def describe(model: Llama, config: TrainConfig, lora: LoRAConfig, data: Text | E
         total = f"{steps} = {batch['epochs']} epochs of {config.dataset}'s {len(data.spans):,}, loss on answers alone"
         print(f"note: {data.note}") if data.note else None
     print(f"batch: {arithmetic} a step; {total}")
+    if config.warmup_steps >= config.max_steps:
+        print(f"note: warm-up takes {config.warmup_steps} steps: the learning rate will not reach {config.lr}")
     settings = {"model": asdict(c), "lora": asdict(lora), "train": asdict(config)}
     return {**settings, "batch": batch, "params": params, "trainable": trainable}
 
@@ -250,7 +252,7 @@ def report(model: Llama, tokenizer: Tokenizer, data: Text | Examples, position: 
         what = f"{count:,} tokens of the answers of {len(data.spans):,} examples"
         print(f"val loss {loss:.4f} nats a token | {what}, float32")
         prompt = data.parts(0)[0].tolist()
-        following = f"python eval_text.py {path}\npython sample.py {path} --instruction 'Name three animals.'"
+        following = f"python eval_text.py {path}"
     minutes = position["seconds"] / 60
     print(f"{position['tokens']:,} tokens in {minutes:.1f} min of training | peak memory {peak / 2**30:.2f} GiB")
     settings = {"temperature": 0.8, "top_p": 0.95, "stop": tokenizer.stop, "generator": generator}

@@ -301,7 +301,8 @@ def learn_tokenizer(train: list[Piece] | list[Record], vocab_size: int) -> Token
     else:
         every = 1
         lines = (line for record in train for line in (prompt_text(record) + record["output"]).split("\n"))
-    print(f"learning a tokenizer of {vocab_size:,} pieces")
+    note = "" if isinstance(train[0], Piece) else "; to tune a model that there is, give its own: --tokenizer ckpt.pt"
+    print(f"learning a tokenizer of {vocab_size:,} pieces{note}")
     # SentencePiece leaves out what is longer than 4,192 bytes, so long lines come in parts
     parts = (line[i : i + 1000] for line in islice(lines, 0, None, every) for i in range(0, len(line), 1000))
     return Tokenizer.train(parts, vocab_size)
@@ -351,7 +352,7 @@ def prepare(config: PrepareConfig) -> Path:
     try:
         tokenizer = tokenizer or learn_tokenizer(splits["train"], config.vocab_size or 4096)
         (partial / "tokenizer.model").write_bytes(tokenizer.data)
-        seen, dtype, counts = set(), token_dtype(tokenizer), {}
+        seen, dtype, counts = {} if records else set(), token_dtype(tokenizer), {}
         for name in ("test", "val", "train") if records else SPLITS:  # what stands in two, test keeps
             path = partial / f"{name}.bin"
             write = write_examples if records else write_split

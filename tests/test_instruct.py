@@ -94,7 +94,7 @@ def test_a_prompt_is_in_one_split_only():
 def test_what_stands_in_two_given_splits_is_left_to_the_test(tmp_path):
     both = {"instruction": "", "input": "the same", "output": "twice"}
     paths = [tmp_path / f"{name}.json" for name in ("train", "test")]
-    paths[0].write_text(json.dumps([*records(), both]))
+    paths[0].write_text(json.dumps([*records(), both, {**both, "output": "another answer"}]))
     paths[1].write_text(json.dumps([both, records()[4]]))
     config = PrepareConfig("x", from_=[str(path) for path in paths], vocab_size=330, out=str(tmp_path / "out"))
     kept = {name: (prepare(config) / f"{name}.jsonl").read_text() for name in ("test",)}
@@ -279,7 +279,7 @@ def test_examples_that_do_not_fit_are_counted_and_answers_can_be_drawn(tuned, da
         assert quick("eval_text.py", path, *flags, "--out", tmp_path / f"{len(drawn)}.jsonl").returncode == 0
         drawn.append((tmp_path / f"{len(drawn)}.jsonl").read_text().split("\n", 1)[1])
     assert drawn[0] == drawn[1] != drawn[2]
-    refused(quick("eval_text.py", path, "--out", tmp_path / "0.jsonl"), "exists")
+    refused(quick("eval_text.py", path, "--out", tmp_path / "0.jsonl"), "exists", "--out")
 
 
 def test_a_task_is_answered_from_the_command_line(tuned):
@@ -297,7 +297,7 @@ def test_a_task_is_answered_from_the_command_line(tuned):
 
 @pytest.mark.parametrize("text, words", [
     ("[]", "holds no records"), ("", "is no JSON"), ('{"a": 1}', "no list of records"), ("[1]", "record 1"),
-    ('[{"instruction": "x", "input": ""}]', "no text in the field 'output' (it has: instruction, input)"),
+    ('[{"instruction": "x", "input": ""}]', "no text in the field 'output'"),
     ('[{"instruction": "x", "output": "a"}, {"instruction": "x", "output": 3}]', "record 2"),
     ('[{"instruction": "x", "input": 3, "output": "a"}]', "'input'"),
     ('[{"instruction": "x", "output": "a"}]', "split"), ('[{"instruction": "x", "output": ""}]', "split"),
@@ -321,7 +321,9 @@ def test_mistakes_about_instructions_get_one_line(tmp_path, source, data, tuned,
     refused(prepared("--parallel", tmp_path / "a.txt"), "pairs")
     refused(prepared("--from", tmp_path / "c.jsonl", "--fields", "a,b"), "line 2")
     refused(prepared("--from", source, "--fields", "a"), "--fields a")
-    refused(prepared("--from", source, "--fields", "question,answer"), "'question'", "instruction, input, output")
+    refused(prepared("--from", source, "--fields", "question,answer"), "'question'", "--fields question,answer")
+    refused(prepared("--from", source, "--fields", "instruction,inptu,output"), "'inptu'")
+    refused(prepared("--from", source, "--fields", "instruction", "output"), "2 lists", "commas")
     refused(prepared("--from", source, source, source, source), "4 files")
     refused(prepared("--from", tmp_path / "none.json"), "none.json: no such file")
     refused(prepared("--text", tmp_path / "a.txt", "--instruction", "x"), "--instruction")

@@ -201,6 +201,11 @@ def test_a_stopped_adapter_run_resumes_exactly(tiny_run, tmp_path, stored):
     ends = [load(tmp_path / name / "ckpt.pt")["model"] for name in ("once", "parts")]
     assert all(torch.equal(x, ends[1][name]) for name, x in ends[0].items())
     refused(quick("train.py", "--resume", "--out_dir", tmp_path / "parts", "--lora_r", 8), "--lora_r 8", "has 2")
+    refused(
+        quick("train.py", "--resume", "--out_dir", tmp_path / "parts", "--lora_alpha", 8), "--lora_alpha 8", "has 16"
+    )
+    again = quick("train.py", "--resume", "--out_dir", tmp_path / "parts", "--quantize", stored, "--max_steps", 10)
+    assert again.returncode == 0, again.stderr
 
 
 def test_activation_checkpointing_gives_identical_gradients_of_adapters():
@@ -482,6 +487,8 @@ def test_mistakes_about_adapters_get_one_line(tiny_run, tiny_data, tmp_path):
     refused(quick("lora.py", "merge", tiny_run, "--out", tmp_path / "m.pt"), "has no adapter")
     refused(quick("lora.py", "export", tiny_run, tmp_path / "m.pt"), "has no adapter", "--lora_r")
     refused(quick("lora.py", "export", tiny_run), "lora.py export CKPT")
+    save(tmp_path / "adapter.pt", {"lora": {}, "adapter": {}})
+    refused(quick("sample.py", tmp_path / "adapter.pt"), "is an adapter alone", "lora.py import")
     refused(quick("lora.py", "import", tmp_path / "none", tiny_run), "no such adapter")
     refused(quick("lora.py", "import", tiny_run, tiny_run, "--out", tmp_path / "m.pt"), "is no adapter")
     assert not (tmp_path / "run").exists() and not (tmp_path / "m.pt").exists()
