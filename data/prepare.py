@@ -35,14 +35,13 @@ DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))  # run as a script, Python looks for modules beside this file only
 
 from config import POSITIONAL, UserError, exit_cleanly, parse
-from download import download, sha256_of
+from download import CHUNK, download, sha256_of
 from instruct import Record, prompt_text, read_files, write_examples
 from tokenizer import SETTINGS, Tokenizer, read_tokenizer
 from tokenizer_files import find_tokenizer
 
 SPLITS = {"train": 0.90, "val": 0.05, "test": 0.05}
 TOKENIZER_BYTES = 50_000_000  # text that the tokenizer learns from; more changes the pieces little and costs memory
-CHUNK = 1 << 24  # bytes read at a time
 TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/"
 DOWNLOADS = {  # name: [(address, sha256), ...]
     "shakespeare": [
@@ -295,13 +294,13 @@ def given_tokenizer(config: PrepareConfig) -> Tokenizer | None:
 
 def learn_tokenizer(train: list[Piece] | list[Record], vocab_size: int) -> Tokenizer:
     """SentencePiece BPE on the lines of the train documents; of a large corpus, on evenly spread ones."""
+    every, note = 1, ""
     if isinstance(train[0], Piece):
         every = max(1, round(sum(piece.stop - piece.start for piece in train) / TOKENIZER_BYTES))
         lines = (line for piece in train for text in piece.documents() for line in text.split("\n"))
     else:
-        every = 1
+        note = "; to tune a model that there is, give its own: --tokenizer ckpt.pt"
         lines = (line for record in train for line in (prompt_text(record) + record["output"]).split("\n"))
-    note = "" if isinstance(train[0], Piece) else "; to tune a model that there is, give its own: --tokenizer ckpt.pt"
     print(f"learning a tokenizer of {vocab_size:,} pieces{note}")
     # SentencePiece leaves out what is longer than 4,192 bytes, so long lines come in parts
     parts = (line[i : i + 1000] for line in islice(lines, 0, None, every) for i in range(0, len(line), 1000))
