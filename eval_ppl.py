@@ -111,26 +111,34 @@ def text_tokens(path: Path, tokenizer: Tokenizer) -> np.ndarray:
     return np.array(tokenizer.prompt(text))
 
 
+def split_tokens(
+    checkpoint: dict, tokenizer: Tokenizer, dataset: str | None, split: str, remedy: str = "give --dataset NAME"
+) -> tuple[np.ndarray, str]:
+    """A split of a prepared data set, the checkpoint's own unless another is named, and a word for it.
+
+    Raises UserError for a data set that is not there, of instructions, or of another tokenizer."""
+    name = dataset or checkpoint.get("train", {}).get("dataset")
+    if not name:
+        raise UserError(f"this checkpoint names no data set: {remedy}")
+    folder, meta = read_meta(name)
+    if meta.get("kind") == "instructions":
+        scored = "eval_text.py scores them"
+        raise UserError(f"{folder} holds instructions, whose answers alone count ({scored}): {remedy} of text")
+    if (folder / "tokenizer.model").read_bytes() != tokenizer.data:
+        raise UserError(f"{folder} has another tokenizer than the checkpoint: {remedy}, or prepare it again")
+    trained = checkpoint.get("data", {}).get("splits", {}).get(split, {})
+    if not dataset and trained.get("sha256") != meta["splits"][split]["sha256"]:
+        print(f"note: {folder} was prepared anew since training, which may have seen this text", file=sys.stderr)
+    return open_split(folder, meta, split), f"{name} {split}"
+
+
 def tokens_to_score(config: EvalConfig, checkpoint: dict, tokenizer: Tokenizer) -> tuple[np.ndarray, str]:
     """The tokens that the flags name, and a word for them."""
     if config.text:
         tokens, source = text_tokens(Path(config.text), tokenizer), config.text
     else:
-        name = config.dataset or checkpoint.get("train", {}).get("dataset")
-        if not name:
-            raise UserError("this checkpoint names no data set: give --text FILE or --dataset NAME")
-        folder, meta = read_meta(name)
-        if meta.get("kind") == "instructions":
-            remedy = f"python eval_text.py {config.ckpt}, or give --text FILE or --dataset NAME"
-            raise UserError(f"{folder} holds instructions, whose answers alone count: {remedy}")
-        if (folder / "tokenizer.model").read_bytes() != tokenizer.data:
-            raise UserError(
-                f"{folder} has another tokenizer than the checkpoint: give --text FILE, or prepare it again"
-            )
-        tokens, source = open_split(folder, meta, config.split), f"{name} {config.split}"
-        trained = checkpoint.get("data", {}).get("splits", {}).get(config.split, {})
-        if not config.dataset and trained.get("sha256") != meta["splits"][config.split]["sha256"]:
-            print(f"note: {folder} was prepared anew since training, which may have seen this text", file=sys.stderr)
+        remedy = "give --text FILE or --dataset NAME"
+        tokens, source = split_tokens(checkpoint, tokenizer, config.dataset, config.split, remedy)
     tokens = tokens if config.max_tokens is None else tokens[: config.max_tokens + 1]
     if len(tokens) < 2:
         raise UserError(f"{source} is too short to predict a token from the one before it: give more text")

@@ -242,8 +242,16 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, mask: torch.Tensor | None = None, cache: KVCache | None = None) -> torch.Tensor:
         """x (B, T, C) -> (B, T, C). `mask`, broadcast to (B, H, T, S), is True where a query looks; None is causal."""
+        return self.wo(self.heads(x, cos, sin, mask, cache))
+
+    def project(self, x, cos, sin) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x (B, T, C) -> queries (B, H, T, D), keys (B, G_k, T, D), both turned to their positions, values."""
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def heads(self, x, cos, sin, mask: torch.Tensor | None = None, cache: KVCache | None = None) -> torch.Tensor:
+        """x (B, T, C) -> the outputs of all heads, side by side (B, T, H * D), which `wo` adds up."""
+        q, k, v = self.project(x, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         backend = faster_attention(q) if self.backend == "auto" else self.backend
@@ -254,17 +262,21 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         if self.novel is not None:
             y = F.silu(self.novel(y))
-        return self.wo(y.transpose(1, 2).flatten(2))
+        return y.transpose(1, 2).flatten(2)
 
     def attend(self, q, k, v, mask: torch.Tensor | None) -> torch.Tensor:
         """softmax(q k^T / sqrt(D)) v as in the textbook: q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D)."""
+        weights = self.scores(q, k, mask).softmax(-1).type_as(v)
+        return self.v_groups.scatter(self.v_groups.gather(weights) @ v)
+
+    def scores(self, q, k, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """q k^T / sqrt(D), (B, H, T, S), and -inf where the mask hides a key from a query; None is causal."""
         if mask is None:
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
         q = q * self.head_dim**-0.5
         scores = self.k_groups.scatter(self.k_groups.gather(q) @ k.transpose(-1, -2))  # (B, H, T, S)
         bias = torch.zeros(mask.shape, dtype=scores.dtype, device=q.device).masked_fill(~mask, -math.inf)
-        weights = (scores + bias).softmax(-1).type_as(v)  # an added mask, unlike masked_fill, has no backward
-        return self.v_groups.scatter(self.v_groups.gather(weights) @ v)
+        return scores + bias  # an added mask, unlike masked_fill, has no backward
 
 
 class FeedForward(nn.Module):

@@ -4,16 +4,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from checkpoint import is_a, load, lora_config, model_config
+import torch
+
+from checkpoint import build_model, is_a, load, lora_config, model_config
 from config import UserError, pick
 from dataset import prepared
 from lora import LoRAConfig
-from model import ModelConfig
+from model import Llama, ModelConfig
 from tokenizer import Tokenizer
 
 SHAPE_FREE = {"attention", "dropout", "block_size", "rope_theta"}  # model settings that fit any weights
 POSITION = ("step", "tokens", "seconds")  # where a run is: optimizer steps, tokens seen, seconds of training
-RUN_FIXED = {"dataset", "init_from", "optimizer", "seed", "batch_size", "grad_accum"}  # they decide what a step sees
+# they decide what a step sees, and what it learns from
+RUN_FIXED = {"dataset", "init_from", "optimizer", "seed", "batch_size", "grad_accum", "teacher", "distil_weight"}
 
 
 @dataclass
@@ -33,6 +36,8 @@ class TrainConfig:
     warmup_steps: int = 50  # steps over which the learning rate rises from 0
     weight_decay: float = 0.1  # on matrices only
     grad_clip: float = 1.0  # longest gradient; 0 does not clip
+    teacher: str | None = None  # a ckpt.pt of the same tokenizer whose predictions to learn, such as before grouping
+    distil_weight: float = 0.5  # with --teacher: the KL divergence from it counts this much, the data's tokens the rest
     optimizer: Literal["adamw", "muon"] = "muon"  # muon takes the matrices of the blocks, AdamW the rest; LoRA: adamw
     eval_every: int = 100  # steps between checkpoints, each followed by an evaluation
     eval_tokens: int = 32768  # tokens of the val split, evenly spread, that an evaluation reads; the last reads all
@@ -49,6 +54,8 @@ class TrainConfig:
         for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip"):
             if not 0 <= (getattr(self, name) or 0) < 1e9:  # false for nan, too
                 raise UserError(f"{name} is {getattr(self, name)}: give --{name} 0 or more, below 1e9")
+        if not 0 <= self.distil_weight <= 1:
+            raise UserError(f"distil_weight is {self.distil_weight}: give --distil_weight from 0 to 1")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed is {self.seed}: give --seed 0 to {2**32 - 1}")
         if self.lr is None:
@@ -65,6 +72,8 @@ def settle(flags: dict) -> tuple[ModelConfig, LoRAConfig, TrainConfig, dict | No
     lora = lora_config(checkpoint or {})
     if not lora.lora_r and not (flags.get("resume") and "lora_r" not in adapter):  # a run that is resumed has its own
         lora = LoRAConfig(**adapter)
+    if "distil_weight" in flags and "teacher" not in flags and not flags.get("resume"):
+        raise UserError("--distil_weight weighs a teacher's predictions: give --teacher ckpt.pt, or drop it")
     if adapter and not lora.lora_r and not flags.get("resume"):
         raise UserError(f"--{min(adapter)} is of an adapter: give --lora_r 8, or drop it")
     defaults = {"optimizer": "adamw", "lr": 0.005} if lora.lora_r else {"lr": 0.001} if checkpoint else {}
@@ -106,6 +115,20 @@ def start_from(path: str, flags: dict) -> dict:
     return {key: source[key] for key in ("model", "config", "tokenizer", "lora") if key in source} | {"train": train}
 
 
+def open_teacher(config: TrainConfig, c: ModelConfig, tokenizer: Tokenizer, device: torch.device) -> Llama | None:
+    """The model whose predictions are learnt from. Raises UserError if it cannot read the same tokens."""
+    if config.teacher is None:
+        return None
+    checkpoint = load(config.teacher)
+    teacher = build_model(checkpoint, device).requires_grad_(False)
+    if checkpoint["tokenizer"] not in (None, tokenizer.data) or teacher.config.vocab_size != c.vocab_size:
+        raise UserError(f"--teacher {config.teacher} has another tokenizer than the model: give one of the same")
+    if teacher.config.block_size < c.block_size:
+        limit = f"reads {teacher.config.block_size} tokens"
+        raise UserError(f"--teacher {config.teacher} {limit}: give --block_size {teacher.config.block_size} or less")
+    return teacher
+
+
 def refuse_changes(flags: dict, saved: dict, names: set[str], hint: str = "") -> None:
     """Raise UserError if one of the flags `names` says something else than the checkpoint."""
     for name in sorted(names & set(flags)):
@@ -117,6 +140,7 @@ def default_out_dir(c: ModelConfig, lora: LoRAConfig, config: TrainConfig) -> Pa
     """out/stdlib-6x256-novel: data set, layers x width, and what is unusual."""
     parts = [Path(config.dataset).name, f"{c.n_layer}x{c.dim}"] + [f"kv{c.n_kv_head}"] * (c.n_kv_head != c.n_head)
     tuned = [f"lora{lora.lora_r}"] * (lora.lora_r > 0) + [lora.quantize] * (lora.quantize != "none") or ["tuned"]
+    tuned += ["healed"] * (config.teacher is not None)
     return Path("out") / "-".join(parts + ["novel"] * c.novel + (tuned if config.init_from else []))
 
 

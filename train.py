@@ -4,6 +4,7 @@
     python train.py --n_layer 6 --novel --resume           # continue exactly, after a crash, Ctrl-C or more --max_steps
     python train.py --dataset shakespeare --dim 384 --n_kv_head 2 --max_steps 2000
     python train.py --init_from ckpt.pt --lora_r 8 --quantize nf4 --dataset alpaca        # QLoRA on instructions
+    python train.py --init_from grouped.pt --teacher ckpt.pt --max_steps 40               # heal after gqa.py
 
 A run leaves out/RUN/ckpt.pt and out/RUN/log.jsonl. The batch and the dropout of a step are functions of (seed, step)
 alone, so a resumed run sees what an uninterrupted one would have seen, and ends with the same bits on a CPU.
@@ -20,6 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoint import build_model, replacing, save
@@ -29,9 +31,9 @@ from device import autocast, peak_memory_bytes, pick_device, pick_dtype
 from eval_ppl import bits_per_byte, mean_nll, perplexity, window_nll
 from eval_text import answer_nll
 from lora import LoRAConfig, adapt
-from model import IGNORE, Llama, ModelConfig
+from model import IGNORE, Llama, ModelConfig, widen
 from sample import readable
-from settings import POSITION, TrainConfig, check_sizes, settle, training_data
+from settings import POSITION, TrainConfig, check_sizes, open_teacher, settle, training_data
 from tokenizer import Tokenizer
 
 # ---- one step ----
@@ -75,9 +77,21 @@ def tokens_read(batches: list[Batch]) -> int:
     return sum(((y != IGNORE).flip(1).cumsum(1) > 0).sum().item() for _, y in batches)
 
 
+def distilled(model: Llama, teacher: Llama, x: torch.Tensor, y: torch.Tensor, weight: float) -> torch.Tensor:
+    """(1 - weight) * cross-entropy + weight * KL(teacher || model), nats, both summed over the targets that are not
+    IGNORE: knowledge distillation (arXiv 1503.02531) at temperature 1."""
+    counts = (y != IGNORE).flatten()
+    ours = widen(model(x)).flatten(0, 1)[counts].log_softmax(-1)
+    with torch.no_grad():
+        theirs = widen(teacher(x)).flatten(0, 1)[counts].log_softmax(-1)
+    kl = F.kl_div(ours, theirs, log_target=True, reduction="sum")
+    return (1 - weight) * F.nll_loss(ours, y.flatten()[counts], reduction="sum") + weight * kl
+
+
 def forward_backward(
-    model: Llama, batches: list[Batch], dtype: torch.dtype, scaler: torch.amp.GradScaler
-) -> torch.Tensor:
+    model: Llama, batches: list[Batch], dtype: torch.dtype, scaler: torch.amp.GradScaler,
+    teacher: Llama | None = None, distil_weight: float = 0.0,
+) -> torch.Tensor:  # fmt: skip
     """Add the gradients of the mean loss over all target tokens of all micro-batches; return that mean, nats a token.
 
     Each micro-batch's summed loss is divided by the token count of the whole step: dividing by its own count would
@@ -88,7 +102,8 @@ def forward_backward(
     total = torch.zeros((), device=device)
     for x, y in batches:
         with autocast(device, dtype):
-            loss = model(x.to(device), y.to(device)) / count
+            x, y = x.to(device), y.to(device)
+            loss = (distilled(model, teacher, x, y, distil_weight) if teacher else model(x, y)) / count
         scaler.scale(loss).backward()
         total = total + loss.detach()
     return total
@@ -206,6 +221,8 @@ def describe(model: Llama, config: TrainConfig, lora: LoRAConfig, data: Text | E
         total = f"{steps} = {batch['epochs']} epochs of {config.dataset}'s {len(data.spans):,}, loss on answers alone"
         print(f"note: {data.note}") if data.note else None
     print(f"batch: {arithmetic} a step; {total}")
+    if config.teacher:
+        print(f"loss: {config.distil_weight:g} x KL divergence from {config.teacher}, the rest cross-entropy")
     if config.warmup_steps >= config.max_steps:
         print(f"note: warm-up takes {config.warmup_steps} steps: the learning rate will not reach {config.lr}")
     settings = {"model": asdict(c), "lora": asdict(lora), "train": asdict(config)}
@@ -278,6 +295,7 @@ def main() -> None:
 
     torch.manual_seed(config.seed)
     model = starting_model(c, lora, checkpoint, device)
+    teacher = open_teacher(config, c, tokenizer, device)
     model.checkpoint_activations = config.checkpoint_activations
     if config.compile:
         for layer in model.layers:
@@ -324,7 +342,7 @@ def main() -> None:
             torch.manual_seed(config.seed + 1_000_003 * (step + 1))  # dropout, too, is a function of (seed, step)
             batches = data.step_batches(config.batch_size, config.grad_accum, config.seed, step)
             lr, count = learning_rate(config, step), tokens_read(batches)
-            loss = forward_backward(model, batches, dtype, scaler).item()
+            loss = forward_backward(model, batches, dtype, scaler, teacher, config.distil_weight).item()
             norm = update(model, optimizers, scaler, config, lr)
             known = None if scaler.is_enabled() else norm  # to the scaler, infinity only means: a smaller scale next
             check_health(loss, known, model, f"in step {step + 1}", f"{path} keeps step {kept}")

@@ -1,0 +1,99 @@
+"""Refit the attention of a model whose heads were merged to the original's, layer by layer, without labels.
+
+`convert` in gqa.py is the best that can be done with weights alone, head by head. Two things are left to gain.
+`refit_output`: the errors of the heads add up, and those of the layers below arrive as other inputs, so wo is solved
+for what comes closest to the residual stream that the original had there. `refit_attention`: a merged key stands for
+each RoPE pair by itself, while what counts is the sum over pairs, behind a softmax, so wq and wk move until the queries
+look where they looked.
+
+Layers are refitted from the bottom up, each on what the refitted ones below it put out.
+"""
+
+import torch
+import torch.nn as nn
+from tqdm import tqdm
+
+from model import Attention, Llama, rotate
+
+SLICE = 8  # rows of text computed at a time
+STEPS = 10  # of L-BFGS
+MATRICES = ("wq", "wk", "wv", "wo")
+
+
+@torch.no_grad()
+def refit(
+    model: Llama, original: Llama, tokens: torch.Tensor, rope, attention: bool = True, quiet: bool = True
+) -> None:
+    """Give a merged model new wo, and new wq and wk if `attention` says so, over tokens (N, T). A layer that does what
+    the original's does stays as it is, bit for bit."""
+    x = y = original.tok_embeddings(tokens)  # the residual streams of the original and of the model
+    pairs = list(zip(original.layers, model.layers))
+    for theirs, ours in tqdm(pairs, desc="refitting", disable=quiet or None, leave=False):
+        a, b = theirs.attention_norm(x), ours.attention_norm(y)
+        same = {name: equal(theirs.attention, ours.attention, name) for name in MATRICES}
+        if attention and not same["wk"]:
+            refit_attention(theirs.attention, ours.attention, a, b, rope)
+        if not all(same.values()) or not torch.equal(x, y):
+            refit_output(theirs.attention, ours.attention, a, b, x - y, rope)
+        x, y = (torch.cat([layer(part, *rope) for part in z.split(SLICE)]) for layer, z in ((theirs, x), (ours, y)))
+
+
+def equal(theirs: Attention, ours: Attention, name: str) -> bool:
+    return torch.equal(getattr(theirs, name).weight, getattr(ours, name).weight)
+
+
+def refit_output(theirs: Attention, ours: Attention, a, b, drift, rope, ridge: float = 1e-3) -> None:
+    """The wo that minimises E|wo z - target|^2 + ridge E|z|^2 / n |wo - wo_before|^2, z (n,) the outputs of our heads
+    on inputs b, and the target the original's attention on its inputs a, plus `drift`, by how much the streams differ:
+    all (N, T, C). Solved in float64."""
+    before, squares, products, tokens = ours.wo.weight.double(), 0, 0, b.shape[0] * b.shape[1]
+    for part_a, part_b, part in zip(a.split(SLICE), b.split(SLICE), drift.split(SLICE)):
+        z = ours.heads(part_b, *rope).flatten(0, 1).double()
+        target = (theirs(part_a, *rope) + part).flatten(0, 1).double()
+        squares = squares + z.T @ z / tokens
+        products = products + z.T @ (target - z @ before.T) / tokens
+    damping = ridge * squares.diagonal().mean() * torch.eye(len(squares), dtype=squares.dtype, device=squares.device)
+    change = torch.linalg.solve(squares + damping, products)
+    ours.wo.weight = nn.Parameter((before + change.T).type_as(ours.wo.weight))
+
+
+def refit_attention(theirs: Attention, ours: Attention, a, b, rope) -> None:
+    """wq and wk that lessen the mean KL divergence of our attention weights, on inputs b, from the original's on its
+    inputs a; some steps of L-BFGS, which ends long before 8,192 tokens are learned by heart.
+
+    It works on wq C^(1/2) and wk C^(1/2), C = E[b b^T], scaled to the same size: seen so, no direction of the inputs
+    is much stronger than another, and a second-order method with a short memory gets far in few steps.
+    """
+    rows = b.flatten(0, 1).double()
+    C = rows.T @ rows / len(rows)
+    strength, U = torch.linalg.eigh(C + 1e-5 * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype, device=C.device))
+    root, inverse = ((U * strength**power @ U.T).type_as(b) for power in (0.5, -0.5))
+    seen = torch.ones(b.shape[1], b.shape[1], dtype=torch.bool, device=b.device).tril()
+    targets = []
+    for part in a.split(SLICE):
+        q, k, _ = theirs.project(part, *rope)
+        targets.append(theirs.scores(q, k, seen).softmax(-1))
+    whitened = [w.weight @ root for w in (ours.wq, ours.wk)]
+    sizes = [w.square().mean().sqrt() for w in whitened]
+    parameters = [nn.Parameter(w / size) for w, size in zip(whitened, sizes)]
+    optimizer = torch.optim.LBFGS(parameters, max_iter=STEPS, line_search_fn="strong_wolfe")
+
+    @torch.enable_grad()
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        total = torch.zeros((), device=b.device)
+        for part, target in zip(b.split(SLICE), targets):
+            q, k = (
+                rotate((part @ (p * size @ inverse).T).unflatten(-1, (-1, ours.head_dim)).transpose(1, 2), *rope)
+                for p, size in zip(parameters, sizes)
+            )
+            # cross-entropy, KL but for a constant: log sum exp(scores) - sum target * scores
+            where = (q * (target @ ours.k_groups.expand(k))).sum() * ours.head_dim**-0.5
+            loss = (ours.scores(q, k, seen).logsumexp(-1).sum() - where) / (len(rows) * target.shape[1])
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    optimizer.step(closure)
+    for w, p, size in zip((ours.wq, ours.wk), parameters, sizes):
+        w.weight = nn.Parameter((p.detach() * size) @ inverse)
