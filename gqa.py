@@ -145,7 +145,7 @@ class GroupConfig:
     joint: bool = False  # one map for keys and values, as everywhere else
     merge: Literal["closed", "mean"] = "closed"  # how: the best shared head, or the mean of GQA's paper
     refit: Literal["none", "output", "all"] = "all"  # then fit wo, or wo, wq and wk, to what the layer did before
-    calibration_tokens: int = 32768  # of the train split, for the statistics; refitting uses the first quarter of them
+    calibration_tokens: int = 32768  # of the train split, for the statistics and for refitting
     eval_tokens: int = 65536  # of the val split, for the perplexities before and after
     dataset: str | None = None  # prepared data of the same tokenizer (default: the checkpoint's own)
     seed: int = 0  # of the calibration text, and of random groups
@@ -242,8 +242,7 @@ def main() -> None:
     maps = chosen_maps(config, model, found)
     result = convert(model, *maps, found, config.merge)
     if config.refit != "none":
-        few = blocks[: max(1, len(blocks) // 4)]
-        refit(result, model, few, rope_of(model, few), config.refit == "all", quiet=False)
+        refit(result, model, blocks, rope_of(model, blocks), config.refit == "all", quiet=False)
     before, after = val_perplexity(model, val), val_perplexity(result, val)
     dtype = checkpoint["model"]["tok_embeddings.weight"].dtype
     kept = {key: x for key, x in checkpoint.items() if key not in ("lora", "optimizers", "scaler")}

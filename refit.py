@@ -42,6 +42,7 @@ def equal(theirs: Attention, ours: Attention, name: str) -> bool:
     return torch.equal(getattr(theirs, name).weight, getattr(ours, name).weight)
 
 
+@torch.no_grad()
 def refit_output(theirs: Attention, ours: Attention, a, b, drift, rope, ridge: float = 1e-3) -> None:
     """The wo that minimises E|wo z - target|^2 + ridge E|z|^2 / n |wo - wo_before|^2, z (n,) the outputs of our heads
     on inputs b, and the target the original's attention on its inputs a, plus `drift`, by how much the streams differ:
@@ -57,6 +58,7 @@ def refit_output(theirs: Attention, ours: Attention, a, b, drift, rope, ridge: f
     ours.wo.weight = nn.Parameter((before + change.T).type_as(ours.wo.weight))
 
 
+@torch.no_grad()
 def refit_attention(theirs: Attention, ours: Attention, a, b, rope) -> None:
     """wq and wk that lessen the mean KL divergence of our attention weights, on inputs b, from the original's on its
     inputs a; some steps of L-BFGS, which ends long before 8,192 tokens are learned by heart.
