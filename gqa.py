@@ -109,11 +109,10 @@ class Partitioner:
         """Groups, over all slots, that a share of the source's cache allows. Raises UserError below one a slot."""
         slots = self.slots()
         sizes = sum(self.heads(*slot) for slot in slots)
-        total = round(kv_budget * sizes)
-        if not 0 < kv_budget <= 1 or total < len(slots):
+        if not 0 < kv_budget <= 1 or round(kv_budget * sizes) < len(slots):  # nan, too
             least = math.ceil(1000 * len(slots) / sizes) / 1000
             raise UserError(f"kv_budget is {kv_budget}: one head a layer needs {least}; give --kv_budget {least} to 1")
-        return total
+        return round(kv_budget * sizes)
 
     def even(self, total: int) -> dict[tuple[int, str], int]:
         """`total` groups, spread as evenly over the slots as can be."""

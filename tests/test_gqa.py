@@ -306,7 +306,7 @@ def test_refitted_output_is_the_ridge_regression():
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(*tokens.shape, 32, generator=generator, dtype=torch.float64)
     b, drift = a + 0.1 * a.flip(0), 0.2 * a.flip(1)
-    z, before = ours.heads(b, *rope).flatten(0, 1), ours.wo.weight.clone()
+    z, before = ours.heads(b, *rope).flatten(0, 1).detach(), ours.wo.weight.clone().detach()
     target = (theirs(a, *rope) + drift).flatten(0, 1)
     refit_output(theirs, ours, a, b, drift, rope, ridge=0.01)
     damping = math.sqrt(0.01 * z.square().mean() * len(z)) * torch.eye(z.shape[1], dtype=z.dtype)
