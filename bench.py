@@ -2,6 +2,7 @@
 
     python bench.py memory                                         # what each memory saver saves, and what it costs
     python bench.py memory --n_layer 12 --dim 768 --batch_size 4   # of a larger model
+    python bench.py decode --block_size 1024                       # what fewer K/V heads buy in generation
 
 `memory` trains a model of random weights for some steps, with the same number of tokens a step in every row:
 everything in float32; an adapter alone; the adapter with one saver more at a time; the base in 4 bits; all together.
@@ -11,6 +12,9 @@ Of a tiny model, or in a step or two, it measures overheads.
     optimizer  bytes of AdamW's two moments
     peak       the most memory that a step takes, weights included, beyond that of a process that has warmed torch up;
                on a Mac, which does not reset it, the most since the process began
+
+`decode` fills the caches of models of random weights, with all K/V heads and with a half, a quarter and an eighth of
+them, up to `steps` tokens before block_size, and then adds a token at a time to each in turn.
 """
 
 import json
@@ -31,7 +35,7 @@ from checkpoint import load, save
 from config import UserError, exit_cleanly, parse, pick
 from device import autocast, memory_bytes, peak_memory_bytes, pick_device, pick_dtype, reset_peak_memory
 from lora import LoRAConfig
-from model import Llama, ModelConfig
+from model import KVCache, Llama, ModelConfig
 from settings import TrainConfig
 from train import forward_backward, make_optimizers, starting_model, update
 
@@ -51,10 +55,10 @@ ROWS = {  # what is measured, and the savers that it has
 class BenchConfig:
     """benchmark"""
 
-    action: Literal["memory"]  # the table to print
+    action: Literal["memory", "decode"]  # the table to print
     batch_size: int = 16  # sequences of a step, of block_size tokens each
-    grad_accum: int = 4  # micro-batches of a step, where a row accumulates
-    steps: int = 5  # steps that are timed; one more comes before them
+    grad_accum: int = 4  # memory: micro-batches of a step, where a row accumulates
+    steps: int = 5  # steps, or decoded tokens, that are timed; one more comes before them
     device: str = "auto"  # cuda, mps, cpu or auto
     json: bool = False  # print one JSON object and nothing else
 
@@ -111,6 +115,45 @@ def memory(c: ModelConfig, lora: LoRAConfig, config: BenchConfig) -> dict:
     return found
 
 
+@torch.no_grad()
+def decode(c: ModelConfig, config: BenchConfig) -> list[dict]:
+    """{heads, cache_bytes, ms, ratio} of each number of K/V heads; ms is the median time of a token of all rows, ratio
+    the median, over tokens, of the first model's time by this one's."""
+    device, rows = pick_device(config.device), []
+    heads = [n for n in (c.n_head, c.n_head // 2, c.n_head // 4, c.n_head // 8) if n and c.n_head % n == 0]
+    models = [Llama(replace(c, n_kv_head=n, k_groups=None, v_groups=None)).to(device).eval() for n in heads]
+    caches = [KVCache(model.config, c.block_size) for model in models]
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(c.vocab_size, (config.batch_size, c.block_size - config.steps - 1), generator=generator)
+    for model, cache in zip(models, caches):
+        for part in prompt.to(device).split(128, dim=1):  # the scores of a whole prompt would need much memory
+            model(part, cache=cache)
+    ms = [[] for _ in models]
+    for _ in range(config.steps + 1):
+        token = torch.randint(c.vocab_size, (config.batch_size, 1), generator=generator).to(device)
+        for times, model, cache in zip(ms, models, caches):
+            began = time.perf_counter()
+            model(token, cache=cache).sum().item()
+            times.append(1000 * (time.perf_counter() - began))
+    for n, times, cache in zip(heads, ms, caches):
+        ratios = [first / own for first, own in zip(ms[0][1:], times[1:])]
+        row = {"heads": n, "cache_bytes": cache.nbytes, "ms": statistics.median(times[1:])}
+        rows.append({**row, "ratio": statistics.median(ratios)})
+    return rows
+
+
+def print_decode(c: ModelConfig, config: BenchConfig) -> None:
+    rows = decode(c, config)
+    if config.json:
+        print(json.dumps({"model": asdict(c), "bench": asdict(config), "rows": rows}))
+        return
+    print(f"{config.batch_size} sequences, {config.steps} tokens after {c.block_size - config.steps:,}")
+    print(f"{'K/V heads':>12}{'KV cache':>14}{'a token':>12}{'speed':>10}")
+    for row in rows:
+        size, ms, ratio = row["cache_bytes"] / 2**20, row["ms"], row["ratio"]
+        print(f"{row['heads']:>5} of {c.n_head:<4}{size:>10.1f} MiB{ms:>9.1f} ms{ratio:>8.2f} x")
+
+
 def main() -> None:
     flags = parse(__doc__, BenchConfig, ModelConfig, LoRAConfig)
     config, c = BenchConfig(**pick(BenchConfig, flags)), ModelConfig(**pick(ModelConfig, flags))
@@ -118,6 +161,13 @@ def main() -> None:
     if config.grad_accum < 1 or config.batch_size < 1 or config.batch_size % config.grad_accum or config.steps < 1:
         values = f"batch_size {config.batch_size}, grad_accum {config.grad_accum}, steps {config.steps}"
         raise UserError(f"{values}: give each 1 or more, --grad_accum a divisor of --batch_size")
+    if config.action == "decode":
+        if config.steps + 2 > c.block_size:
+            raise UserError(
+                f"steps is {config.steps}, block_size {c.block_size}: give --steps {c.block_size - 2} at most"
+            )
+        print_decode(c, config)
+        return
     if lora.quantize != "none" or lora.lora_r < 1:
         raise UserError("bench.py measures with and without NF4: give --lora_r 1 or more, and drop --quantize")
     found = memory(c, lora, config)

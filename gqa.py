@@ -14,6 +14,7 @@ refitted to what it did before (refit.py). What is lost after that, training get
 
 import json
 import math
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -23,7 +24,7 @@ import torch
 
 from checkpoint import build_model, load, picture, save, writable
 from config import UserError, exit_cleanly, parse
-from device import pick_device
+from device import peak_memory_bytes, pick_device
 from eval_ppl import mean_nll, perplexity, split_tokens, window_nll
 from lora import plain
 from merging import Costs, Maps, Statistics, convert, rope_of, statistics
@@ -221,14 +222,46 @@ def val_perplexity(model: Llama, tokens: np.ndarray) -> float:
     return perplexity(mean_nll(window_nll(model, tokens, context, context, torch.float32, quiet=False)))
 
 
-def main() -> None:
-    config = GroupConfig(**parse(__doc__, GroupConfig))
+def group(config: GroupConfig, model: Llama, blocks: torch.Tensor) -> tuple[Llama, dict[str, float]]:
+    """The model that the flags ask for, calibrated on tokens (N, T), and the seconds that each step took."""
+    seconds, began = {}, time.perf_counter()
+
+    def done(step: str) -> None:
+        nonlocal began
+        seconds[step], began = time.perf_counter() - began, time.perf_counter()
+
+    found = statistics(model, blocks)
+    done("statistics")
+    maps = chosen_maps(config, model, found)
+    done("partition")
+    result = convert(model, *maps, found, config.merge)
+    done("merge")
+    if config.refit != "none":
+        refit(result, model, blocks, rope_of(model, blocks), config.refit == "all", quiet=False)
+    done("refit")
+    return result, seconds
+
+
+def save_grouped(config: GroupConfig, checkpoint: dict, result: Llama) -> None:
+    """The checkpoint with the model in its place, in the number format that it had."""
+    kept = {key: x for key, x in checkpoint.items() if key not in ("lora", "optimizers", "scaler")}
+    weights = result.to("cpu", checkpoint["model"]["tok_embeddings.weight"].dtype).state_dict()
+    save(Path(config.out), {**kept, "model": weights, "config": asdict(result.config), "grouped": asdict(config)})
+
+
+def check(config: GroupConfig) -> None:
+    """Raise UserError unless the flags say what to make, and where."""
     ways = {name: getattr(config, name) for name in ("groups", "kv_budget", "n_kv_head")}
     if sum(value is not None for value in ways.values()) != 1:
         raise UserError("which groups? give one of --kv_budget 0.5, --n_kv_head N and --groups FILE.json")
     if not config.out:
         raise UserError("one name is missing: --out OUT.pt, the checkpoint to write")
     writable(Path(config.out), config.overwrite)
+
+
+def main() -> None:
+    config = GroupConfig(**parse(__doc__, GroupConfig))
+    check(config)
     device = pick_device(config.device)
     checkpoint, model = open_model(config.ckpt, device)
     tokenizer = read_tokenizer(checkpoint["tokenizer"])
@@ -237,23 +270,22 @@ def main() -> None:
     blocks, val = calibration_blocks(text, model, config.calibration_tokens, config.seed), val[: config.eval_tokens + 1]
     if config.groups:
         read_groups(Path(config.groups), model.config)  # before the statistics, which take a while
-    found = statistics(model, blocks)
-    maps = chosen_maps(config, model, found)
-    result = convert(model, *maps, found, config.merge)
-    if config.refit != "none":
-        refit(result, model, blocks, rope_of(model, blocks), config.refit == "all", quiet=False)
+    result, seconds = group(config, model, blocks)
+    peak = peak_memory_bytes(device)
     before, after = val_perplexity(model, val), val_perplexity(result, val)
-    dtype = checkpoint["model"]["tok_embeddings.weight"].dtype
-    kept = {key: x for key, x in checkpoint.items() if key not in ("lora", "optimizers", "scaler")}
-    weights = {name: x.to("cpu", dtype) for name, x in result.state_dict().items()}
-    save(Path(config.out), {**kept, "model": weights, "config": asdict(result.config), "grouped": asdict(config)})
+    save_grouped(config, checkpoint, result)
     print("head groups\n" + "\n".join(picture(result.config)))
-    sizes = [m.config.kv_numbers_per_token * dtype.itemsize for m in (model, result)]
+    itemsize = checkpoint["model"]["tok_embeddings.weight"].itemsize
+    sizes = [m.config.kv_numbers_per_token * itemsize for m in (model, result)]
     print(f"KV cache: {sizes[0]:,} -> {sizes[1]:,} bytes a token ({100 * sizes[1] / sizes[0]:.1f}%)")
-    how = f"seed {config.seed}; merge {config.merge}, refit {config.refit}"
-    print(f"calibrated on {blocks.numel():,} tokens of {source}, {how}")
+    print(
+        f"calibrated on {blocks.numel():,} tokens of {source}, seed {config.seed}: {config.merge}, refit {config.refit}"
+    )
+    print(" | ".join(f"{step} {s:.1f} s" for step, s in seconds.items()) + f" | peak memory {peak / 2**30:.2f} GiB")
     print(f"perplexity {before:.4f} -> {after:.4f}, x {after / before:.4f} | {len(val) - 1:,} tokens of {val_source}")
-    print(f"--- next:\npython train.py --init_from {config.out} --teacher {config.ckpt}")
+    print(
+        f"--- next:\npython train.py --init_from {config.out} --teacher {config.ckpt} --max_steps 40 --warmup_steps 5"
+    )
     print(f"python eval_ppl.py {config.out} --split test")
 
 

@@ -50,3 +50,14 @@ def test_mistakes_about_benchmarks_get_one_line():
     refused(quick("bench.py", "speed"), "speed", "memory")
     refused(quick("bench.py", "memory", "--batch_size", 6), "batch_size 6", "divisor")
     refused(quick("bench.py", "memory", "--quantize", "nf4"), "--quantize")
+
+
+def test_decode_halves_the_cache_with_the_heads():
+    shape = ["--n_layer", 1, "--n_head", 4, "--dim", 32, "--vocab_size", 64, "--block_size", 40]
+    done = quick("bench.py", "decode", "--json", *shape, "--batch_size", 4, "--steps", 3)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert [row["heads"] for row in rows] == [4, 2, 1]
+    assert [row["cache_bytes"] for row in rows] == [4 * 40 * 2 * heads * 8 * 4 for heads in (4, 2, 1)]
+    assert rows[0]["ratio"] == 1
+    refused(quick("bench.py", "decode", *shape, "--steps", 39), "steps is 39", "38")
