@@ -1,11 +1,12 @@
-"""Timing and memory tables, each row measured in a process of its own.
+"""Timing and memory tables.
 
     python bench.py memory                                         # what each memory saver saves, and what it costs
     python bench.py memory --n_layer 12 --dim 768 --batch_size 4   # of a larger model
     python bench.py decode --block_size 1024                       # what fewer K/V heads buy in generation
 
-`memory` trains a model of random weights for some steps, with the same number of tokens a step in every row:
-everything in float32; an adapter alone; the adapter with one saver more at a time; the base in 4 bits; all together.
+`memory` trains a model of random weights for some steps, each row in a process of its own and with the same number of
+tokens a step: everything in float32; an adapter alone; the adapter with one saver more at a time; the base in 4 bits;
+all together.
 Of a tiny model, or in a step or two, it measures overheads.
 
     weights    bytes of the model's tensors, adapter included
@@ -158,16 +159,17 @@ def main() -> None:
     flags = parse(__doc__, BenchConfig, ModelConfig, LoRAConfig)
     config, c = BenchConfig(**pick(BenchConfig, flags)), ModelConfig(**pick(ModelConfig, flags))
     lora = LoRAConfig(**{"lora_r": 8, **pick(LoRAConfig, flags)})
+    if config.action == "decode":
+        if surplus := sorted(set(flags) & {*pick(LoRAConfig, flags), "grad_accum", "n_kv_head"}):
+            raise UserError(f"decode does not use --{surplus[0]}: leave it out")
+        if config.batch_size < 1 or not 1 <= config.steps <= c.block_size - 2:
+            values = f"batch_size {config.batch_size}, steps {config.steps}"
+            raise UserError(f"{values}: give --batch_size 1 or more, --steps 1 to {c.block_size - 2}")
+        print_decode(c, config)
+        return
     if config.grad_accum < 1 or config.batch_size < 1 or config.batch_size % config.grad_accum or config.steps < 1:
         values = f"batch_size {config.batch_size}, grad_accum {config.grad_accum}, steps {config.steps}"
         raise UserError(f"{values}: give each 1 or more, --grad_accum a divisor of --batch_size")
-    if config.action == "decode":
-        if config.steps + 2 > c.block_size:
-            raise UserError(
-                f"steps is {config.steps}, block_size {c.block_size}: give --steps {c.block_size - 2} at most"
-            )
-        print_decode(c, config)
-        return
     if lora.quantize != "none" or lora.lora_r < 1:
         raise UserError("bench.py measures with and without NF4: give --lora_r 1 or more, and drop --quantize")
     found = memory(c, lora, config)

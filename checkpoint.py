@@ -38,6 +38,7 @@ from tokenizer import Tokenizer, read_tokenizer
 #     lora        the fields of LoRAConfig, if there is an adapter. Then `model` has, where layers.0.attention.wq.weight
 #                 was, ...wq.lora_A, ...wq.lora_B and ...wq.linear.weight, or ...wq.linear.codes and so on in NF4
 #     tokenizer   the bytes of a SentencePiece model, or as `tokenizer.py` says; None if there is no tokenizer
+#     grouped     the fields of GroupConfig, if gqa.py merged heads
 #     source      what it was imported from; else, from train.py:
 #     data        the record of the training data: meta.json, with its checksums
 #     train       the fields of TrainConfig
@@ -299,6 +300,8 @@ def show(path: str) -> None:
     for part, size in sizes_by_part(model).items():
         print(f"  {part:20} {size:>14,}  {100 * size / model.num_params():5.1f}%")
     print("head groups\n" + "\n".join(picture(c)))
+    if isinstance(how := checkpoint.get("grouped"), dict):
+        print(f"  of {how.get('ckpt')}, merged: {how.get('merge')}, refitted: {how.get('refit')}")
     itemsize = weights["tok_embeddings.weight"].itemsize
     cache, whole = c.kv_numbers_per_token * itemsize, 2 * c.n_layer * c.n_head * c.head_dim * itemsize
     full = f"{cache * c.block_size:,} for a context of {c.block_size:,}"

@@ -9,7 +9,6 @@ the train split, judged on the test split; no training. A cell is the mean over 
 those of the random groups, too.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +17,14 @@ import numpy as np
 from tqdm import tqdm
 
 from config import UserError, exit_cleanly, parse
-from device import pick_device
 from eval_ppl import split_tokens
-from gqa import Partitioner, calibration_blocks, open_model, val_perplexity
+from evaluations import read_log
+from gqa import Partitioner, calibration_blocks, open_model, perplexity_on, predictions
 from merging import convert, rope_of, statistics
 from model import Llama
-from partition import interpolated, knapsack
+from partition import knapsack
 from refit import refit
+from search_groups import fingerprint
 from tokenizer import read_tokenizer
 
 
@@ -52,22 +52,16 @@ def spent(log: Path, partition: Partitioner, total: int) -> dict:
     """The number of groups of each slot where a knapsack over what a search's log measured of them spends `total`."""
     known: dict[tuple, dict[int, float]] = {slot: {} for slot in partition.slots()}
     whole = {slot: partition.heads(*slot) for slot in known}
-    try:
-        records = [json.loads(line) for line in log.read_text().splitlines()[1:]]
-    except (OSError, ValueError):
-        raise UserError(
-            f"{log} is no log of a search: python search_groups.py CKPT --kv_budget 0.5 --out g.json"
-        ) from None
+    header, records = read_log(log)
+    if header["model"] != fingerprint(partition.model):
+        raise UserError(f"{log} is of another model: python search_groups.py CKPT --kv_budget 0.5 --out groups.json")
     for record in records:
         maps = {"k": record["k_groups"], "v": record["v_groups"]}
         counts = {(layer, kind): max(maps[kind][layer]) + 1 for layer, kind in whole}
         changed = [slot for slot in whole if counts[slot] != whole[slot]]
-        if len(changed) == 1:
+        if len(changed) == 1 and record["note"].endswith(f"alone: {counts[changed[0]]}"):
             known[changed[0]][counts[changed[0]]] = record["kl"]
-    if not all(known.values()):
-        raise UserError(f"{log} has not measured every layer alone: search with --max_evals {4 * len(whole)} or more")
-    costs = {slot: [partition(*slot, g)[0] for g in range(1, n + 1)] for slot, n in whole.items()}
-    return dict(zip(whole, knapsack([interpolated(known[slot], costs[slot]) for slot in whole])[1][total]))
+    return dict(zip(whole, knapsack(list(predictions(partition, known).values()))[1][total]))
 
 
 def rows(model: Llama, blocks, seed: int, log: Path | None) -> dict[str, Callable[[float], Llama]]:
@@ -108,19 +102,21 @@ def rows(model: Llama, blocks, seed: int, log: Path | None) -> dict[str, Callabl
 
 def measured(config: CompareConfig) -> Iterator[tuple[str, float, int, float]]:
     """Row, share, seed, ratio of perplexities."""
-    checkpoint, model = open_model(config.ckpt, pick_device(config.device))
+    checkpoint, model = open_model(config.ckpt, config.device)
     tokenizer = read_tokenizer(checkpoint["tokenizer"])
     text, _ = split_tokens(checkpoint, tokenizer, config.dataset, "train")
     test, source = split_tokens(checkpoint, tokenizer, config.dataset, "test")
     test = test[: config.eval_tokens + 1]
-    base = val_perplexity(model, test)
+    for share in config.shares:
+        Partitioner(model, []).total(share)  # one that is too small is told at once
+    base = perplexity_on(test, model)
     print(f"perplexity {base:.4f} | {len(test) - 1:,} tokens of {source}", flush=True)
     log = Path(config.log) if config.log else None
     for seed in range(config.seeds):
         blocks = calibration_blocks(text, model, config.calibration_tokens, seed)
         for name, make in rows(model, blocks, seed, log).items():
             for share in config.shares:
-                yield name, share, seed, val_perplexity(make(share), test) / base
+                yield name, share, seed, perplexity_on(test, make(share)) / base
 
 
 def main() -> None:

@@ -15,12 +15,14 @@ from merging import Maps, Statistics, convert, merged_config, rope_of
 from model import Llama, widen
 from refit import refit
 
+MOST_CONTEXT = 1024  # tokens; predictions far into longer contexts would need much memory, and change few choices
+
 
 class Judge:
     """Measures models on some text: mean loss, and mean KL divergence from the original's predictions, nats a token."""
 
     def __init__(self, original: Llama, tokens: np.ndarray):
-        T, V = original.config.block_size, original.config.vocab_size
+        T, V = min(original.config.block_size, MOST_CONTEXT), original.config.vocab_size
         rows = (len(tokens) - 1) // T
         blocks = np.stack([tokens[i * T : (i + 1) * T + 1] for i in range(rows)]).astype(np.int64)
         device = original.tok_embeddings.weight.device
@@ -47,30 +49,45 @@ class Judge:
         return loss / self.count, max(0.0, divergence / self.count)
 
 
+def read_log(path: Path) -> tuple[dict, list[dict]]:
+    """What a search's JSONL says of its model and settings, and its evaluations. Raises UserError for other files."""
+    try:
+        lines = path.read_text().splitlines()
+        if not lines[-1].endswith("}"):  # of an interrupted search it may be half written
+            lines.pop()
+        header, *records = map(json.loads, lines)
+        assert "model" in header and all({"k_groups", "v_groups", "loss", "kl"} <= set(r) for r in records)
+    except (OSError, ValueError, IndexError, TypeError, AssertionError):
+        raise UserError(f"{path} is no log of search_groups.py: give another --log, or delete it") from None
+    return header, records
+
+
 class Evaluations:
     """Groupings and what they measured, each computed once and kept in a JSONL file."""
 
     def __init__(
-        self, path: Path, identity: dict, original: Llama, found: list[Statistics], blocks, judge: Judge, how: str
-    ):
-        self.original, self.found, self.blocks, self.judge, self.how = original, found, blocks, judge, how
-        self.records: dict[str, dict] = {}
-        lines = []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:  # the last line of an interrupted search may be half written
-                continue
-        if lines and lines[0] != identity:
-            raise UserError(f"{path} is of another model or other settings: give another --log, or delete it")
-        self.records = {self.key(r["k_groups"], r["v_groups"]): r for r in lines[1:]}
+        self, path: Path, identity: dict, original: Llama, found: list[Statistics], blocks: torch.Tensor, judge: Judge,
+        how: str, itemsize: int,
+    ):  # fmt: skip
+        self.original, self.found, self.blocks, self.judge = original, found, blocks, judge
+        self.how, self.itemsize = how, itemsize  # of refitting; bytes of a number in the cache
+        header, records = read_log(path) if path.exists() and path.stat().st_size else (identity, [])
+        if header != identity:
+            raise UserError(f"{path} is of another model, text or settings: give another --log, or delete it")
+        self.records = {self.key(r["k_groups"], r["v_groups"]): r for r in records}
+        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, "w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines or [identity])
+            file.writelines(json.dumps(line) + "\n" for line in [identity, *records])
         self.file = open(path, "a")  # noqa: SIM115
 
     @staticmethod
     def key(k_groups: Maps, v_groups: Maps) -> str:
         return json.dumps([k_groups, v_groups])
+
+    def sizes(self, k_groups: Maps, v_groups: Maps) -> dict:
+        """groups: the number of K/V heads, that is half of all K and V groups; kv_bytes: of the cache of a token."""
+        c = merged_config(self.original.config, k_groups, v_groups)
+        return {"groups": c.kv_numbers_per_token / c.head_dim / 2, "kv_bytes": c.kv_numbers_per_token * self.itemsize}
 
     def __call__(self, k_groups: Maps, v_groups: Maps, note: str = "") -> dict:
         key = self.key(k_groups, v_groups)
@@ -78,7 +95,7 @@ class Evaluations:
             began = time.perf_counter()
             model = grouped(self.original, k_groups, v_groups, self.found, self.blocks, self.how)
             loss, divergence = self.judge(model)
-            record = {"note": note, "loss": loss, "kl": divergence, **sizes(self.original, k_groups, v_groups)}
+            record = {"note": note, "loss": loss, "kl": divergence, **self.sizes(k_groups, v_groups)}
             record |= {"seconds": time.perf_counter() - began, "k_groups": k_groups, "v_groups": v_groups}
             self.records[key] = record
             self.file.write(json.dumps(record) + "\n")
@@ -92,10 +109,3 @@ def grouped(original: Llama, k_groups: Maps, v_groups: Maps, found: list[Statist
     if how != "none":
         refit(model, original, blocks, rope_of(original, blocks), attention=how == "all")
     return model
-
-
-def sizes(original: Llama, k_groups: Maps, v_groups: Maps) -> dict:
-    """groups: the number of K/V heads, that is half of all K and V groups; kv_bytes: of the cache of a token."""
-    c = merged_config(original.config, k_groups, v_groups)
-    numbers = c.kv_numbers_per_token
-    return {"groups": numbers / c.head_dim / 2, "kv_bytes": numbers * original.tok_embeddings.weight.itemsize}

@@ -29,7 +29,7 @@ from eval_ppl import mean_nll, perplexity, split_tokens, window_nll
 from lora import plain
 from merging import Costs, Maps, Statistics, convert, rope_of, statistics
 from model import Llama, ModelConfig
-from partition import EXACT, Groups, best_partitions
+from partition import EXACT, Groups, best_partitions, interpolated
 from refit import refit
 from tokenizer import read_tokenizer
 
@@ -56,6 +56,13 @@ class Partitioner:
     ):
         self.model, self.found, self.grouping, self.joint, self.seed = model, found, grouping, joint, seed
         self.known: dict[tuple, tuple[float, Groups]] = {}
+        if joint and not self.can_be_joint():
+            raise UserError("this model's keys and values are grouped apart already: drop --joint")
+
+    def can_be_joint(self) -> bool:
+        """Whether a map can serve K and V: in every layer the same query heads share both."""
+        pairs = [(layer.attention.k_groups.of_head, layer.attention.v_groups.of_head) for layer in self.model.layers]
+        return all(torch.equal(k, v) for k, v in pairs)
 
     def heads(self, layer: int, kind: str) -> int:
         attention = self.model.layers[layer].attention
@@ -84,6 +91,14 @@ class Partitioner:
             self.known |= {(layer, kind, g): answer for g, answer in answers.items()}
         return self.known[layer, kind, g]
 
+    def all_costs(self, layer: int, kind: str) -> list[float]:
+        """Those of 1, 2, ... groups, as many as there are heads."""
+        n = self.heads(layer, kind)
+        if any((layer, kind, g) not in self.known for g in range(1, n + 1)):  # one computation answers for all
+            answers = best_partitions(n, self.costs(layer, kind))
+            self.known |= {(layer, kind, g): answer for g, answer in answers.items()}
+        return [self.known[layer, kind, g][0] for g in range(1, n + 1)]
+
     def maps(self, counts: dict[tuple[int, str], int]) -> tuple[Maps, Maps]:
         """k_groups and v_groups of the model with so many groups in each (layer, kind)."""
         labels = {}
@@ -110,10 +125,10 @@ class Partitioner:
         """Groups, over all slots, that a share of the source's cache allows. Raises UserError below one a slot."""
         slots = self.slots()
         sizes = sum(self.heads(*slot) for slot in slots)
-        if not 0 < kv_budget <= 1 or round(kv_budget * sizes) < len(slots):  # nan, too
+        if not 0 < kv_budget <= 1 or int(kv_budget * sizes + 1e-9) < len(slots):  # nan, too
             least = math.ceil(1000 * len(slots) / sizes) / 1000
             raise UserError(f"kv_budget is {kv_budget}: one head a layer needs {least}; give --kv_budget {least} to 1")
-        return round(kv_budget * sizes)
+        return int(kv_budget * sizes + 1e-9)
 
     def even(self, total: int) -> dict[tuple[int, str], int]:
         """`total` groups, spread as evenly over the slots as can be."""
@@ -121,6 +136,19 @@ class Partitioner:
         for _ in range(total - len(counts)):
             counts[min(counts, key=lambda slot: counts[slot] / self.heads(*slot))] += 1
         return counts
+
+
+def predictions(partition: Partitioner, known: dict[tuple[int, str], dict[int, float]]) -> dict[tuple, np.ndarray]:
+    """The KL divergence that 1, 2, ... groups in each slot alone cause, from what was measured: known[slot][g]. A slot
+    that was not measured has costs of its own, and the others' usual divergence for such a cost in their kind."""
+    costs, rates = {slot: partition.all_costs(*slot) for slot in known}, {}
+    for slot, measured in known.items():
+        rates.setdefault(slot[1], []).extend(kl / max(costs[slot][g - 1], 1e-300) for g, kl in measured.items())
+    rates = {kind: float(np.median(found)) if found else 1.0 for kind, found in rates.items()}
+    return {
+        slot: interpolated(measured, costs[slot]) if measured else rates[slot[1]] * np.array(costs[slot])
+        for slot, measured in known.items()
+    }
 
 
 def in_order(labels: list[int]) -> list[int]:
@@ -160,20 +188,27 @@ class GroupConfig:
             raise UserError(f"seed is {self.seed}: give --seed 0 to {2**32 - 1}")
 
 
-def open_model(path: str, device: torch.device) -> tuple[dict, Llama]:
-    """A checkpoint and its model, an ordinary one in float32 or wider, in eval mode."""
-    checkpoint = load(path)
+def open_model(path: str, device: str) -> tuple[dict, Llama]:
+    """A checkpoint and its model, an ordinary one in float32 or wider, in eval mode, on the device of that name; an
+    Apple GPU has no float64, so there it is the CPU."""
+    place, checkpoint = pick_device(device), load(path)
+    if place.type == "mps":
+        if device == "mps":
+            raise UserError("--device mps computes no float64, which merging needs: give --device cpu")
+        place = torch.device("cpu")
     if not checkpoint["tokenizer"]:
         raise UserError(f"{path} has no tokenizer, so no text says what its heads do: import it with --tokenizer")
     model = plain(build_model(checkpoint))
     wide = torch.promote_types(model.tok_embeddings.weight.dtype, torch.float32)
-    return checkpoint, model.to(device, wide).eval().requires_grad_(False)
+    return checkpoint, model.to(place, wide).eval().requires_grad_(False)
 
 
 def calibration_blocks(tokens: np.ndarray, model: Llama, count: int, seed: int) -> torch.Tensor:
     """(N, T) tokens from N places of the text, T the model's context up to 1,024. Raises UserError for too few."""
     T, least = min(model.config.block_size, 1024, len(tokens)), 4 * model.config.dim
     rows = count // T
+    if len(tokens) // T * T < least:
+        raise UserError(f"the train split has {len(tokens):,} tokens, and merging needs {least:,}: prepare more text")
     if rows * T < least:
         raise UserError(
             f"calibration_tokens is {count}, {rows} rows of {T}: give --calibration_tokens {max(T, least + T)}"
@@ -190,7 +225,7 @@ def read_groups(path: Path, c: ModelConfig) -> tuple[Maps, Maps]:
     try:
         found = json.loads(path.read_text())
         maps = found["k_groups"], found["v_groups"]
-        assert all(isinstance(g, int) for of_layer in maps for of_head in of_layer for g in of_head)
+        assert all(maps) and all(isinstance(g, int) for of_layer in maps for of_head in of_layer for g in of_head)
     except OSError:
         raise UserError(f"{path}: no such group file; make one with python search_groups.py") from None
     except (ValueError, KeyError, TypeError, AssertionError):
@@ -217,7 +252,7 @@ def chosen_maps(config: GroupConfig, model: Llama, found: list[Statistics]) -> t
     return partition.maps(dict.fromkeys(partition.slots(), config.n_kv_head))
 
 
-def val_perplexity(model: Llama, tokens: np.ndarray) -> float:
+def perplexity_on(tokens: np.ndarray, model: Llama) -> float:
     context = min(model.config.block_size, 2048)
     return perplexity(mean_nll(window_nll(model, tokens, context, context, torch.float32, quiet=False)))
 
@@ -254,6 +289,8 @@ def check(config: GroupConfig) -> None:
     ways = {name: getattr(config, name) for name in ("groups", "kv_budget", "n_kv_head")}
     if sum(value is not None for value in ways.values()) != 1:
         raise UserError("which groups? give one of --kv_budget 0.5, --n_kv_head N and --groups FILE.json")
+    if config.groups and (config.joint or config.grouping != "best"):
+        raise UserError(f"--groups {config.groups} says which heads share: drop --joint and --grouping")
     if not config.out:
         raise UserError("one name is missing: --out OUT.pt, the checkpoint to write")
     writable(Path(config.out), config.overwrite)
@@ -262,8 +299,7 @@ def check(config: GroupConfig) -> None:
 def main() -> None:
     config = GroupConfig(**parse(__doc__, GroupConfig))
     check(config)
-    device = pick_device(config.device)
-    checkpoint, model = open_model(config.ckpt, device)
+    checkpoint, model = open_model(config.ckpt, config.device)
     tokenizer = read_tokenizer(checkpoint["tokenizer"])
     text, source = split_tokens(checkpoint, tokenizer, config.dataset, "train")
     val, val_source = split_tokens(checkpoint, tokenizer, config.dataset, "val")
@@ -271,22 +307,22 @@ def main() -> None:
     if config.groups:
         read_groups(Path(config.groups), model.config)  # before the statistics, which take a while
     result, seconds = group(config, model, blocks)
-    peak = peak_memory_bytes(device)
-    before, after = val_perplexity(model, val), val_perplexity(result, val)
+    peak = peak_memory_bytes(blocks.device)
+    stored, wide = checkpoint["model"]["tok_embeddings.weight"].dtype, result.norm.weight.dtype
+    result = result.to(stored).to(wide)  # what is measured is what is saved
+    before, after = perplexity_on(val, model), perplexity_on(val, result)
     save_grouped(config, checkpoint, result)
     print("head groups\n" + "\n".join(picture(result.config)))
-    itemsize = checkpoint["model"]["tok_embeddings.weight"].itemsize
-    sizes = [m.config.kv_numbers_per_token * itemsize for m in (model, result)]
+    sizes = [m.config.kv_numbers_per_token * stored.itemsize for m in (model, result)]
     print(f"KV cache: {sizes[0]:,} -> {sizes[1]:,} bytes a token ({100 * sizes[1] / sizes[0]:.1f}%)")
     print(
         f"calibrated on {blocks.numel():,} tokens of {source}, seed {config.seed}: {config.merge}, refit {config.refit}"
     )
     print(" | ".join(f"{step} {s:.1f} s" for step, s in seconds.items()) + f" | peak memory {peak / 2**30:.2f} GiB")
     print(f"perplexity {before:.4f} -> {after:.4f}, x {after / before:.4f} | {len(val) - 1:,} tokens of {val_source}")
-    print(
-        f"--- next:\npython train.py --init_from {config.out} --teacher {config.ckpt} --max_steps 40 --warmup_steps 5"
-    )
-    print(f"python eval_ppl.py {config.out} --split test")
+    dataset = f" --dataset {config.dataset}" if config.dataset else ""
+    heal = f"--init_from {config.out} --teacher {config.ckpt} --max_steps 40 --warmup_steps 5"
+    print(f"--- next:\npython train.py {heal}{dataset}\npython eval_ppl.py {config.out} --split test{dataset}")
 
 
 if __name__ == "__main__":

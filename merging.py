@@ -18,6 +18,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from config import UserError
 from model import Attention, Llama, ModelConfig, rope_angles
@@ -25,7 +26,8 @@ from partition import Groups
 
 Rope = tuple[torch.Tensor, torch.Tensor]  # cos and sin, (T, D/2)
 Maps = list[list[int]]  # [layer][query head] -> group, as in ModelConfig
-SLICE = 8  # rows of calibration text whose attention weights are held at a time
+SLICE = 8  # rows of calibration text computed at a time
+TINY = 1e-300  # keeps weights that are zero from becoming nan
 
 # ---- statistics: one pass over some text ----
 
@@ -41,18 +43,20 @@ class Statistics:
 
 @torch.no_grad()
 def statistics(model: Llama, tokens: torch.Tensor) -> list[Statistics]:
-    """Those of every layer, over tokens (N, T)."""
+    """Those of every layer, over tokens (N, T). Raises UserError for a model that computes inf or nan."""
     rope, found, x = rope_of(model, tokens), [], model.tok_embeddings(tokens)
     for layer in model.layers:
         found.append(observe(layer.attention, layer.attention_norm(x), rope))
         x = torch.cat([layer(part, *rope) for part in x.split(SLICE)])
+    if not x.isfinite().all():
+        raise UserError("the model's activations are not finite: its weights are damaged, or its training diverged")
     return found
 
 
 def observe(attention: Attention, x: torch.Tensor, rope: Rope, every: int = 4) -> Statistics:
     """Those of a layer over its normed inputs x (N, T, C); m at every 4th query."""
     inputs = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64, device=x.device)
-    mixed, energy, queries = torch.zeros_like(inputs), 0, range(every - 1, x.shape[1], every)
+    mixed, energy, queries = torch.zeros_like(inputs), 0, range(min(every, x.shape[1]) - 1, x.shape[1], every)
     mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()[queries.start :: every]
     for part in x.split(SLICE):
         q, k, _ = attention.project(part, *rope)
@@ -87,7 +91,8 @@ def weighted_keys(attention: Attention, statistics: Statistics) -> torch.Tensor:
     of_head = attention.k_groups.of_head
     energy = statistics.energy.new_zeros(attention.k_groups.n_group, attention.head_dim // 2)
     energy.index_add_(0, of_head, statistics.energy)
-    energy = energy.clamp(min=1e-6 * energy.mean())  # a head that never asks still gets a key of its own kind
+    # a head that never asks still gets a key of its own kind
+    energy = energy.clamp(min=max(1e-6 * energy.mean().item(), TINY))
     return (energy.sqrt()[..., None] * complex_heads(attention.wk.weight, attention.head_dim)).transpose(0, 1)
 
 
@@ -109,8 +114,8 @@ def merge_keys(attention: Attention, groups: Groups, statistics: Statistics) -> 
         a = torch.linalg.eigh(N @ C @ N.mH).eigenvectors[..., -1]  # (D/2, s)
         key = torch.einsum("fs,fsc->fc", a.conj(), N)
         size, sizes = (torch.einsum("...c,cd,...d->...", x, C, x.conj()).real for x in (key, p[group]))
-        key = key * (sizes.mean(0) / size.clamp(min=1e-300)).sqrt()[:, None]  # as large as those it stands for
-        c = torch.einsum("sfc,cd,fd->sf", p[group], C, key.conj()) / sizes.mean(0).clamp(min=1e-300)
+        key = key * (sizes.mean(0) / size.clamp(min=TINY)).sqrt()[:, None]  # as large as those it stands for
+        c = torch.einsum("sfc,cd,fd->sf", p[group], C, key.conj()) / sizes.mean(0).clamp(min=TINY)
         for head, of in zip(group, c):
             q[of_head == head] = q[of_head == head] * of.conj()[:, None]
         shared.append(key)
@@ -131,7 +136,9 @@ def weighted_values(attention: Attention) -> torch.Tensor:
     wo, of_head = output_of(attention), attention.v_groups.of_head
     values = attention.wv.weight.double().unflatten(0, (-1, attention.head_dim))
     stacks = [wo[of_head == head].flatten(0, 1) for head in range(len(values))]
-    return torch.stack([torch.linalg.qr(stack, mode="r").R @ v for stack, v in zip(stacks, values)])
+    missing = max(0, attention.head_dim - wo.shape[1])  # a stack of fewer rows than columns has a wide R
+    roots = [torch.linalg.qr(F.pad(stack, (0, 0, 0, missing)), mode="r").R for stack in stacks]
+    return torch.stack([R @ v for R, v in zip(roots, values)])
 
 
 def merge_values(attention: Attention, groups: Groups, statistics: Statistics) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,13 +160,14 @@ def merge_values(attention: Attention, groups: Groups, statistics: Statistics) -
             shared.append(values[group[0]])
             continue
         if attention.novel is not None:
-            shared.append(torch.einsum("s,sdc->dc", weight[group] / weight[group].sum(), values[group]))
+            share = weight[group] / weight[group].sum().clamp(min=TINY)
+            shared.append(torch.einsum("s,sdc->dc", share, values[group]))
             continue
         N = rows[group].flatten(0, 1)
         e, U = torch.linalg.eigh(N @ C @ N.T)
-        e, U = e[-D:].clamp(min=1e-12 * e[-1]), U[:, -D:]
+        e, U = e[-D:].clamp(min=max(1e-12 * e[-1].item(), TINY)), U[:, -D:]
         value, length = U.T @ N, values[group].square().sum(-1).mean().sqrt()
-        scale = length / value.square().sum(-1).sqrt().clamp(min=1e-12 * length)  # (D,)
+        scale = length.clamp(min=TINY) / value.square().sum(-1).sqrt().clamp(min=max(1e-12 * length.item(), TINY))
         for head in group:
             wo[of_head == head] = wo[of_head == head] @ (values[head] @ C @ N.T @ U / (e * scale))
         shared.append(value * scale[:, None])
@@ -173,6 +181,7 @@ class Costs:
     """What it costs a layer that sets of its K heads, or of its V heads, share one: the part of the weights, times the
     inputs, that the shared head cannot represent."""
 
+    @torch.no_grad()
     def __init__(self, attention: Attention, kind: Literal["k", "v"], statistics: Statistics):
         self.mean_weights = None  # of the novel layer's values, which share a mean
         if kind == "k":
@@ -184,11 +193,16 @@ class Costs:
         else:
             wo, of_head = output_of(attention), attention.v_groups.of_head
             values = attention.wv.weight.double().unflatten(0, (-1, attention.head_dim))
-            self.mean_weights = torch.stack([wo[of_head == h].square().sum() for h in range(len(values))]).sqrt()
-            rows = values * self.mean_weights[:, None, None]
+            sizes = torch.stack([wo[of_head == h].square().sum() for h in range(len(values))]).clamp(min=TINY).sqrt()
+            self.mean_weights, rows = sizes.cpu(), values * sizes[:, None, None]
             self.gram = torch.einsum("gdc,ce,hde->gh", rows, statistics.mixed, rows)[None]
             self.rank = 1
         self.n = self.gram.shape[-1] // self.rank
+        self.gram = self.gram.cpu()
+        if (
+            kind == "v" and self.gram.shape[-1] > 512
+        ):  # thousands of such problems: float32 takes two thirds of the time
+            self.gram = self.gram.to(torch.float32)
 
     def __call__(self, sets: np.ndarray) -> np.ndarray:
         """sets (N, s) of s heads each -> (N,)"""
@@ -274,7 +288,7 @@ def convert(
     result.load_state_dict(weights, assign=True)
     if c.tie_embeddings:
         result.output.weight = result.tok_embeddings.weight
-    return result.eval()
+    return result.to(model.tok_embeddings.weight.device).eval()  # the groups' index buffers, too
 
 
 def mean(weight: torch.Tensor, groups: Groups) -> torch.Tensor:

@@ -17,14 +17,16 @@ class Objective:
 
     def __init__(self, text: str, names: tuple[str, ...]):
         self.text, self.names = text, names
+        if len(text) > 1000:
+            raise self.error("is too long")
         try:
-            self.tree = ast.parse(text[:1000], mode="eval").body
+            self.tree = ast.parse(text, mode="eval").body
             used = {node.id for node in ast.walk(self.tree) if isinstance(node, ast.Name)}
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             raise self.error("cannot be read") from None
         if not used:
             raise self.error("names nothing that a grouping changes")
-        self(**dict.fromkeys(names, 2.0))
+        self(**dict.fromkeys(names, math.e))
 
     def error(self, reason: str) -> UserError:
         return UserError(

@@ -1,6 +1,6 @@
 """Refit the attention of a model whose heads were merged to the original's, layer by layer, without labels.
 
-`convert` in gqa.py is the best that can be done with weights alone, head by head. Two things are left to gain.
+`convert` in merging.py is the best that can be done with weights alone, head by head. Two things are left to gain.
 `refit_output`: the errors of the heads add up, and those of the layers below arrive as other inputs, so wo is solved
 for what comes closest to the residual stream that the original had there. `refit_attention`: a merged key stands for
 each RoPE pair by itself, while what counts is the sum over pairs, behind a softmax, so wq and wk move until the queries
@@ -17,6 +17,8 @@ from model import Attention, Llama, rotate
 
 SLICE = 8  # rows of text computed at a time
 STEPS = 10  # of L-BFGS
+MOST_WEIGHTS = 2**28  # attention weights that are held of a layer, 1 GiB in float32; beyond it fewer rows serve
+TINY = 1e-30
 MATRICES = ("wq", "wk", "wv", "wo")
 
 
@@ -53,7 +55,9 @@ def refit_output(theirs: Attention, ours: Attention, a, b, drift, rope, ridge: f
         target = (theirs(part_a, *rope) + part).flatten(0, 1).double()
         squares = squares + z.T @ z / tokens
         products = products + z.T @ (target - z @ before.T) / tokens
-    damping = ridge * squares.diagonal().mean() * torch.eye(len(squares), dtype=squares.dtype, device=squares.device)
+    damping = max(ridge * squares.diagonal().mean().item(), TINY) * torch.eye(
+        len(squares), dtype=squares.dtype, device=squares.device
+    )
     change = torch.linalg.solve(squares + damping, products)
     ours.wo.weight = nn.Parameter((before + change.T).type_as(ours.wo.weight))
 
@@ -66,6 +70,8 @@ def refit_attention(theirs: Attention, ours: Attention, a, b, rope) -> None:
     It works on wq C^(1/2) and wk C^(1/2), C = E[b b^T], scaled to the same size: seen so, no direction of the inputs
     is much stronger than another, and a second-order method with a short memory gets far in few steps.
     """
+    most = max(1, MOST_WEIGHTS // (len(theirs.k_groups.of_head) * b.shape[1] ** 2))
+    a, b = a[:most], b[:most]
     rows = b.flatten(0, 1).double()
     C = rows.T @ rows / len(rows)
     strength, U = torch.linalg.eigh(C + 1e-5 * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype, device=C.device))
@@ -76,12 +82,11 @@ def refit_attention(theirs: Attention, ours: Attention, a, b, rope) -> None:
         q, k, _ = theirs.project(part, *rope)
         targets.append(theirs.scores(q, k, seen).softmax(-1))
     whitened = [w.weight @ root for w in (ours.wq, ours.wk)]
-    sizes = [w.square().mean().sqrt() for w in whitened]
+    sizes = [w.square().mean().sqrt().clamp(min=TINY) for w in whitened]
     parameters = [nn.Parameter(w / size) for w, size in zip(whitened, sizes)]
     optimizer = torch.optim.LBFGS(parameters, max_iter=STEPS, line_search_fn="strong_wolfe")
 
-    @torch.enable_grad()
-    def closure() -> torch.Tensor:
+    def closure() -> torch.Tensor:  # called with gradients on
         optimizer.zero_grad()
         total = torch.zeros((), device=b.device)
         for part, target in zip(b.split(SLICE), targets):

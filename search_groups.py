@@ -24,19 +24,17 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from checkpoint import picture, replacing, writable
 from config import UserError, exit_cleanly, parse
-from device import pick_device
 from eval_ppl import perplexity, split_tokens
-from evaluations import Evaluations, Judge, grouped, sizes
-from gqa import Partitioner, calibration_blocks, open_model
+from evaluations import MOST_CONTEXT, Evaluations, Judge, grouped
+from gqa import Partitioner, calibration_blocks, open_model, predictions
 from merging import Costs, Maps, merged_config, statistics
 from model import Llama
 from objective import Objective
-from partition import interpolated, knapsack
+from partition import knapsack
 from tokenizer import read_tokenizer
 
 Counts = dict[tuple[int, str], int]  # (layer, "k", "v" or "joint") -> groups
@@ -73,7 +71,11 @@ class SearchConfig:
                 raise UserError(f"{name} is {getattr(self, name)}: give --{name} 1 or more")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed is {self.seed}: give --seed 0 to {2**32 - 1}")
+        if not Path(self.out).name or Path(self.out).is_dir():
+            raise UserError(f"--out {self.out} is a folder: name a file, such as {Path(self.out) / 'groups.json'}")
         self.log = self.log or str(Path(self.out).with_suffix(".jsonl"))
+        if Path(self.log).resolve() == Path(self.out).resolve():
+            raise UserError(f"--out {self.out} would be the log, too: name it groups.json, or give another --log")
 
 
 class Search:
@@ -134,21 +136,17 @@ class Search:
         """For each slot the KL divergence that 1, 2, ... groups in it alone cause, measured at up to four sizes within
         four fifths of the evaluations."""
         known: dict[tuple, dict[int, float]] = {slot: {} for slot in self.slots}
-        most = max(len(self.slots), 4 * self.config.max_evals // 5)
+        most = min(max(len(self.slots), 4 * self.config.max_evals // 5), self.config.max_evals - 1)
         for share in (0.5, 0, 0.25, 0.75):
             for slot, n in self.heads.items():
                 g = max(1, round(share * n))
-                if g < n and g not in known[slot] and sum(map(len, known.values())) < most and self.left() > 0:
+                if g < n and g not in known[slot] and sum(map(len, known.values())) < most:
                     counts = {**self.heads, slot: g}
                     record = self.measure(
                         self.partition.maps(counts), f"{slot[1]} of layer {slot[0]} alone: {g}", False
                     )
                     known[slot][g] = record["kl"]
-        values = []
-        for slot, n in self.heads.items():
-            costs = [self.partition(*slot, g)[0] for g in range(1, n + 1)]
-            values.append(interpolated(known[slot], costs) if known[slot] else np.array(costs))
-        return values
+        return list(predictions(self.partition, known).values())
 
     def moves(self, now: Counts, values: list[np.ndarray]) -> Iterator[tuple[float, Counts]]:
         """Predicted change, and the counts, when one slot gives a group to another."""
@@ -162,8 +160,7 @@ class Search:
     def over_budgets(self, sums: np.ndarray, counts: list[list[int]]) -> None:
         """Evaluate the budget whose predicted objective is best, correct the predictions by what was measured, and so
         on until it is one that is known."""
-        start = self.evaluate(*self.partition.maps(self.heads), "the original")
-        self.measure(self.partition.maps(self.heads), "the original")
+        start = self.measure(self.partition.maps(self.heads), "the original")
         ratios: dict[int, float] = {}
         while self.left() > 0:
             predicted = {}
@@ -171,7 +168,7 @@ class Search:
                 near = min(ratios, key=lambda known: abs(known - total), default=None)
                 loss = start["loss"] + sums[total] * ratios.get(near, 1.0)
                 maps = self.partition.maps(dict(zip(self.slots, counts[total])))
-                about = sizes(self.evaluate.original, *maps)
+                about = self.evaluate.sizes(*maps)
                 predicted[int(total)] = self.value({"loss": loss, **about})
             total = min(predicted, key=predicted.get)
             if total in ratios:
@@ -238,7 +235,7 @@ def baselines(search: Search, best: dict) -> Iterator[tuple[str, Maps, Maps]]:
         "neighbours, spread evenly",
         *Partitioner(own.model, own.found, "neighbour", own.joint).maps(own.even(total)),
     )
-    if not own.joint:
+    if not own.joint and own.can_be_joint():
         joint = Partitioner(own.model, own.found, joint=True)
         if total // 2 >= len(joint.slots()):
             yield ("best joint groups, spread evenly", *joint.maps(joint.even(total // 2)))
@@ -254,7 +251,7 @@ def judged(search: Search, judge: Judge) -> tuple[dict, list[dict]]:
         if e.key(*maps) in judged:
             continue
         loss, divergence = judge(grouped(e.original, *maps, e.found, e.blocks, e.how))
-        record = {"name": name, "loss": loss, "kl": divergence, **sizes(e.original, *maps)}
+        record = {"name": name, "loss": loss, "kl": divergence, **e.sizes(*maps)}
         judged[e.key(*maps)] = {**record, "k_groups": maps[0], "v_groups": maps[1]}
     return min(judged.values(), key=search.value), sorted(judged.values(), key=search.value)
 
@@ -286,30 +283,38 @@ def head_report(search: Search) -> tuple[dict, list[str]]:
 
 def open_search(config: SearchConfig) -> tuple[Search, Judge]:
     """The search, and a judge on the part of the val split that it will not see."""
-    device = pick_device(config.device)
-    checkpoint, model = open_model(config.ckpt, device)
+    checkpoint, model = open_model(config.ckpt, config.device)
     tokenizer = read_tokenizer(checkpoint["tokenizer"])
     text, _ = split_tokens(checkpoint, tokenizer, config.dataset, "train")
     val, _ = split_tokens(checkpoint, tokenizer, config.dataset, "val")
     blocks = calibration_blocks(text, model, config.calibration_tokens, config.seed)
     most = (len(val) - 1) // 2
-    if min(config.search_tokens, most) < model.config.block_size:
-        least = f"at least {model.config.block_size} are needed, and as many for the last judgement"
+    context = min(model.config.block_size, MOST_CONTEXT)
+    if min(config.search_tokens, most) < context:
+        least = f"give --search_tokens {context} or more, and a val split of twice as many"
         raise UserError(f"search_tokens is {config.search_tokens} of {len(val):,} in the val split: {least}")
     half = min(config.search_tokens, most)
-    partition = Partitioner(model, statistics(model, blocks), joint=config.joint)
+    partition = Partitioner(model, [], joint=config.joint)
     partition.total(config.kv_budget or 1.0)  # a budget too small is told before the first measurement
-    identity = {key: getattr(config, key) for key in ("refit", "calibration_tokens", "search_tokens", "seed")}
-    identity["model"] = hashlib.sha256(b"".join(w.numpy().tobytes() for w in fingerprint(model))).hexdigest()
     few = blocks[: max(1, len(blocks) // 4)]
-    judges = [Judge(model, val[start : start + half + 1]) for start in (0, half)]
-    evaluate = Evaluations(Path(config.log), identity, model, partition.found, few, judges[0], config.refit)
-    return Search(config, partition, evaluate), judges[1]
+    pieces = [val[start : start + half + 1] for start in (0, half)]
+    identity = {"refit": config.refit, "model": fingerprint(model), "text": digest(blocks.cpu().numpy(), *pieces)}
+    partition.found = statistics(model, blocks)
+    judges, itemsize = [Judge(model, piece) for piece in pieces], checkpoint["model"]["tok_embeddings.weight"].itemsize
+    how = (partition.found, few, judges[0], config.refit, itemsize)
+    return Search(config, partition, Evaluations(Path(config.log), identity, model, *how)), judges[1]
 
 
-def fingerprint(model: Llama) -> list[torch.Tensor]:
-    """Tensors that tell one model from another."""
-    return [layer.attention.wk.weight.cpu() for layer in model.layers]
+def fingerprint(model: Llama) -> str:
+    """What tells one model from another."""
+    return digest(*(x.cpu().numpy() for _, x in sorted(model.state_dict().items())))
+
+
+def digest(*arrays: np.ndarray) -> str:
+    total = hashlib.sha256()
+    for array in arrays:
+        total.update(np.ascontiguousarray(array).data)
+    return total.hexdigest()
 
 
 def main() -> None:
@@ -317,13 +322,14 @@ def main() -> None:
     if config.objective:
         Objective(config.objective, NAMES)
     writable(Path(config.out), config.overwrite)
+    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     search, judge = open_search(config)
     with search.bar:
         getattr(search, config.method)()
     best, rows = judged(search, judge)
     original = judge(search.evaluate.original)[0]
     heads, lines = head_report(search)
-    share = best["kv_bytes"] / sizes(search.evaluate.original, *search.partition.maps(search.heads))["kv_bytes"]
+    share = best["kv_bytes"] / search.evaluate.sizes(*search.partition.maps(search.heads))["kv_bytes"]
     record = {"share": share, **best, "original_loss": original, "search": asdict(config), "judged": rows, **heads}
     with replacing(Path(config.out), "w") as file:
         file.write(json.dumps(record) + "\n")
@@ -334,7 +340,8 @@ def main() -> None:
         cache = f"{row['groups']:g} K/V heads, {row['kv_bytes']:,} bytes a token"
         print(f"  x {perplexity(row['loss'] - original):.4f} | KL {row['kl']:.4f} | {cache} | {row['name']}")
     print(f"{search.evals} evaluations, all in {config.log}")
-    print(f"--- next:\npython gqa.py {config.ckpt} --groups {config.out} --out grouped.pt")
+    dataset = f" --dataset {config.dataset}" if config.dataset else ""
+    print(f"--- next:\npython gqa.py {config.ckpt} --groups {config.out} --out grouped.pt{dataset}")
 
 
 if __name__ == "__main__":

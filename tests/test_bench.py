@@ -60,4 +60,5 @@ def test_decode_halves_the_cache_with_the_heads():
     assert [row["heads"] for row in rows] == [4, 2, 1]
     assert [row["cache_bytes"] for row in rows] == [4 * 40 * 2 * heads * 8 * 4 for heads in (4, 2, 1)]
     assert rows[0]["ratio"] == 1
-    refused(quick("bench.py", "decode", *shape, "--steps", 39), "steps is 39", "38")
+    refused(quick("bench.py", "decode", *shape, "--steps", 39), "steps 39", "38")
+    refused(quick("bench.py", "decode", *shape, "--lora_r", 2), "--lora_r")

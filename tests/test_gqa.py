@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import assert_close, sharp_model, to_hugging_face
 
-from gqa import Partitioner, neighbours
+from config import UserError
+from gqa import Partitioner, in_order, neighbours, predictions
 from merging import Costs, convert, mean, merge_keys, merge_values, rope_of, statistics
 from model import KVCache, Llama, ModelConfig
 from partition import best_partitions, exact_partitions, greedy_partitions, interpolated, knapsack
@@ -438,3 +439,73 @@ def test_interpolation_passes_through_what_was_measured():
     assert (np.diff(interpolated({2: 0.1}, costs)) <= 0).all()
     flat = interpolated({1: 0.0, 2: 0.0}, [0.0, 0.0, 0.0])
     assert np.isfinite(flat).all()
+    assert (np.diff(interpolated({1: 0.1, 2: 0.3, 3: 0.01}, costs)) <= 0).all(), "more groups are never worse"
+
+
+def test_predictions_use_the_rate_of_the_kind_where_nothing_was_measured():
+    model = sharp_model().requires_grad_(False)
+    partition_of = Partitioner(model, statistics(model, some_tokens(model)))
+    known = {slot: {} for slot in partition_of.slots()}
+    costs = {slot: partition_of.all_costs(*slot) for slot in known}
+    known[0, "k"], known[0, "v"] = {2: 0.5}, {1: 2.0}
+    found = predictions(partition_of, known)
+    assert np.allclose(found[1, "k"], np.array(costs[1, "k"]) * 0.5 / costs[0, "k"][1])
+    assert np.allclose(found[1, "v"], np.array(costs[1, "v"]) * 2.0 / costs[0, "v"][0])
+    assert found[0, "k"][1] == pytest.approx(0.5) and found[0, "k"][3] == 0
+
+
+def test_shares_are_spread_in_proportion_to_the_heads():
+    model = sharp_model(k_groups=[[0, 1, 2, 3], [0, 0, 1, 1]], v_groups=[[0, 1, 2, 3], [0, 0, 1, 1]])
+    partition_of = Partitioner(model, [])
+    assert partition_of.even(6) == {(0, "k"): 2, (1, "k"): 1, (0, "v"): 2, (1, "v"): 1}
+    assert partition_of.total(0.5) == 6 and partition_of.total(0.6) == 7, "never more than the share"
+    assert in_order([2, 0, 2, 1]) == [0, 1, 0, 2]
+
+
+# ---- where numbers end ----
+
+
+@pytest.mark.parametrize("name", ["wq", "wk", "wv", "wo"])
+def test_weights_of_zero_stay_finite(name):
+    model = sharp_model().requires_grad_(False)
+    getattr(model.layers[0].attention, name).weight.zero_()
+    tokens, one = some_tokens(model), [[0, 0, 1, 1]] * 2
+    result = convert(model, one, one, statistics(model, tokens))
+    refit(result, model, tokens, rope_of(model, tokens))
+    assert result(tokens).isfinite().all() and all(x.isfinite().all() for x in result.state_dict().values())
+
+
+@pytest.mark.parametrize("shape", [{"dim": 8, "head_dim": 16}, {"n_layer": 1, "n_head": 1}, {"dim": 8, "head_dim": 2}])
+def test_odd_shapes_are_grouped(shape):
+    model = sharp_model(**shape).requires_grad_(False)
+    for length in (2, 48):
+        tokens = some_tokens(model)[:, :length]
+        partition_of = Partitioner(model, statistics(model, tokens))
+        result = convert(model, *partition_of.maps(dict.fromkeys(partition_of.slots(), 1)), partition_of.found)
+        refit(result, model, tokens, rope_of(model, tokens))
+        assert result(tokens).isfinite().all()
+
+
+def test_keys_that_several_queries_read_are_merged_best():
+    """A GQA source: the energy of a key head is that of all its queries."""
+    model = double(seed=3, n_head=6, n_kv_head=3, dim=36)
+    attention, found = model.layers[0].attention, statistics(model, some_tokens(model))[0]
+    wq, wk = merge_keys(attention, [[0, 2], [1]], found)
+    D = attention.head_dim
+    c = ratio_of(wq, attention.wq.weight, D).conj()
+    assert torch.allclose(c[0], c[1]) and torch.equal(wk[D:], attention.wk.weight[D : 2 * D])
+    error = 0.0
+    for head, (source, group) in enumerate([(0, 0), (0, 0), (1, 1), (1, 1), (2, 0), (2, 0)]):
+        for f in range(D // 2):
+            p, q = (torch.complex(*w[at * D + 2 * f : at * D + 2 * f + 2]) for w, at in
+                    ((attention.wk.weight, source), (wk, group)))  # fmt: skip
+            E = p - c[head, f] * q
+            error += (found.energy[head, f] * (E @ found.inputs.to(E.dtype) @ E.conj()).real).item()
+    assert math.isclose(error, Costs(attention, "k", found)(np.array([[0, 2]])).item(), rel_tol=1e-8)
+
+
+def test_damaged_weights_are_refused():
+    model = sharp_model().requires_grad_(False)
+    model.layers[0].feed_forward.w1.weight[0, 0] = math.nan
+    with pytest.raises(UserError, match="not finite"):
+        statistics(model, some_tokens(model))

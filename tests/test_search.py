@@ -159,6 +159,57 @@ def test_bad_searches_are_refused(tiny_run, folder):
     assert log.read_text() == '{"model": "another"}\n'
 
 
+def test_foreign_logs_are_left_alone(tiny_run, folder):
+    """Another model, other text, or no log at all: refused, and not a byte changed."""
+    log, out = folder / "mine.jsonl", folder / "y.json"
+    flags = ["--kv_budget", 0.5, "--max_evals", 5, "--log", log]
+    assert search(tiny_run, folder / "mine.json", *flags, refit="none").returncode == 0
+    good = log.read_text()
+    for more in (["--seed", 1], ["--calibration_tokens", 512], ["--search_tokens", 256], ["--refit", "output"]):
+        refused(search(tiny_run, out, *flags, *more, refit="none"), "mine.jsonl", "another --log")
+    other, checkpoint = folder / "other.pt", load(tiny_run)
+    checkpoint["model"]["layers.0.feed_forward.w1.weight"] *= 1.01
+    save(other, checkpoint)
+    refused(search(other, out, *flags, refit="none"), "another model")
+    for content in ("my notes\nfor the year", '{"step": 1}\n{"step": 2}', good + '{"a": 1}\n', "[1]\n"):
+        log.write_text(content)
+        refused(search(tiny_run, out, *flags, refit="none"), "mine.jsonl", "no log")
+        assert log.read_text() == content
+    log.write_bytes(b"\xff\xfe\x00")
+    refused(search(tiny_run, out, *flags, refit="none"), "no log")
+    for name in (".", folder, "same.jsonl"):
+        refused(search(tiny_run, name, "--kv_budget", 0.5), "--out")
+
+
+def test_the_best_of_what_was_judged_is_the_answer_and_moves_only_improve(tiny_run, folder, monkeypatch):
+    measure = lambda self, maps: (loss(maps) if type(maps) is tuple else 0, 0)  # noqa: E731
+    monkeypatch.setattr(search_groups.Judge, "__call__", measure)
+    wish = {(0, "k"): 1, (1, "k"): 3, (0, "v"): 3, (1, "v"): 1}
+
+    def loss(maps) -> float:
+        counts = {(layer, kind): max(maps["kv".index(kind)][layer]) + 1 for layer, kind in wish}
+        return 0.01 * sum((counts[slot] - wish[slot]) ** 2 for slot in wish)
+
+    def made_up(self, k_groups, v_groups, note=""):
+        value = loss((k_groups, v_groups))
+        return {"note": note, "loss": value, "kl": value, "k_groups": k_groups, "v_groups": v_groups,
+                **self.sizes(k_groups, v_groups)}  # fmt: skip
+
+    monkeypatch.setattr(search_groups.Evaluations, "__call__", made_up)
+    monkeypatch.setattr(search_groups, "grouped", lambda original, k, v, *rest: (k, v))
+    monkeypatch.setattr(
+        search_groups.Judge, "__call__", lambda self, maps: (loss(maps) if type(maps) is tuple else 0, 0)
+    )
+    for method in ("knapsack", "anneal"):
+        out = folder / f"wish-{method}.json"
+        done = search(tiny_run, out, "--kv_budget", 0.5, "--max_evals", 80, "--method", method, refit="none")
+        assert done.returncode == 0, done.stderr
+        found = json.loads(out.read_text())
+        assert found["loss"] == 0, (method, found["k_groups"], found["v_groups"])
+        losses = [row["loss"] for row in found["judged"]]
+        assert losses == sorted(losses) and len(losses) >= 3
+
+
 # ---- the command gqa.py ----
 
 
@@ -173,6 +224,7 @@ def test_grouped_checkpoint_is_one_file_that_everything_reads(grouped, folder, t
     ):
         done = quick(script, *args)
         assert done.returncode == 0, (script, done.stderr)
+        assert script != "checkpoint.py" or args[0] != "show" or "merged: closed" in done.stdout
     model = build_model(load(folder / "mqa.pt"))
     assert model.config.kv_numbers_per_token == 2 * 2 * model.config.head_dim
     assert not {"optimizers", "scaler"} & set(load(grouped))
@@ -215,6 +267,7 @@ def test_bad_grouping_is_refused(tiny_run, grouped, folder):
         "skips": {**groups, "v_groups": [[0, 0, 2, 2]] * 2},
         "kinds": {**groups, "v_groups": [["a", 0, 1, 1]] * 2},
         "none": {"groups": []},
+        "empty": {"k_groups": [], "v_groups": []},
         "list": [1, 2],
     }
     for name, content in files.items():
@@ -228,6 +281,8 @@ def test_bad_grouping_is_refused(tiny_run, grouped, folder):
         (["--groups", folder / "skips.json"], ["v_groups[0] is [0, 0, 2, 2]", "skip none"]),
         (["--groups", folder / "kinds.json"], ["no group file"]),
         (["--groups", folder / "none.json"], ["no group file"]),
+        (["--groups", folder / "empty.json"], ["no group file"]),
+        (["--groups", folder / "split.json", "--joint"], ["drop --joint"]),
         (["--groups", folder / "list.json"], ["no group file"]),
         (["--groups", folder / "torn.json"], ["no group file"]),
         (["--groups", folder / "missing.json"], ["no such group file", "search_groups.py"]),
@@ -251,6 +306,14 @@ def test_bad_grouping_is_refused(tiny_run, grouped, folder):
     (folder / "split.json").write_text(json.dumps(split))
     done = quick("gqa.py", grouped, "--out", folder / "s.pt", "--groups", folder / "split.json")
     refused(done, "can only be united", k_groups[0])
+    apart = folder / "apart.pt"
+    maps = {"k_groups": [[0, 0, 1, 2]] * 2, "v_groups": [[0, 1, 1, 0]] * 2}
+    (folder / "apart.json").write_text(json.dumps(maps))
+    assert quick("gqa.py", tiny_run, "--out", apart, "--groups", folder / "apart.json").returncode == 0
+    done = quick("gqa.py", apart, "--out", folder / "s.pt", "--kv_budget", 0.5, "--joint")
+    refused(done, "grouped apart", "--joint")
+    done = search(apart, folder / "apart-found.json", "--kv_budget", 0.5, "--max_evals", 6, refit="none")
+    assert done.returncode == 0, done.stderr
 
 
 # ---- healing ----
@@ -309,5 +372,5 @@ def test_bad_teachers_are_refused(grouped, tiny_run, tiny_data, folder):
     refused(quick("train.py", *flags, "--distil_weight", 0.5), "--teacher")
     refused(quick("train.py", *flags, "--teacher", tiny_run, "--distil_weight", 2), "distil_weight is 2")
     refused(quick("train.py", *flags, "--teacher", tiny_run, "--block_size", 48), "reads 32 tokens", "--block_size 32")
-    refused(quick("train.py", *flags, "--teacher", tiny_run, "--vocab_size", 500), "another tokenizer")
+    refused(quick("train.py", *flags, "--teacher", tiny_run, "--vocab_size", 500), "vocab_size 400")
     assert not (folder / "no").exists()
