@@ -29,7 +29,7 @@ from eval_ppl import mean_nll, perplexity, split_tokens, window_nll
 from lora import plain
 from merging import Costs, Maps, Statistics, convert, rope_of, statistics
 from model import Llama, ModelConfig
-from partition import EXACT, Groups, best_partitions, interpolated
+from partition import Groups, best_partitions, interpolated
 from refit import refit
 from tokenizer import read_tokenizer
 
@@ -82,8 +82,7 @@ class Partitioner:
         if (layer, kind, g) not in self.known:
             n = self.heads(layer, kind)
             if self.grouping == "best":
-                exact = n <= EXACT  # then one computation answers for all g
-                answers = best_partitions(n, self.costs(layer, kind), None if exact else [g])
+                answers = best_partitions(n, self.costs(layer, kind), [g])
             else:
                 rng = np.random.default_rng((self.seed, layer, kind == "v", g))
                 groups = neighbours(n, g) if self.grouping == "neighbour" else random_groups(n, g, rng)

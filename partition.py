@@ -26,8 +26,8 @@ def best_partitions(n: int, cost: Cost, wanted: Iterable[int] | None = None) -> 
 
 def exact_partitions(n: int, cost: Cost, wanted: Iterable[int]) -> dict[int, tuple[float, Groups]]:
     """The optimum. A set of heads is a number whose bit h says whether head h is in it."""
-    of_set = np.zeros(2**n)
-    for size in range(1, n + 1):
+    of_set = np.full(2**n, np.inf)
+    for size in range(1, n - min(wanted) + 2):  # of g groups none has more than n - g + 1 heads; large sets cost most
         sets = np.array(list(combinations(range(n), size)))
         of_set[(1 << sets).sum(1)] = cost(sets)
     best = np.full((n + 1, 2**n), np.inf)  # [g, set]: cost of its cheapest partition into g groups

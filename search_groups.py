@@ -137,6 +137,8 @@ class Search:
         four fifths of the evaluations."""
         known: dict[tuple, dict[int, float]] = {slot: {} for slot in self.slots}
         most = min(max(len(self.slots), 4 * self.config.max_evals // 5), self.config.max_evals - 1)
+        for slot in self.slots:
+            self.partition.all_costs(*slot)  # at once, for all that is asked of it below
         for share in (0.5, 0, 0.25, 0.75):
             for slot, n in self.heads.items():
                 g = max(1, round(share * n))

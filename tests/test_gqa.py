@@ -259,6 +259,7 @@ def test_the_partition_is_the_cheapest_of_all(n):
     for g, (total, groups) in best_partitions(n, cost).items():
         assert len(groups) == g and sorted(h for group in groups for h in group) == list(range(n))
         assert math.isclose(total, least[g]) and math.isclose(total, sum(table[tuple(x)] for x in groups))
+        assert best_partitions(n, cost, [g]) == {g: (total, groups)}, "asked alone"
 
 
 def test_many_heads_are_parted_well():
@@ -474,7 +475,9 @@ def test_weights_of_zero_stay_finite(name):
     refit(result, model, tokens, rope_of(model, tokens))
     assert result(tokens).isfinite().all() and all(x.isfinite().all() for x in result.state_dict().values())
     if name == "wq":  # heads that never ask still have a key
-        assert (convert(model, one, one, statistics(model, tokens)).layers[0].attention.wk.weight.norm(dim=1) > 0.1).all()
+        assert (
+            convert(model, one, one, statistics(model, tokens)).layers[0].attention.wk.weight.norm(dim=1) > 0.1
+        ).all()
 
 
 @pytest.mark.parametrize("shape", [{"dim": 8, "head_dim": 16}, {"n_layer": 1, "n_head": 1}, {"dim": 8, "head_dim": 2}])
