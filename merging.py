@@ -130,6 +130,12 @@ def output_of(attention: Attention) -> torch.Tensor:
     return attention.wo.weight.double().unflatten(1, (-1, attention.head_dim)).transpose(0, 1)
 
 
+def output_sizes(attention: Attention) -> torch.Tensor:
+    """(G,) |W_o|^2 summed over the query heads that read each value head."""
+    wo, of_head = output_of(attention), attention.v_groups.of_head
+    return torch.stack([wo[of_head == head].square().sum() for head in range(attention.v_groups.n_group)])
+
+
 def weighted_values(attention: Attention) -> torch.Tensor:
     """(G, D, C): R W_v of every value head, as large in each direction as wo makes it: R^T R = sum of W_o^T W_o over
     the query heads that read it."""
@@ -153,8 +159,7 @@ def merge_values(attention: Attention, groups: Groups, statistics: Statistics) -
     """
     values = attention.wv.weight.double().unflatten(0, (-1, attention.head_dim))
     wo, of_head, D, C = output_of(attention).clone(), attention.v_groups.of_head, attention.head_dim, statistics.mixed
-    weight = torch.stack([wo[of_head == head].square().sum() for head in range(len(values))])
-    rows, shared = weighted_values(attention), []
+    weight, rows, shared = output_sizes(attention), weighted_values(attention), []
     for group in groups:
         if len(group) == 1:
             shared.append(values[group[0]])
@@ -191,17 +196,14 @@ class Costs:
             rows = weighted_values(attention).flatten(0, 1)
             self.gram, self.rank = (rows @ statistics.mixed @ rows.T)[None], attention.head_dim  # (1, G D, G D)
         else:
-            wo, of_head = output_of(attention), attention.v_groups.of_head
             values = attention.wv.weight.double().unflatten(0, (-1, attention.head_dim))
-            sizes = torch.stack([wo[of_head == h].square().sum() for h in range(len(values))]).clamp(min=TINY).sqrt()
+            sizes = output_sizes(attention).clamp(min=TINY).sqrt()
             self.mean_weights, rows = sizes.cpu(), values * sizes[:, None, None]
             self.gram = torch.einsum("gdc,ce,hde->gh", rows, statistics.mixed, rows)[None]
             self.rank = 1
         self.n = self.gram.shape[-1] // self.rank
         self.gram = self.gram.cpu()
-        if (
-            kind == "v" and self.gram.shape[-1] > 512
-        ):  # thousands of such problems: float32 takes two thirds of the time
+        if kind == "v" and self.gram.shape[-1] > 512:  # float32 takes two thirds of the time
             self.gram = self.gram.to(torch.float32)
 
     def __call__(self, sets: np.ndarray) -> np.ndarray:
