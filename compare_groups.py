@@ -18,12 +18,11 @@ from tqdm import tqdm
 
 from config import UserError, exit_cleanly, parse
 from eval_ppl import split_tokens
-from evaluations import read_log
+from evaluations import grouped, read_log
 from gqa import Partitioner, calibration_blocks, open_model, perplexity_on, predictions
-from merging import convert, rope_of, statistics
+from merging import Maps, convert, statistics
 from model import Llama
 from partition import knapsack
-from refit import refit
 from search_groups import fingerprint
 from tokenizer import read_tokenizer
 
@@ -74,14 +73,6 @@ def rows(model: Llama, blocks, seed: int, log: Path | None) -> dict[str, Callabl
     def even(partition: Partitioner, merge: str = "closed") -> Callable[[float], Llama]:
         return lambda share: convert(model, *partition.maps(partition.even(partition.total(share))), found, merge)
 
-    def refitted(make: Callable[[float], Llama], attention: bool) -> Callable[[float], Llama]:
-        def made(share: float) -> Llama:
-            result = make(share)
-            refit(result, model, blocks, rope_of(model, blocks), attention)
-            return result
-
-        return made
-
     table = {
         "random joint groups, mean": even(chance, "mean"),
         "neighbours, mean (GQA's paper)": even(neighbours, "mean"),
@@ -90,13 +81,15 @@ def rows(model: Llama, blocks, seed: int, log: Path | None) -> dict[str, Callabl
         "best joint groups, closed form": even(joint),
         "K and V apart": even(best),
     }
-    last = table["K and V apart"]
+
+    def maps(share: float) -> tuple[Maps, Maps]:
+        total = best.total(share)
+        return best.maps(spent(log, best, total) if log else best.even(total))
+
     if log:
-        last = table["+ knapsack"] = lambda share: convert(
-            model, *best.maps(spent(log, best, best.total(share))), found
-        )
-    table["+ wo refitted"] = refitted(last, attention=False)
-    table["+ wq and wk refitted"] = refitted(last, attention=True)
+        table["+ knapsack"] = lambda share: grouped(model, *maps(share), found, blocks, "none")
+    table["+ wo refitted"] = lambda share: grouped(model, *maps(share), found, blocks, "output")
+    table["+ wq and wk refitted"] = lambda share: grouped(model, *maps(share), found, blocks, "all")
     return table
 
 
