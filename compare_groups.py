@@ -35,7 +35,7 @@ class CompareConfig:
     log: str | None = None  # the JSONL of a search of it (default: no row for the knapsack)
     shares: list[float] | None = None  # of the KV cache to keep (default: 3/4 2/3 1/2 1/3 1/4 1/8)
     seeds: int = 3  # calibration texts
-    calibration_tokens: int = 32768  # of the train split
+    calibration_tokens: int = 65536  # at most, of the train split
     eval_tokens: int = 32768  # of the test split
     dataset: str | None = None  # prepared data of the same tokenizer (default: the checkpoint's own)
     device: str = "auto"  # cuda, mps, cpu or auto

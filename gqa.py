@@ -172,7 +172,7 @@ class GroupConfig:
     joint: bool = False  # one map for keys and values, as everywhere else
     merge: Literal["closed", "mean"] = "closed"  # how: the best shared head, or the mean of GQA's paper
     refit: Literal["none", "output", "all"] = "all"  # then fit wo, or wo, wq and wk, to what the layer did before
-    calibration_tokens: int = 32768  # of the train split, for the statistics and for refitting
+    calibration_tokens: int = 65536  # at most, of the train split, for the statistics and for refitting
     eval_tokens: int = 65536  # of the val split, for the perplexities before and after
     dataset: str | None = None  # prepared data of the same tokenizer (default: the checkpoint's own)
     seed: int = 0  # of the calibration text, and of random groups
@@ -203,17 +203,16 @@ def open_model(path: str, device: str) -> tuple[dict, Llama]:
 
 
 def calibration_blocks(tokens: np.ndarray, model: Llama, count: int, seed: int) -> torch.Tensor:
-    """(N, T) tokens from N places of the text, T the model's context up to 1,024. Raises UserError for too few."""
+    """(N, T) tokens, at most `count`, from N places of the text, T the model's context up to 1,024. Raises UserError
+    for too few."""
     T, least = min(model.config.block_size, 1024, len(tokens)), 4 * model.config.dim
-    rows = count // T
+    rows = min(count, len(tokens)) // T
     if len(tokens) // T * T < least:
         raise UserError(f"the train split has {len(tokens):,} tokens, and merging needs {least:,}: prepare more text")
     if rows * T < least:
         raise UserError(
             f"calibration_tokens is {count}, {rows} rows of {T}: give --calibration_tokens {max(T, least + T)}"
         )
-    if rows > len(tokens) // T:
-        raise UserError(f"the train split has {len(tokens):,} tokens: give --calibration_tokens {len(tokens) // T * T}")
     places = np.random.default_rng(seed).choice(len(tokens) // T, rows, replace=False)
     blocks = np.stack([tokens[place * T : (place + 1) * T] for place in places])
     return torch.from_numpy(blocks.astype(np.int64)).to(model.tok_embeddings.weight.device)

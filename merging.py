@@ -27,6 +27,7 @@ from partition import Groups
 Rope = tuple[torch.Tensor, torch.Tensor]  # cos and sin, (T, D/2)
 Maps = list[list[int]]  # [layer][query head] -> group, as in ModelConfig
 SLICE = 8  # rows of calibration text computed at a time
+QUERIES = 64  # of a row, evenly spread, at which attention is observed: neighbours tell little more, and cost as much
 TINY = 1e-300  # keeps weights that are zero from becoming nan
 
 # ---- statistics: one pass over some text ----
@@ -53,19 +54,25 @@ def statistics(model: Llama, tokens: torch.Tensor) -> list[Statistics]:
     return found
 
 
-def observe(attention: Attention, x: torch.Tensor, rope: Rope, every: int = 4) -> Statistics:
-    """Those of a layer over its normed inputs x (N, T, C); m at every 4th query."""
+def observe(attention: Attention, x: torch.Tensor, rope: Rope) -> Statistics:
+    """Those of a layer over its normed inputs x (N, T, C)."""
     inputs = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64, device=x.device)
-    mixed, energy, queries = torch.zeros_like(inputs), 0, range(min(every, x.shape[1]) - 1, x.shape[1], every)
-    mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()[queries.start :: every]
+    mixed, energy, count, (some, mask) = torch.zeros_like(inputs), 0, 0, observed(x.shape[1], x.device)
     for part in x.split(SLICE):
         q, k, _ = attention.project(part, *rope)
         energy = energy + q.unflatten(-1, (-1, 2)).square().sum(dim=(0, 2, 4), dtype=torch.float64)
         inputs += part.flatten(0, 1).T @ part.flatten(0, 1)
-        m = attention.scores(q[:, :, queries.start :: every], k, mask).softmax(-1) @ part[:, None]
-        mixed += m.flatten(0, 2).T @ m.flatten(0, 2)
+        m = (attention.scores(q[:, :, some], k, mask).softmax(-1) @ part[:, None]).flatten(0, 2)
+        mixed, count = mixed + m.T @ m, count + len(m)
     tokens = x.shape[0] * x.shape[1]
-    return Statistics(inputs / tokens, mixed / (x.shape[0] * len(queries) * energy.shape[0]), energy / tokens)
+    return Statistics(inputs / tokens, mixed / count, energy / tokens)
+
+
+def observed(T: int, device: torch.device) -> tuple[slice, torch.Tensor]:
+    """The observed queries among T, the last one of them, and which keys they see, (queries, T)."""
+    every = max(1, T // QUERIES)
+    some = slice((T - 1) % every, None, every)
+    return some, torch.ones(T, T, dtype=torch.bool, device=device).tril()[some]
 
 
 def rope_of(model: Llama, tokens: torch.Tensor) -> Rope:

@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
+from merging import observed
 from model import Attention, Llama, rotate
 
 SLICE = 8  # rows of text computed at a time
@@ -62,25 +63,32 @@ def refit_output(theirs: Attention, ours: Attention, a, b, drift, rope, ridge: f
     ours.wo.weight = nn.Parameter((before + change.T).type_as(ours.wo.weight))
 
 
+def whitening(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """C^(1/2) and C^(-1/2) of C = E[x x^T] over x (..., n), and a little more on its diagonal."""
+    rows = x.flatten(0, -2).double()
+    C = rows.T @ rows / len(rows)
+    strength, U = torch.linalg.eigh(C + 1e-5 * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype, device=C.device))
+    return tuple((U * strength**power @ U.T).type_as(x) for power in (0.5, -0.5))
+
+
 @torch.no_grad()
 def refit_attention(theirs: Attention, ours: Attention, a, b, rope) -> None:
     """wq and wk that lessen the mean KL divergence of our attention weights, on inputs b, from the original's on its
-    inputs a; some steps of L-BFGS, which ends long before 8,192 tokens are learned by heart.
+    inputs a; few steps of L-BFGS, for with many it learns the text by heart.
 
     It works on wq C^(1/2) and wk C^(1/2), C = E[b b^T], scaled to the same size: seen so, no direction of the inputs
     is much stronger than another, and a second-order method with a short memory gets far in few steps.
     """
-    most = max(1, MOST_WEIGHTS // (len(theirs.k_groups.of_head) * b.shape[1] ** 2))
+    some, seen = observed(b.shape[1], b.device)
+    most = max(1, MOST_WEIGHTS // (len(theirs.k_groups.of_head) * seen.numel()))
     a, b = a[:most], b[:most]
-    rows = b.flatten(0, 1).double()
-    C = rows.T @ rows / len(rows)
-    strength, U = torch.linalg.eigh(C + 1e-5 * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype, device=C.device))
-    root, inverse = ((U * strength**power @ U.T).type_as(b) for power in (0.5, -0.5))
-    seen = torch.ones(b.shape[1], b.shape[1], dtype=torch.bool, device=b.device).tril()
+    root, inverse = whitening(b)
     targets = []
     for part in a.split(SLICE):
         q, k, _ = theirs.project(part, *rope)
-        targets.append(theirs.scores(q, k, seen).softmax(-1))
+        targets.append(theirs.scores(q[:, :, some], k, seen).softmax(-1))
+    count = sum(target.shape[:3].numel() for target in targets)
+    turns = [[angles[some] for angles in rope], rope]
     whitened = [w.weight @ root for w in (ours.wq, ours.wk)]
     sizes = [w.square().mean().sqrt().clamp(min=TINY) for w in whitened]
     parameters = [nn.Parameter(w / size) for w, size in zip(whitened, sizes)]
@@ -91,12 +99,12 @@ def refit_attention(theirs: Attention, ours: Attention, a, b, rope) -> None:
         total = torch.zeros((), device=b.device)
         for part, target in zip(b.split(SLICE), targets):
             q, k = (
-                rotate((part @ (p * size @ inverse).T).unflatten(-1, (-1, ours.head_dim)).transpose(1, 2), *rope)
-                for p, size in zip(parameters, sizes)
+                rotate((x @ (p * size @ inverse).T).unflatten(-1, (-1, ours.head_dim)).transpose(1, 2), *turn)
+                for x, p, size, turn in zip((part[:, some], part), parameters, sizes, turns)
             )
             # cross-entropy, KL but for a constant: log sum exp(scores) - sum target * scores
             where = (q * (target @ ours.k_groups.expand(k))).sum() * ours.head_dim**-0.5
-            loss = (ours.scores(q, k, seen).logsumexp(-1).sum() - where) / (len(rows) * target.shape[1])
+            loss = (ours.scores(q, k, seen).logsumexp(-1).sum() - where) / count
             loss.backward()
             total += loss.detach()
         return total

@@ -53,7 +53,7 @@ class SearchConfig:
     max_evals: int = 60  # groupings to evaluate, without the last judgement
     joint: bool = False  # one map for keys and values
     refit: Literal["none", "output", "all"] = "all"  # what each grouping gets before it is measured, as in gqa.py
-    calibration_tokens: int = 32768  # of the train split, for the statistics; refitting uses a quarter of them
+    calibration_tokens: int = 65536  # at most, of the train split, for the statistics; refitting uses a quarter
     search_tokens: int = 16384  # of the val split that an evaluation reads; the last judgement reads as many others
     log: str | None = None  # the JSONL of all evaluations (default: OUT.jsonl)
     dataset: str | None = None  # prepared data of the same tokenizer (default: the checkpoint's own)
@@ -134,9 +134,9 @@ class Search:
 
     def probe(self) -> list[np.ndarray]:
         """For each slot the KL divergence that 1, 2, ... groups in it alone cause, measured at up to four sizes within
-        four fifths of the evaluations."""
+        two fifths of the evaluations: moves learn more from the rest."""
         known: dict[tuple, dict[int, float]] = {slot: {} for slot in self.slots}
-        most = min(max(len(self.slots), 4 * self.config.max_evals // 5), self.config.max_evals - 1)
+        most = min(max(len(self.slots), 2 * self.config.max_evals // 5), self.config.max_evals - 1)
         for slot in self.slots:
             self.partition.all_costs(*slot)  # at once, for all that is asked of it below
         for share in (0.5, 0, 0.25, 0.75):

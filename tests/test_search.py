@@ -294,7 +294,6 @@ def test_bad_grouping_is_refused(tiny_run, grouped, folder):
         (["--n_kv_head", 2, "--kv_budget", 0.5], ["give one of"]),
         ([], ["--kv_budget", "--groups"]),
         (["--n_kv_head", 2, "--calibration_tokens", 64], ["calibration_tokens is 64"]),
-        (["--n_kv_head", 2, "--calibration_tokens", 10**9], ["the train split has"]),
         (["--n_kv_head", 2, "--dataset", "nowhere"], ["nowhere"]),
     ):
         refused(quick("gqa.py", tiny_run, "--out", out, "--overwrite", *flags), *words)
