@@ -66,21 +66,21 @@ def spent(log: Path, partition: Partitioner, total: int) -> dict:
 def rows(model: Llama, blocks, seed: int, log: Path | None) -> dict[str, Callable[[float], Llama]]:
     """{name: the model that it makes of a share of the cache}"""
     found = statistics(model, blocks)
-    best, joint = Partitioner(model, found), Partitioner(model, found, joint=True)
-    chance = Partitioner(model, found, "random", joint=True, seed=seed)
-    neighbours = Partitioner(model, found, "neighbour", joint=True)
+    best, table = Partitioner(model, found), {}
 
     def even(partition: Partitioner, merge: str = "closed") -> Callable[[float], Llama]:
         return lambda share: convert(model, *partition.maps(partition.even(partition.total(share))), found, merge)
 
-    table = {
-        "random joint groups, mean": even(chance, "mean"),
-        "neighbours, mean (GQA's paper)": even(neighbours, "mean"),
-        "best joint groups, mean": even(joint, "mean"),
-        "neighbours, closed form": even(neighbours),
-        "best joint groups, closed form": even(joint),
-        "K and V apart": even(best),
-    }
+    if best.can_be_joint():
+        chance, neighbours, joint = (Partitioner(model, found, x, True, seed) for x in ("random", "neighbour", "best"))
+        table = {
+            "random joint groups, mean": even(chance, "mean"),
+            "neighbours, mean (GQA's paper)": even(neighbours, "mean"),
+            "best joint groups, mean": even(joint, "mean"),
+            "neighbours, closed form": even(neighbours),
+            "best joint groups, closed form": even(joint),
+        }
+    table["K and V apart"] = even(best)
 
     def maps(share: float) -> tuple[Maps, Maps]:
         total = best.total(share)

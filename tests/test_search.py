@@ -373,3 +373,37 @@ def test_bad_teachers_are_refused(grouped, tiny_run, tiny_data, folder):
     refused(quick("train.py", *flags, "--teacher", tiny_run, "--block_size", 48), "reads 32 tokens", "--block_size 32")
     refused(quick("train.py", *flags, "--teacher", tiny_run, "--vocab_size", 500), "vocab_size 400")
     assert not (folder / "no").exists()
+
+
+# ---- the comparison ----
+
+
+def test_comparison_is_what_the_commands_give(tiny_run, folder):
+    """Its cells are the perplexities of what gqa.py writes; its table is their mean over seeds."""
+    log, cells = folder / "compare.jsonl", {}
+    assert search(tiny_run, folder / "compare.json", "--kv_budget", 0.5, "--max_evals", 10).returncode == 0
+    flags = ["--shares", 0.5, "--seeds", 2, "--calibration_tokens", 1024]
+    done = quick("compare_groups.py", tiny_run, *flags, "--eval_tokens", 10**6, "--log", log)
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        if line.startswith("seed "):
+            seed, _, ratio, name = line.split(" | ")
+            cells[name, int(seed.removeprefix("seed "))] = float(ratio.removeprefix("x "))
+
+    def whole_test(path) -> float:
+        return json.loads(quick("eval_ppl.py", path, "--split", "test", "--json").stdout)["blocks"]
+
+    ways = {
+        "neighbours, mean (GQA's paper)": ["--joint", "--grouping", "neighbour", "--merge", "mean", "--refit", "none"],
+        "K and V apart": ["--refit", "none"],
+    }
+    for name, how in ways.items():
+        made = ["--out", folder / "made.pt", "--kv_budget", 0.5, "--calibration_tokens", 1024, "--seed", 1]
+        assert quick("gqa.py", tiny_run, *made, *how, "--overwrite").returncode == 0
+        assert cells[name, 1] == pytest.approx(whole_test(folder / "made.pt") / whole_test(tiny_run), abs=1e-4)
+        assert f"| {name} | {(cells[name, 0] + cells[name, 1]) / 2:.3f}"[:-1] in done.stdout
+    assert {"+ knapsack", "+ wo refitted", "+ wq and wk refitted"} <= {name for name, _ in cells}
+    again = [folder / "made.pt", "--shares", 0.5, "--seeds", 1, "--calibration_tokens", 1024]
+    refused(quick("compare_groups.py", *again, "--log", log), "another model")
+    done = quick("compare_groups.py", *again)  # keys and values are grouped apart already: no row of joint groups
+    assert done.returncode == 0 and "K and V apart" in done.stdout and "joint" not in done.stdout, done.stderr
