@@ -7,7 +7,7 @@
 Inside a layer the closed form says which heads (gqa.py); what is searched is how many groups each layer's keys and each
 layer's values get. `knapsack` groups one layer's K or V at a time at a few sizes, measures the KL divergence of the
 predictions from the original's, interpolates along the closed form's cost, and spends the budget where the sum of the
-divergences is smallest; then it moves single groups between layers while measurements say that this helps. `random`
+divergences is smallest; then it moves single groups between layers, from where measurements were best. `random`
 draws the groups by chance, as the published search does, `anneal` walks by chance from an even spread.
 
 The search sees one part of the val split. The best that it found and the baselines are then judged on another part.
@@ -113,24 +113,23 @@ class Search:
     # ---- knapsack ----
 
     def knapsack(self) -> None:
-        """Probe, spend the budget, then move single groups while that helps."""
+        """Probe, spend the budget, then move single groups: next is what lies one move from something measured, and is
+        predicted to be best from there."""
         values = self.probe()
         sums, counts = knapsack(values)
         if self.objective:
             self.over_budgets(sums, counts)
             return
-        now = dict(zip(self.slots, counts[self.total]))
-        best = self.measure(self.partition.maps(now), "knapsack")
-        tried = {tuple(now.values())}
-        while self.left() > 0:
-            moves = [m for m in self.moves(now, values) if tuple(m[1].values()) not in tried]
-            if not moves:
-                return
-            there = min(moves, key=lambda move: move[0])[1]
-            tried.add(tuple(there.values()))
-            record = self.measure(self.partition.maps(there), "move")
-            if self.value(record) < self.value(best):
-                best, now = record, there
+        predicted, measured, note = {tuple(counts[self.total]): 0.0}, {}, "knapsack"
+        while predicted and self.left() > 0:
+            there = min(predicted, key=predicted.get)
+            del predicted[there]
+            now = dict(zip(self.slots, there))
+            measured[there] = self.value(self.measure(self.partition.maps(now), note))
+            for change, near in self.moves(now, values):
+                if near not in measured:
+                    predicted[near] = min(predicted.get(near, math.inf), measured[there] + change)
+            note = "move"
 
     def probe(self) -> list[np.ndarray]:
         """For each slot the KL divergence that 1, 2, ... groups in it alone cause, measured at up to four sizes within
@@ -150,14 +149,15 @@ class Search:
                     known[slot][g] = record["kl"]
         return list(predictions(self.partition, known).values())
 
-    def moves(self, now: Counts, values: list[np.ndarray]) -> Iterator[tuple[float, Counts]]:
+    def moves(self, now: Counts, values: list[np.ndarray]) -> Iterator[tuple[float, tuple[int, ...]]]:
         """Predicted change, and the counts, when one slot gives a group to another."""
         table = dict(zip(self.slots, values))
         for giver in self.slots:
             for taker in self.slots:
                 if giver != taker and now[giver] > 1 and now[taker] < self.heads[taker]:
                     there = {**now, giver: now[giver] - 1, taker: now[taker] + 1}
-                    yield sum(table[s][there[s] - 1] - table[s][now[s] - 1] for s in (giver, taker)), there
+                    change = sum(table[s][there[s] - 1] - table[s][now[s] - 1] for s in (giver, taker))
+                    yield change, tuple(there.values())
 
     def over_budgets(self, sums: np.ndarray, counts: list[list[int]]) -> None:
         """Evaluate the budget whose predicted objective is best, correct the predictions by what was measured, and so
