@@ -13,6 +13,7 @@ and Procrustes alignment (arXiv 2305.13245, 2408.08454, 2412.20677) as choices t
 The heads that are merged are the K and V heads that the model has, each with all query heads that read it.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -218,17 +219,26 @@ class Costs:
         if sets.shape[1] == 1:
             return np.zeros(len(sets))
         index = (torch.from_numpy(sets)[..., None] * self.rank + torch.arange(self.rank)).flatten(1)
-        found = []
-        for part in index.split(max(1, 2**23 // (len(self.gram) * index.shape[1] ** 2))):
-            grams = self.gram[:, part[:, :, None], part[:, None, :]]  # (F, N, s rank, s rank)
-            if self.mean_weights is None:
-                tails = torch.linalg.eigvalsh(grams)[..., : -self.rank].sum(-1)
-            else:
-                u = self.mean_weights[part]
-                kept = torch.einsum("ns,fnst,nt->fn", u, grams, u) / u.square().sum(-1)
-                tails = grams.diagonal(dim1=-2, dim2=-1).sum(-1) - kept
-            found.append(tails.sum(0).clamp(min=0))
+        parts = index.split(max(1, 2**22 // (len(self.gram) * index.shape[1] ** 2)))
+        if len(parts) == 1:
+            return self.tails(parts[0]).numpy()
+        # a thread for each part: within such small eigenproblems threads wait for each other more than they work
+        threads = torch.get_num_threads()
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            found = list(pool.map(self.tails, parts))
+        torch.set_num_threads(threads)  # also of threads that begin later
         return torch.cat(found).numpy()
+
+    def tails(self, index: torch.Tensor) -> torch.Tensor:
+        """index (N, s rank) of rows of the gram -> (N,) costs"""
+        grams = self.gram[:, index[:, :, None], index[:, None, :]]  # (F, N, s rank, s rank)
+        if self.mean_weights is None:
+            found = torch.linalg.eigvalsh(grams)[..., : -self.rank].sum(-1)
+        else:
+            u = self.mean_weights[index]
+            kept = torch.einsum("ns,fnst,nt->fn", u, grams, u) / u.square().sum(-1)
+            found = grams.diagonal(dim1=-2, dim2=-1).sum(-1) - kept
+        return found.sum(0).clamp(min=0)
 
     def similarity(self) -> np.ndarray:
         """(n, n): 1 where two heads share one at no cost, 0 where one of the two is lost as if they had nothing in
