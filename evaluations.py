@@ -1,6 +1,7 @@
 """Measure groupings of a model's heads: loss and KL divergence, each computed once and kept in a JSONL file."""
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -12,10 +13,15 @@ from checkpoint import replacing
 from config import UserError
 from eval_ppl import MOST_LOGITS
 from merging import Maps, Statistics, convert, merged_config, rope_of
-from model import Llama, widen
+from model import Llama, ModelConfig, widen
 from refit import refit
 
 MOST_CONTEXT = 1024  # tokens; predictions far into longer contexts would need much memory, and change few choices
+IDENTITY = {  # what a log's header says, and what another value of it means
+    "model": "another model",
+    "text": "other text (--dataset, --seed, --calibration_tokens or --search_tokens)",
+    "refit": "another --refit",
+}
 
 
 class Judge:
@@ -49,17 +55,39 @@ class Judge:
         return loss / self.count, max(0.0, divergence / self.count)
 
 
-def read_log(path: Path) -> tuple[dict, list[dict]]:
-    """What a search's JSONL says of its model and settings, and its evaluations. Raises UserError for other files."""
+def read_log(path: Path, c: ModelConfig, identity: dict) -> list[dict]:
+    """The evaluations in a search's JSONL. Raises UserError for other files, and if its header does not say what
+    `identity` does."""
     try:
-        lines = path.read_text().splitlines()
-        if not lines[-1].endswith("}"):  # of an interrupted search it may be half written
-            lines.pop()
-        header, *records = map(json.loads, lines)
-        assert "model" in header and all({"k_groups", "v_groups", "loss", "kl"} <= set(r) for r in records)
-    except (OSError, ValueError, IndexError, TypeError, AssertionError):
-        raise UserError(f"{path} is no log of search_groups.py: give another --log, or delete it") from None
-    return header, records
+        header, *lines = (text := path.read_text()).splitlines()
+        header = json.loads(header)
+        other = [key for key in IDENTITY if header[key] != identity.get(key, header[key])]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        missing = "no such log; python search_groups.py writes one"
+        raise UserError(
+            f"{path} is no log of search_groups.py: give another --log" if path.exists() else f"{path}: {missing}"
+        ) from None
+    if other:
+        raise UserError(
+            f"{path} is of {' and '.join(map(IDENTITY.get, other))}: give the same, or another --log, or delete it"
+        )
+    try:
+        # the last line of an interrupted search may be half written
+        records = [json.loads(line) for line in (lines if text.endswith("\n") else lines[:-1])]
+        damaged = not all(sound(record, c) for record in records)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        damaged = True
+    if damaged:
+        raise UserError(f"{path} is a damaged log of search_groups.py: give another --log, or delete it")
+    return records
+
+
+def sound(record: dict, c: ModelConfig) -> bool:
+    """Whether it says what was measured of groups of such a model."""
+    maps = [of_head for kind in ("k_groups", "v_groups") for of_head in record[kind]]
+    shape = len(maps) == 2 * c.n_layer and all(len(of_head) == c.n_head for of_head in maps)
+    measured = math.isfinite(record["loss"]) and math.isfinite(record["kl"]) and isinstance(record["note"], str)
+    return shape and measured and all(type(g) is int and 0 <= g < c.n_head for of_head in maps for g in of_head)
 
 
 class Evaluations:
@@ -71,13 +99,14 @@ class Evaluations:
     ):  # fmt: skip
         self.original, self.found, self.blocks, self.judge = original, found, blocks, judge
         self.how, self.itemsize = how, itemsize  # of refitting; bytes of a number in the cache
-        header, records = read_log(path) if path.exists() and path.stat().st_size else (identity, [])
-        if header != identity:
-            raise UserError(f"{path} is of another model, text or settings: give another --log, or delete it")
+        old = path.exists() and path.stat().st_size > 0
+        records = read_log(path, original.config, identity) if old else []
         self.records = {self.key(r["k_groups"], r["v_groups"]): r for r in records}
+        self.known = len(self.records)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, "w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in [identity, *records])
+        if not old or not path.read_bytes().endswith(b"\n"):  # else another search may be writing to it
+            with replacing(path, "w") as file:
+                file.writelines(json.dumps(line) + "\n" for line in [identity, *records])
         self.file = open(path, "a")  # noqa: SIM115
 
     @staticmethod

@@ -73,9 +73,9 @@ class Partitioner:
         attention, found = self.model.layers[layer].attention, self.found[layer]
         if kind != "joint":
             return Costs(attention, kind, found)
-        both = [Costs(attention, kind, found) for kind in "kv"]
+        both = [Costs(attention, one, found) for one in "kv"]
         whole = [max(cost(np.arange(cost.n)[None]).item(), 1e-300) for cost in both]
-        return lambda sets: sum(cost(sets) / one for cost, one in zip(both, whole))
+        return lambda sets: sum(cost(sets) / total for cost, total in zip(both, whole))
 
     def __call__(self, layer: int, kind: str, g: int) -> tuple[float, Groups]:
         """Cost and members of g groups; kind is "k", "v" or "joint"."""
@@ -120,14 +120,15 @@ class Partitioner:
         kinds = ["joint"] if self.joint else ["k", "v"]
         return [(layer, kind) for kind in kinds for layer in range(len(self.model.layers))]
 
-    def total(self, kv_budget: float) -> int:
+    def total(self, share: float, flag: str = "kv_budget") -> int:
         """Groups, over all slots, that a share of the source's cache allows. Raises UserError below one a slot."""
-        slots = self.slots()
-        sizes = sum(self.heads(*slot) for slot in slots)
-        if not 0 < kv_budget <= 1 or int(kv_budget * sizes + 1e-9) < len(slots):  # nan, too
-            least = math.ceil(1000 * len(slots) / sizes) / 1000
-            raise UserError(f"kv_budget is {kv_budget}: one head a layer needs {least}; give --kv_budget {least} to 1")
-        return int(kv_budget * sizes + 1e-9)
+        sizes, least = sum(self.heads(*slot) for slot in self.slots()), math.ceil(1000 * self.least_share()) / 1000
+        if not self.least_share() - 1e-9 <= share <= 1:  # nan, too
+            raise UserError(f"{flag} is {share}: one head a layer needs {least}; give --{flag} {least} to 1")
+        return int(share * sizes + 1e-9)
+
+    def least_share(self) -> float:
+        return len(self.slots()) / sum(self.heads(*slot) for slot in self.slots())
 
     def even(self, total: int) -> dict[tuple[int, str], int]:
         """`total` groups, spread as evenly over the slots as can be."""
@@ -169,7 +170,7 @@ class GroupConfig:
     kv_budget: float | None = None  # or: share of the checkpoint's KV cache to keep, spread evenly over the layers
     n_kv_head: int | None = None  # or: K and V groups of every layer; it need not divide n_head
     grouping: Literal["best", "neighbour", "random"] = "best"  # which heads: cheapest by the closed form; or baselines
-    joint: bool = False  # one map for keys and values, as everywhere else
+    joint: bool = False  # one map for keys and values, as in other work
     merge: Literal["closed", "mean"] = "closed"  # how: the best shared head, or the mean of GQA's paper
     refit: Literal["none", "output", "all"] = "all"  # then fit wo, or wo, wq and wk, to what the layer did before
     calibration_tokens: int = 65536  # at most, of the train split, for the statistics and for refitting
@@ -211,7 +212,7 @@ def calibration_blocks(tokens: np.ndarray, model: Llama, count: int, seed: int) 
         raise UserError(f"the train split has {len(tokens):,} tokens, and merging needs {least:,}: prepare more text")
     if rows * T < least:
         raise UserError(
-            f"calibration_tokens is {count}, {rows} rows of {T}: give --calibration_tokens {max(T, least + T)}"
+            f"calibration_tokens is {count}, {rows} rows of {T}: give --calibration_tokens {-(-least // T) * T} or more"
         )
     places = np.random.default_rng(seed).choice(len(tokens) // T, rows, replace=False)
     blocks = np.stack([tokens[place * T : (place + 1) * T] for place in places])
@@ -221,12 +222,13 @@ def calibration_blocks(tokens: np.ndarray, model: Llama, count: int, seed: int) 
 def read_groups(path: Path, c: ModelConfig) -> tuple[Maps, Maps]:
     """The maps of a group file. Raises UserError for a file that is damaged, or of another shape than the model."""
     try:
-        found = json.loads(path.read_text())
-        maps = found["k_groups"], found["v_groups"]
-        assert all(maps) and all(isinstance(g, int) for of_layer in maps for of_head in of_layer for g in of_head)
+        record = json.loads(path.read_text())
+        maps = record["k_groups"], record["v_groups"]
+        if not all(maps) or not all(type(g) is int for of_layer in maps for of_head in of_layer for g in of_head):
+            raise ValueError
     except OSError:
         raise UserError(f"{path}: no such group file; make one with python search_groups.py") from None
-    except (ValueError, KeyError, TypeError, AssertionError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
             f"{path} is no group file: it needs k_groups and v_groups, [layer][query head] -> group"
         ) from None
@@ -239,7 +241,7 @@ def read_groups(path: Path, c: ModelConfig) -> tuple[Maps, Maps]:
 
 def chosen_maps(config: GroupConfig, model: Llama, found: list[Statistics]) -> tuple[Maps, Maps]:
     """The maps that the flags ask for."""
-    if config.groups:
+    if config.groups is not None:
         return read_groups(Path(config.groups), model.config)
     partition = Partitioner(model, found, config.grouping, config.joint, config.seed)
     if config.kv_budget is not None:
@@ -287,7 +289,7 @@ def check(config: GroupConfig) -> None:
     ways = {name: getattr(config, name) for name in ("groups", "kv_budget", "n_kv_head")}
     if sum(value is not None for value in ways.values()) != 1:
         raise UserError("which groups? give one of --kv_budget 0.5, --n_kv_head N and --groups FILE.json")
-    if config.groups and (config.joint or config.grouping != "best"):
+    if config.groups is not None and (config.joint or config.grouping != "best"):
         raise UserError(f"--groups {config.groups} says which heads share: drop --joint and --grouping")
     if not config.out:
         raise UserError("one name is missing: --out OUT.pt, the checkpoint to write")
@@ -302,7 +304,7 @@ def main() -> None:
     text, source = split_tokens(checkpoint, tokenizer, config.dataset, "train")
     val, val_source = split_tokens(checkpoint, tokenizer, config.dataset, "val")
     blocks, val = calibration_blocks(text, model, config.calibration_tokens, config.seed), val[: config.eval_tokens + 1]
-    if config.groups:
+    if config.groups is not None:
         read_groups(Path(config.groups), model.config)  # before the statistics, which take a while
     result, seconds = group(config, model, blocks)
     peak = peak_memory_bytes(blocks.device)
@@ -319,7 +321,8 @@ def main() -> None:
     print(" | ".join(f"{step} {s:.1f} s" for step, s in seconds.items()) + f" | peak memory {peak / 2**30:.2f} GiB")
     print(f"perplexity {before:.4f} -> {after:.4f}, x {after / before:.4f} | {len(val) - 1:,} tokens of {val_source}")
     dataset = f" --dataset {config.dataset}" if config.dataset else ""
-    heal = f"--init_from {config.out} --teacher {config.ckpt} --max_steps 40 --warmup_steps 5"
+    folder = Path(config.out).with_name(f"{Path(config.out).stem}-healed")
+    heal = f"--init_from {config.out} --teacher {config.ckpt} --max_steps 40 --warmup_steps 5 --out_dir {folder}"
     print(f"--- next:\npython train.py {heal}{dataset}\npython eval_ppl.py {config.out} --split test{dataset}")
 
 

@@ -36,10 +36,10 @@ TINY = 1e-300  # keeps weights that are zero from becoming nan
 
 @dataclass
 class Statistics:
-    """What merging needs to know of a layer's attention inputs x and queries q, in float64."""
+    """What merging needs to know of a layer's attention inputs x and queries q, summed up in float64."""
 
     inputs: torch.Tensor  # (C, C) E[x x^T]; not centred, for RoPE turns a constant key, too, into one that is not
-    mixed: torch.Tensor  # (C, C) E[m m^T] over tokens and heads, m = sum_s a_s x_s: what attention makes of x
+    mixed: torch.Tensor  # (C, C) E[m m^T] over observed queries and heads, m = sum_s a_s x_s: what attention makes of x
     energy: torch.Tensor  # (H, D/2) E|q_f|^2 of each RoPE pair f
 
 
@@ -107,8 +107,9 @@ def weighted_keys(attention: Attention, statistics: Statistics) -> torch.Tensor:
 def merge_keys(attention: Attention, groups: Groups, statistics: Statistics) -> tuple[torch.Tensor, torch.Tensor]:
     """wq, of the same shape, and wk (g D, C), when the key heads of each group share one.
 
-    For a pair f, p_h of the heads h is to be near c_h p' with one row p'; the score's error is |q_h,f|^2 times
-    |(p_h - c_h p') x|^2. So the rows w_h p_h C^(1/2) get their best approximation of rank 1, and since
+    For a pair f, p_h of the heads h is to be near c_h p' with one row p'. If pairs, queries and keys were independent,
+    the score's error would be E|q_h,f|^2 times E|(p_h - c_h p') x|^2 (that they are not is what refit.py mends). So
+    the rows sqrt(E|q_h,f|^2) p_h C^(1/2) get their best approximation of rank 1, and since
     Re(q conj(c p' x)) = Re(q conj(c) conj(p' x)), the queries take conj(c_h).
     """
     rows, C = weighted_keys(attention, statistics), statistics.inputs.to(torch.complex128)

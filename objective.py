@@ -26,7 +26,14 @@ class Objective:
             raise self.error("cannot be read") from None
         if not used:
             raise self.error("names nothing that a grouping changes")
-        self(**dict.fromkeys(names, math.e))
+        for size in (math.e, 1e4, 1e8):  # it need not make sense for all, but for some
+            try:
+                self(**dict.fromkeys(names, size))
+                break
+            except UserError as error:
+                problem = error
+        else:
+            raise problem
 
     def error(self, reason: str) -> UserError:
         return UserError(
@@ -40,7 +47,7 @@ class Objective:
         except (OverflowError, ZeroDivisionError):
             value = math.nan
         if isinstance(value, complex) or not math.isfinite(value):
-            raise self.error(f"is no number at {values}")
+            raise self.error("is no number at " + ", ".join(f"{name} {values[name]:.6g}" for name in self.names))
         return value
 
     def value(self, node: ast.expr, values: dict[str, float]) -> float:

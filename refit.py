@@ -74,7 +74,7 @@ def whitening(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @torch.no_grad()
 def refit_attention(theirs: Attention, ours: Attention, a, b, rope) -> None:
     """wq and wk that lessen the mean KL divergence of our attention weights, on inputs b, from the original's on its
-    inputs a; few steps of L-BFGS, for with many it learns the text by heart.
+    inputs a, of as many rows as MOST_WEIGHTS allows; few steps of L-BFGS, for with many it learns the text by heart.
 
     It works on wq C^(1/2) and wk C^(1/2), C = E[b b^T], scaled to the same size: seen so, no direction of the inputs
     is much stronger than another, and a second-order method with a short memory gets far in few steps.

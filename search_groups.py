@@ -18,6 +18,7 @@ the same --log, begins with what is known.
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -85,7 +86,7 @@ class Search:
         self.config, self.partition, self.evaluate = config, partition, evaluate
         self.slots = partition.slots()
         self.heads = {slot: partition.heads(*slot) for slot in self.slots}
-        self.objective = Objective(config.objective, NAMES) if config.objective else None
+        self.objective = None if config.objective is None else Objective(config.objective, NAMES)
         self.total = None if self.objective else partition.total(config.kv_budget)
         self.seen: list[dict] = []  # the groupings of this search that keep to the budget, each once
         self.evals = 0
@@ -132,8 +133,8 @@ class Search:
             note = "move"
 
     def probe(self) -> list[np.ndarray]:
-        """For each slot the KL divergence that 1, 2, ... groups in it alone cause, measured at up to four sizes within
-        two fifths of the evaluations: moves learn more from the rest."""
+        """For each slot the KL divergence that 1, 2, ... groups in it alone cause, measured at one size at least and
+        at four within two fifths of the evaluations: moves learn more from the rest."""
         known: dict[tuple, dict[int, float]] = {slot: {} for slot in self.slots}
         most = min(max(len(self.slots), 2 * self.config.max_evals // 5), self.config.max_evals - 1)
         for slot in self.slots:
@@ -168,7 +169,7 @@ class Search:
             predicted = {}
             for total in np.flatnonzero(np.isfinite(sums)):
                 near = min(ratios, key=lambda known: abs(known - total), default=None)
-                loss = start["loss"] + sums[total] * ratios.get(near, 1.0)
+                loss = float(start["loss"] + sums[total] * ratios.get(near, 1.0))
                 maps = self.partition.maps(dict(zip(self.slots, counts[total])))
                 about = self.evaluate.sizes(*maps)
                 predicted[int(total)] = self.value({"loss": loss, **about})
@@ -186,13 +187,13 @@ class Search:
         for number in range(self.config.max_evals):
             rng = np.random.default_rng((self.config.seed, number))
             counts = self.random_counts(rng) if self.objective is None else None
-            known = {}
+            labels = {}
             for slot, n in self.heads.items():
-                labels = rng.integers(n, size=n).tolist()
+                drawn = rng.integers(n, size=n)
                 if counts:
-                    labels = rng.permutation([*range(counts[slot]), *rng.integers(counts[slot], size=n - counts[slot])])
-                known[slot] = list(map(int, labels))
-            self.measure(self.partition.labelled(known), "random")
+                    drawn = rng.permutation([*range(counts[slot]), *rng.integers(counts[slot], size=n - counts[slot])])
+                labels[slot] = drawn.tolist()
+            self.measure(self.partition.labelled(labels), "random")
 
     def random_counts(self, rng: np.random.Generator) -> Counts:
         counts = dict.fromkeys(self.slots, 1)
@@ -321,14 +322,18 @@ def digest(*arrays: np.ndarray) -> str:
 
 def main() -> None:
     config = SearchConfig(**parse(__doc__, SearchConfig))
-    if config.objective:
+    if config.objective is not None:
         Objective(config.objective, NAMES)
     writable(Path(config.out), config.overwrite)
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     search, judge = open_search(config)
-    with search.bar:
-        getattr(search, config.method)()
-    best, rows = judged(search, judge)
+    try:
+        with search.bar:
+            getattr(search, config.method)()
+        best, rows = judged(search, judge)
+    except KeyboardInterrupt:
+        print(f"\nstopped: {config.log} keeps the evaluations; the same command goes on from there", file=sys.stderr)
+        raise
     original = judge(search.evaluate.original)[0]
     heads, lines = head_report(search)
     share = best["kv_bytes"] / search.evaluate.sizes(*search.partition.maps(search.heads))["kv_bytes"]
@@ -336,12 +341,15 @@ def main() -> None:
     with replacing(Path(config.out), "w") as file:
         file.write(json.dumps(record) + "\n")
     print("\n".join(picture(merged_config(search.evaluate.original.config, best["k_groups"], best["v_groups"]))))
-    print("most alike, by the closed form (and how often together in the ten best)\n" + "\n".join(lines))
+    ten = min(10, len(search.seen))
+    print(f"heads most alike, by the closed form (and how often together in the {ten} best)\n" + "\n".join(lines))
     print(f"judged on {judge.count:,} other tokens; perplexity of the original {perplexity(original):.4f}")
     for row in rows:
         cache = f"{row['groups']:g} K/V heads, {row['kv_bytes']:,} bytes a token"
-        print(f"  x {perplexity(row['loss'] - original):.4f} | KL {row['kl']:.4f} | {cache} | {row['name']}")
-    print(f"{search.evals} evaluations, all in {config.log}")
+        value = "" if search.objective is None else f" | objective {search.value(row):.6g}"
+        print(f"  x {perplexity(row['loss'] - original):.4f} | KL {row['kl']:.4f} | {cache}{value} | {row['name']}")
+    new = len(search.evaluate.records) - search.evaluate.known
+    print(f"{search.evals} groupings looked at, {new} of them measured now; all measurements are in {config.log}")
     dataset = f" --dataset {config.dataset}" if config.dataset else ""
     print(f"--- next:\npython gqa.py {config.ckpt} --groups {config.out} --out grouped.pt{dataset}")
 

@@ -122,8 +122,9 @@ def open_teacher(config: TrainConfig, c: ModelConfig, tokenizer: Tokenizer, devi
     checkpoint = load(config.teacher)
     teacher = build_model(checkpoint, device).requires_grad_(False)
     if checkpoint["tokenizer"] not in (None, tokenizer.data) or teacher.config.vocab_size != c.vocab_size:
-        values = f"vocab_size {teacher.config.vocab_size}, the model's is {c.vocab_size}"
-        raise UserError(f"--teacher {config.teacher} has another tokenizer or size ({values}): give one of the same")
+        sizes = teacher.config.vocab_size, c.vocab_size
+        values = "the model's is another" if len(set(sizes)) == 1 else f"vocab_size {sizes[0]}, the model's {sizes[1]}"
+        raise UserError(f"--teacher {config.teacher} has another tokenizer ({values}): give one of the same")
     if teacher.config.block_size < c.block_size:
         limit = f"reads {teacher.config.block_size} tokens"
         raise UserError(f"--teacher {config.teacher} {limit}: give --block_size {teacher.config.block_size} or less")

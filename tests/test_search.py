@@ -42,6 +42,9 @@ def test_objective_is_the_arithmetic_that_it_says():
     values = {"ppl": 20.5, "loss": 3.0, "groups": 97.0, "kv_bytes": 4096.0}
     for text in ("ppl*groups**2/144", "-loss + 2*(kv_bytes - 1)/3", "ppl ** 0.5", "groups", "+loss*1e3"):
         assert Objective(text, NAMES)(**values) == pytest.approx(eval(text, {}, values), rel=1e-12)
+    assert Objective("ppl*(kv_bytes - 256)**0.5", NAMES)(**values) > 0  # no number for few bytes
+    with pytest.raises(UserError, match=r"no number at ppl 20\.5, loss 3, groups 97, kv_bytes 4096"):
+        Objective("ppl/(groups - 97)", NAMES)(**values)
 
 
 @pytest.mark.parametrize(
@@ -146,6 +149,7 @@ def test_bad_searches_are_refused(tiny_run, folder):
         ([], ["--kv_budget", "--objective"]),
         (["--kv_budget", 0.5, "--objective", "ppl"], ["one of"]),
         (["--objective", "os.system('x')"], ["--objective"]),
+        (["--objective", ""], ["--objective"]),
         (["--kv_budget", 0.5, "--max_evals", 0], ["max_evals is 0"]),
         (["--kv_budget", 0.5, "--search_tokens", 4], ["search_tokens is 4"]),
         (["--kv_budget", 0.5, "--calibration_tokens", 8], ["calibration_tokens is 8"]),
@@ -171,9 +175,15 @@ def test_foreign_logs_are_left_alone(tiny_run, folder):
     checkpoint["model"]["layers.0.feed_forward.w1.weight"] *= 1.01
     save(other, checkpoint)
     refused(search(other, out, *flags, refit="none"), "another model")
-    for content in ("my notes\nfor the year", '{"step": 1}\n{"step": 2}', good + '{"a": 1}\n', "[1]\n"):
+    header, record = good.splitlines()[0], json.loads(good.splitlines()[1])
+    changes = [{"kl": "x"}, {"kl": math.nan}, {"k_groups": None}, {"v_groups": [[0, 0, 0, True]] * 2},
+               {"k_groups": record["k_groups"][:1]}, {"note": 1}]  # fmt: skip
+    damaged = [{"a": 1}, [1], *({**record, **change} for change in changes)]
+    contents = {f"{header}\n{json.dumps(line)}\n": "damaged log" for line in damaged} | {header + "[" * 10**5: "no log"}
+    contents |= dict.fromkeys(("my notes\nfor the year", '{"step": 1}\n{"step": 2}', "[1]\n", "[" * 10**5), "no log")
+    for content, word in contents.items():
         log.write_text(content)
-        refused(search(tiny_run, out, *flags, refit="none"), "mine.jsonl", "no log")
+        refused(search(tiny_run, out, *flags, refit="none"), "mine.jsonl", word)
         assert log.read_text() == content
     log.write_bytes(b"\xff\xfe\x00")
     refused(search(tiny_run, out, *flags, refit="none"), "no log")
@@ -272,10 +282,12 @@ def test_bad_grouping_is_refused(tiny_run, grouped, folder):
         "none": {"groups": []},
         "empty": {"k_groups": [], "v_groups": []},
         "list": [1, 2],
+        "truths": {**groups, "v_groups": [[False, False, True, True]] * 2},
     }
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     (folder / "torn.json").write_text("{")
+    (folder / "deep.json").write_text("[" * 10**5)
     out = folder / "never.pt"
     out.write_bytes(b"mine")
     for flags, words in (
@@ -287,6 +299,9 @@ def test_bad_grouping_is_refused(tiny_run, grouped, folder):
         (["--groups", folder / "empty.json"], ["no group file"]),
         (["--groups", folder / "split.json", "--joint"], ["drop --joint"]),
         (["--groups", folder / "list.json"], ["no group file"]),
+        (["--groups", folder / "truths.json"], ["no group file"]),
+        (["--groups", folder / "deep.json"], ["no group file"]),
+        (["--groups", ""], ["no such group file"]),
         (["--groups", folder / "torn.json"], ["no group file"]),
         (["--groups", folder / "missing.json"], ["no such group file", "search_groups.py"]),
         (["--kv_budget", 0.1], ["kv_budget is 0.1", "0.25"]),
@@ -408,5 +423,10 @@ def test_comparison_is_what_the_commands_give(tiny_run, folder):
     assert {"+ knapsack", "+ wo refitted", "+ wq and wk refitted"} <= {name for name, _ in cells}
     again = [folder / "made.pt", "--shares", 0.5, "--seeds", 1, "--calibration_tokens", 1024]
     refused(quick("compare_groups.py", *again, "--log", log), "another model")
+    refused(quick("compare_groups.py", *again, "--log", folder / "none.jsonl"), "none.jsonl: no such log")
+    refused(quick("compare_groups.py", tiny_run, "--shares", 0.1), "shares is 0.1", "--shares 0.25 to 1")
+    few = ["--kv_budget", 0.5, "--max_evals", 2, "--method", "random"]
+    assert search(tiny_run, folder / "few.json", *few, refit="none").returncode == 0
+    refused(quick("compare_groups.py", tiny_run, "--log", folder / "few.jsonl"), "few.jsonl lacks single layers")
     done = quick("compare_groups.py", *again)  # keys and values are grouped apart already: no row of joint groups
     assert done.returncode == 0 and "K and V apart" in done.stdout and "joint" not in done.stdout, done.stderr
