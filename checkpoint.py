@@ -240,15 +240,17 @@ def picture(c: ModelConfig) -> Iterator[str]:
     """A line for each run of equal layers: the K and the V group that every query head reads, as letters."""
     letters = string.ascii_uppercase + string.ascii_lowercase
 
+    width = max(c.n_head + 6, 28)
+
     def drawn(of_head: list[int]) -> str:
         heads = "".join(letters[g] for g in of_head) if max(of_head) < 52 else " ".join(map(str, of_head))
         return f"{heads} ({max(of_head) + 1})"
 
-    yield f"  {'layer':8} {'K group of each query head':{c.n_head + 20}} V group"
+    yield f"  {'layer':8} {'K group of each query head':{width}} V group"
     for (k, v), run in groupby(range(c.n_layer), key=lambda layer: (c.k_groups[layer], c.v_groups[layer])):
         layers = list(run)
         span = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else f"{layers[0]}"
-        yield f"  {span:8} {drawn(k):{c.n_head + 20}} {drawn(v)}"
+        yield f"  {span:8} {drawn(k):{width}} {drawn(v)}"
 
 
 def sizes_by_part(model: Llama) -> Counter:
@@ -281,7 +283,8 @@ def training_position(checkpoint: dict) -> str:
         return f"none; imported from {checkpoint['source']}" if "source" in checkpoint else "none recorded"
     train, minutes = checkpoint["train"], checkpoint["seconds"] / 60
     done = f"step {checkpoint['step']} of {train.get('max_steps')}, {checkpoint['tokens']:,} tokens, {minutes:.1f} min"
-    return f"{done}, with {train.get('optimizer')} on {train.get('dataset')}, seed {train.get('seed')}"
+    taught = f", taught by {train['teacher']}" if train.get("teacher") else ""
+    return f"{done}, with {train.get('optimizer')} on {train.get('dataset')}, seed {train.get('seed')}{taught}"
 
 
 def show(path: str) -> None:

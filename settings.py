@@ -112,7 +112,8 @@ def start_from(path: str, flags: dict) -> dict:
         hint = f", or merge it for a new adapter: python lora.py merge {path}"
         refuse_changes(flags, asdict(lora_config(source)), set(pick(LoRAConfig, flags)), hint)
     train = source["train"] if isinstance(source.get("train"), dict) else {}
-    return {key: source[key] for key in ("model", "config", "tokenizer", "lora") if key in source} | {"train": train}
+    kept = ("model", "config", "tokenizer", "lora", "grouped")
+    return {key: source[key] for key in kept if key in source} | {"train": train}
 
 
 def open_teacher(config: TrainConfig, c: ModelConfig, tokenizer: Tokenizer, device: torch.device) -> Llama | None:

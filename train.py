@@ -303,12 +303,13 @@ def main() -> None:
     optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     position = restore(checkpoint, optimizers, scaler) if config.resume else dict.fromkeys(POSITION, 0)
+    origin = {"grouped": checkpoint["grouped"]} if checkpoint and "grouped" in checkpoint else {}
     del checkpoint  # and with it the mapped file
     path, last, kept = Path(config.out_dir) / "ckpt.pt", config.max_steps, position["step"]
 
     def save_checkpoint() -> None:
         state = {"model": model.state_dict(), "config": asdict(c), "train": asdict(config), **position}
-        state |= {"lora": asdict(lora)} if lora.lora_r else {}
+        state |= origin | ({"lora": asdict(lora)} if lora.lora_r else {})
         state |= {"tokenizer": tokenizer.data, "data": meta, "scaler": scaler.state_dict()}
         save(path, {**state, "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
 

@@ -379,6 +379,9 @@ def test_healing_brings_a_grouped_model_back_and_resumes(tiny_run, tiny_data, fo
     assert quick("train.py", "--resume", "--out_dir", cut, "--max_steps", 16).returncode == 0
     ours, theirs = load(cut / "ckpt.pt"), load(whole / "ckpt.pt")
     assert ours["step"] == 16 and all(torch.equal(ours["model"][name], x) for name, x in theirs["model"].items())
+    assert ours["grouped"] == theirs["grouped"] == load(grouped)["grouped"]
+    shown = quick("checkpoint.py", "show", cut / "ckpt.pt").stdout
+    assert f"taught by {teacher}" in shown and f"of {teacher}, merged: mean" in shown
     done = quick("train.py", "--resume", "--out_dir", cut, "--teacher", grouped, "--max_steps", 20)
     refused(done, "--teacher", "drop --teacher")
 
