@@ -121,15 +121,16 @@ class Search:
         if self.objective:
             self.over_budgets(sums, counts)
             return
-        predicted, measured, note = {tuple(counts[self.total]): 0.0}, {}, "knapsack"
+        predicted, tried, note = {tuple(counts[self.total]): 0.0}, set(), "knapsack"
         while predicted and self.left() > 0:
             there = min(predicted, key=predicted.get)
             del predicted[there]
+            tried.add(there)
             now = dict(zip(self.slots, there))
-            measured[there] = self.value(self.measure(self.partition.maps(now), note))
+            value = self.value(self.measure(self.partition.maps(now), note))
             for change, near in self.moves(now, values):
-                if near not in measured:
-                    predicted[near] = min(predicted.get(near, math.inf), measured[there] + change)
+                if near not in tried:
+                    predicted[near] = min(predicted.get(near, math.inf), value + change)
             note = "move"
 
     def probe(self) -> list[np.ndarray]:
