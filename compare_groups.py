@@ -60,7 +60,7 @@ def sensitivities(log: Path, model: Llama) -> dict[tuple[int, str], dict[int, fl
         changed = [slot for slot in whole if counts[slot] != whole[slot]]
         if len(changed) == 1 and record["note"].endswith(f"alone: {counts[changed[0]]}"):
             known[changed[0]][counts[changed[0]]] = record["kl"]
-    if not all(known.values()):
+    if not all(known[slot] or n == 1 for slot, n in whole.items()):
         raise UserError(f"{log} lacks single layers: python search_groups.py CKPT --kv_budget 0.5 --out groups.json")
     return known
 

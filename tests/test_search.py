@@ -433,3 +433,16 @@ def test_comparison_is_what_the_commands_give(tiny_run, folder):
     refused(quick("compare_groups.py", tiny_run, "--log", folder / "few.jsonl"), "few.jsonl lacks single layers")
     done = quick("compare_groups.py", *again)  # keys and values are grouped apart already: no row of joint groups
     assert done.returncode == 0 and "K and V apart" in done.stdout and "joint" not in done.stdout, done.stderr
+
+
+def test_comparison_reads_the_log_of_a_model_with_layers_of_one_head(tiny_run, folder):
+    """Such a layer cannot be grouped, so no search measures it."""
+    heads, one = [0, 1, 2, 3], folder / "one.pt"
+    (folder / "one.json").write_text(json.dumps({"k_groups": [[0] * 4, heads], "v_groups": [heads, heads]}))
+    made = ["--groups", folder / "one.json", "--out", one, "--refit", "none", "--calibration_tokens", 1024]
+    assert quick("gqa.py", tiny_run, *made).returncode == 0
+    found = search(one, folder / "found-one.json", "--kv_budget", 0.6, "--max_evals", 8, refit="none")
+    assert found.returncode == 0, found.stderr
+    flags = ["--shares", 0.6, "--seeds", 1, "--calibration_tokens", 1024, "--eval_tokens", 512]
+    done = quick("compare_groups.py", one, *flags, "--log", folder / "found-one.jsonl")
+    assert done.returncode == 0 and "+ knapsack" in done.stdout, done.stderr
