@@ -20,11 +20,11 @@ from typing import Literal
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from config import UserError, exit_cleanly
 from model import Llama, widen
 from nf4 import NF4Linear
+from projection import Projection, sliced_linear
 
 TARGETS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "output")
 ATTENTION = TARGETS[:4]
@@ -58,7 +58,7 @@ def check_targets(names: Sequence[str]) -> None:
 class LoRALinear(nn.Module):
     """A frozen linear layer and a low-rank product beside it; as it is made, equal to the layer alone."""
 
-    def __init__(self, linear: nn.Linear | NF4Linear, r: int = 8, alpha: float = 16.0, dropout: float = 0.0):
+    def __init__(self, linear: Projection | NF4Linear, r: int = 8, alpha: float = 16.0, dropout: float = 0.0):
         super().__init__()
         assert getattr(linear, "bias", None) is None, "a Llama's matrices have no bias, and merging would lose it"
         self.linear, self.scale = linear.requires_grad_(False), alpha / r
@@ -70,12 +70,15 @@ class LoRALinear(nn.Module):
         # nn.Linear's own start, uniform within +-1 / sqrt(in), as in loralib and PEFT; the paper says Gaussian
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.dropout = nn.Dropout(dropout)
-        self.merged: nn.Linear | None = None  # a submodule, so that a state dict shows that the model is merged
+        self.merged: Projection | None = None  # a submodule, so that a state dict shows that the model is merged
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, slices: int = 1, columns: bool = False) -> torch.Tensor:
         if self.merged is not None:
-            return self.merged(x)
-        return self.linear(x) + self.scale * F.linear(F.linear(self.dropout(x), self.lora_A), self.lora_B)
+            return self.merged(x, slices, columns)
+        # a rank holds the columns of A or the rows of B that belong to its slice of W, and all of the other
+        low = sliced_linear(self.dropout(x), self.lora_A, slices if columns else 1, columns=True)
+        high = sliced_linear(low, self.lora_B, 1 if columns else slices)
+        return self.linear(x, slices, columns) + self.scale * high
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -91,14 +94,14 @@ class LoRALinear(nn.Module):
         self.merged = None
 
 
-def linear_of(weight: torch.Tensor) -> nn.Linear:
-    """A frozen nn.Linear with this weight (out, in)."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+def linear_of(weight: torch.Tensor) -> Projection:
+    """A frozen layer with this weight (out, in)."""
+    linear = Projection(weight.shape[1], weight.shape[0], device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     return linear
 
 
-def plain_linear(layer: nn.Linear | NF4Linear) -> nn.Linear:
+def plain_linear(layer: Projection | NF4Linear) -> Projection:
     return linear_of(layer.dequantize()) if isinstance(layer, NF4Linear) else layer
 
 
@@ -119,7 +122,7 @@ def apply_lora(
     """
     assert not adapters(model), "the model has an adapter already"
     check_targets(targets)
-    replace(model, targets, (nn.Linear, NF4Linear), lambda layer: LoRALinear(layer, r, alpha, dropout))
+    replace(model, targets, (Projection, NF4Linear), lambda layer: LoRALinear(layer, r, alpha, dropout))
     freeze(model)
 
 
@@ -133,7 +136,7 @@ def quantize_blocks(model: Llama) -> None:
     """Store the matrices of the blocks in NF4, one after the other. Embeddings, output, norms and the novel layers,
     which are few or looked up, not multiplied, stay as they are."""
     assert not adapters(model), "quantize first: what has an adapter would be passed over"
-    replace(model.layers, TARGETS[:7], nn.Linear, NF4Linear.from_linear)
+    replace(model.layers, TARGETS[:7], Projection, NF4Linear.from_linear)
 
 
 def adapt(model: Llama, config: LoRAConfig) -> Llama:

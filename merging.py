@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from attention import scores
 from config import UserError
 from model import Attention, Llama, ModelConfig, rope_angles
 from partition import Groups
@@ -63,7 +64,7 @@ def observe(attention: Attention, x: torch.Tensor, rope: Rope) -> Statistics:
         q, k, _ = attention.project(part, *rope)
         energy = energy + q.unflatten(-1, (-1, 2)).square().sum(dim=(0, 2, 4), dtype=torch.float64)
         inputs += part.flatten(0, 1).T @ part.flatten(0, 1)
-        m = (attention.scores(q[:, :, some], k, mask).softmax(-1) @ part[:, None]).flatten(0, 2)
+        m = (scores(q[:, :, some], k, attention.k_groups, mask).softmax(-1) @ part[:, None]).flatten(0, 2)
         mixed, count = mixed + m.T @ m, count + len(m)
     tokens = x.shape[0] * x.shape[1]
     return Statistics(inputs / tokens, mixed / count, energy / tokens)

@@ -25,7 +25,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from attention import HeadGroups, KVCache, attend
 from config import NO_FLAG, UserError
+from projection import Projection
 
 IGNORE = -1  # a target that carries no loss
 ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -52,7 +54,8 @@ class ModelConfig:
     tie_embeddings: bool = True  # one matrix for the token embeddings and the output
     novel: bool = False  # the per-head layer: head_dim x head_dim linear + SiLU on each head's attention output
     dropout: float = 0.0  # on the embeddings and on both residual branches
-    attention: Literal["auto", "naive", "sdpa"] = "auto"  # the textbook formula, PyTorch's fused one, the faster here
+    attention: Literal["auto", "naive", "sdpa", "triton"] = "auto"  # see attention.py; auto is what is fastest here
+    pretraining_tp: int = 1  # slices of each matrix, multiplied one by one, as on so many tensor-parallel ranks
     # [layer][query head] -> the K group, the V group that it reads; equal runs of heads unless given
     k_groups: list[list[int]] | None = field(default=None, metadata=NO_FLAG)
     v_groups: list[list[int]] | None = field(default=None, metadata=NO_FLAG)
@@ -88,12 +91,22 @@ class ModelConfig:
                 hint = f"give {self.n_head} group numbers, one a head, that skip none from 0 on"
                 _require(dense, f"{name}[{layer}] is {of_head}: {hint}")
 
+        self.check_slices()
+
     def check_size(self, *names: str) -> None:
         for name in names:
             most = LARGEST.get(name, 2**20)
             _require(
                 1 <= getattr(self, name) <= most, f"{name} is {getattr(self, name)}: give --{name} from 1 to {most}"
             )
+
+    def check_slices(self) -> None:
+        heads = {self.n_head, *(max(groups) + 1 for groups in self.k_groups + self.v_groups)}
+        widths = {f"the width of {n} heads": n * self.head_dim for n in sorted(heads)}
+        for name, width in {**widths, "hidden_dim": self.hidden_dim, "vocab_size": self.vocab_size}.items():
+            fits = self.pretraining_tp >= 1 and width % self.pretraining_tp == 0
+            hint = "give --pretraining_tp 1, or a number that does"
+            _require(fits, f"pretraining_tp {self.pretraining_tp} does not divide {name}, {width}: {hint}")
 
     def check_rope_scaling(self) -> None:
         scaling = self.rope_scaling
@@ -159,94 +172,29 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).type_as(x)
 
 
-class HeadGroups(nn.Module):
-    """Which of G groups each of H query heads reads, e.g. [0, 1, 1, 1]; holds no parameters.
-
-    `gather` lays the heads of each group side by side as rows, so that one batched product serves all heads of all
-    groups without a copy of the keys or values for every head; `scatter` puts the rows back in head order. Groups of
-    unequal size are padded to the largest with a repeated head, whose rows `scatter` never reads.
-    """
-
-    def __init__(self, of_head: list[int]):
-        super().__init__()
-        members: list[list[int]] = [[] for _ in range(max(of_head) + 1)]
-        for head, group in enumerate(of_head):
-            members[group].append(head)
-        self.n_group, self.size = len(members), max(len(heads) for heads in members)
-        rows = [heads[i] if i < len(heads) else heads[0] for heads in members for i in range(self.size)]
-        slots = [group * self.size + members[group].index(head) for head, group in enumerate(of_head)]
-        self.in_order = slots == list(range(len(rows)))  # MHA, uniform neighbours, MQA: gather and scatter are views
-        for name, index in (("of_head", of_head), ("rows", rows), ("slots", slots)):
-            # on the CPU even inside `with torch.device("meta")`: a checkpoint holds the weights, but not these
-            self.register_buffer(name, torch.tensor(index, device="cpu"), persistent=False)
-
-    def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, H, T, X) -> (B, G, size * T, X)."""
-        x = x if self.in_order else x.index_select(1, self.rows)
-        return x.unflatten(1, (self.n_group, self.size)).flatten(2, 3)
-
-    def scatter(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, G, size * T, X) -> (B, H, T, X)."""
-        x = x.unflatten(2, (self.size, -1)).flatten(1, 2)
-        return x if self.in_order else x.index_select(1, self.slots)
-
-    def expand(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, G, T, D) -> (B, H, T, D), a copy for every head, for kernels that know no groups."""
-        return x if self.size == 1 and self.in_order else x.index_select(1, self.of_head)
-
-
-class KVCache:
-    """Keys and values of the tokens so far, one head a group; `length` tokens of `capacity` are filled."""
-
-    def __init__(self, config: ModelConfig, capacity: int):
-        self.capacity, self.length = capacity, 0
-        self.keys: list[torch.Tensor | None] = [None] * config.n_layer
-        self.values: list[torch.Tensor | None] = [None] * config.n_layer
-
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store k (B, G_k, T, D) and v (B, G_v, T, D) behind the past; return views of all, (B, G, S, D)."""
-        end = self.length + k.shape[2]
-        assert end <= self.capacity, f"the KV cache holds {self.capacity} tokens, {end} are needed"
-        for store, new in ((self.keys, k), (self.values, v)):
-            if store[layer] is None:
-                store[layer] = new.new_empty(new.shape[0], new.shape[1], self.capacity, new.shape[3])
-            store[layer][:, :, self.length : end] = new
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated."""
-        return sum(x.nbytes for x in self.keys + self.values if x is not None)
-
-
-def faster_attention(q: torch.Tensor) -> str:
-    """What `--attention auto` takes for queries q (B, H, T, D): on a CPU, in half precision, at a few hundred tokens,
-    two batched products beat the backward of PyTorch's fused kernel; everywhere else the fused kernel wins."""
-    half = q.dtype in (torch.bfloat16, torch.float16)
-    return "naive" if q.device.type == "cpu" and half and q.requires_grad and q.shape[2] <= 512 else "sdpa"
-
-
 class Attention(nn.Module):
     """Causal self-attention; every query head reads its own key group and its own value group."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim, self.backend = layer, config.head_dim, config.attention
+        self.slices = config.pretraining_tp
         self.k_groups, self.v_groups = HeadGroups(config.k_groups[layer]), HeadGroups(config.v_groups[layer])
         heads = config.n_head * config.head_dim
-        self.wq = nn.Linear(config.dim, heads, bias=False)
-        self.wk = nn.Linear(config.dim, self.k_groups.n_group * config.head_dim, bias=False)
-        self.wv = nn.Linear(config.dim, self.v_groups.n_group * config.head_dim, bias=False)
-        self.wo = nn.Linear(heads, config.dim, bias=False)
+        self.wq = Projection(config.dim, heads)
+        self.wk = Projection(config.dim, self.k_groups.n_group * config.head_dim)
+        self.wv = Projection(config.dim, self.v_groups.n_group * config.head_dim)
+        self.wo = Projection(heads, config.dim)
         self.novel = nn.Linear(config.head_dim, config.head_dim) if config.novel else None
 
     def forward(self, x, cos, sin, mask: torch.Tensor | None = None, cache: KVCache | None = None) -> torch.Tensor:
         """x (B, T, C) -> (B, T, C). `mask`, broadcast to (B, H, T, S), is True where a query looks; None is causal."""
-        return self.wo(self.heads(x, cos, sin, mask, cache))
+        return self.wo(self.heads(x, cos, sin, mask, cache), self.slices, columns=True)
 
     def project(self, x, cos, sin) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x (B, T, C) -> queries (B, H, T, D), keys (B, G_k, T, D), both turned to their positions, values."""
-        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
+        wide = (w(x, self.slices) for w in (self.wq, self.wk, self.wv))
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in wide)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def heads(self, x, cos, sin, mask: torch.Tensor | None = None, cache: KVCache | None = None) -> torch.Tensor:
@@ -254,29 +202,10 @@ class Attention(nn.Module):
         q, k, v = self.project(x, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        backend = faster_attention(q) if self.backend == "auto" else self.backend
-        if backend == "naive" or cache is not None:  # sdpa would copy the cache out to all heads at every token
-            y = self.attend(q, k, v, mask)
-        else:
-            k, v = self.k_groups.expand(k), self.v_groups.expand(v)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        y = attend(q, k, v, self.k_groups, self.v_groups, mask, self.backend)
         if self.novel is not None:
             y = F.silu(self.novel(y))
         return y.transpose(1, 2).flatten(2)
-
-    def attend(self, q, k, v, mask: torch.Tensor | None) -> torch.Tensor:
-        """softmax(q k^T / sqrt(D)) v as in the textbook: q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D)."""
-        weights = self.scores(q, k, mask).softmax(-1).type_as(v)
-        return self.v_groups.scatter(self.v_groups.gather(weights) @ v)
-
-    def scores(self, q, k, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """q k^T / sqrt(D), (B, H, T, S), and -inf where the mask hides a key from a query; None is causal."""
-        if mask is None:
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-        q = q * self.head_dim**-0.5
-        scores = self.k_groups.scatter(self.k_groups.gather(q) @ k.transpose(-1, -2))  # (B, H, T, S)
-        bias = torch.zeros(mask.shape, dtype=scores.dtype, device=q.device).masked_fill(~mask, -math.inf)
-        return scores + bias  # an added mask, unlike masked_fill, has no backward
 
 
 class FeedForward(nn.Module):
@@ -284,12 +213,14 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
-        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
-        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.slices = config.pretraining_tp
+        self.w1 = Projection(config.dim, config.hidden_dim)
+        self.w2 = Projection(config.hidden_dim, config.dim)
+        self.w3 = Projection(config.dim, config.hidden_dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        hidden = F.silu(self.w1(x, self.slices)) * self.w3(x, self.slices)
+        return self.w2(hidden, self.slices, columns=True)
 
 
 class TransformerBlock(nn.Module):
@@ -318,7 +249,7 @@ class Llama(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(TransformerBlock(config, layer) for layer in range(config.n_layer))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.output = Projection(config.dim, config.vocab_size)
         if config.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
         self.init_weights()
@@ -342,7 +273,7 @@ class Llama(nn.Module):
         """
         T, past = tokens.shape[1], cache.length if cache else 0
         positions, mask = torch.arange(past, past + T, device=tokens.device), None
-        if cache is not None or padding is not None:
+        if padding is not None or (past and T > 1):
             seen = torch.arange(past + T, device=tokens.device)
             mask = seen <= positions[:, None]  # (T, S)
             if padding is not None:  # a padded query sees itself: a row with nothing to see would be NaN
@@ -360,7 +291,7 @@ class Llama(nn.Module):
         if cache is not None:
             cache.length += T
             x = x[:, -1:]
-        logits = self.output(self.norm(x))
+        logits = self.output(self.norm(x), c.pretraining_tp)
         if targets is None:
             return logits
         return F.cross_entropy(widen(logits).flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")

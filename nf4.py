@@ -16,6 +16,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from projection import Projection, sliced_linear
+
 BLOCK, ABSMAX_BLOCK = 64, 256
 BUFFERS = ("codes", "absmax", "scales")  # what takes the place of a weight in a state dict, all uint8
 
@@ -79,14 +81,14 @@ class FrozenProduct(torch.autograd.Function):
     backward, instead of being kept for it. W gets no gradient."""
 
     @staticmethod
-    def forward(ctx, x, codes, absmax, scales, shape):
+    def forward(ctx, x, codes, absmax, scales, shape, slices, columns):
         ctx.save_for_backward(codes, absmax, scales)
         ctx.shape = shape  # under autocast, F.linear rounds both factors
-        return F.linear(x, dequantize(codes, absmax, scales, shape).type_as(x))
+        return sliced_linear(x, dequantize(codes, absmax, scales, shape).type_as(x), slices, columns)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad @ dequantize(*ctx.saved_tensors, ctx.shape).type_as(grad), None, None, None, None
+        return grad @ dequantize(*ctx.saved_tensors, ctx.shape).type_as(grad), *[None] * 6
 
 
 class NF4Linear(nn.Module):
@@ -105,7 +107,7 @@ class NF4Linear(nn.Module):
             self.register_buffer(name, torch.zeros(size, dtype=torch.uint8))
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear) -> "NF4Linear":
+    def from_linear(cls, linear: Projection) -> "NF4Linear":
         """The layer's weight, rounded to NF4."""
         assert linear.bias is None, "a Llama's matrices have no bias"
         with torch.device("meta"):
@@ -128,5 +130,5 @@ class NF4Linear(nn.Module):
     def nbytes(self) -> int:
         return sum(getattr(self, name).nbytes for name in BUFFERS)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return FrozenProduct.apply(x, self.codes, self.absmax, self.scales, self.shape)
+    def forward(self, x: torch.Tensor, slices: int = 1, columns: bool = False) -> torch.Tensor:
+        return FrozenProduct.apply(x, self.codes, self.absmax, self.scales, self.shape, slices, columns)

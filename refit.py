@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
+from attention import scores
 from merging import observed
 from model import Attention, Llama, rotate
 
@@ -86,7 +87,7 @@ def refit_attention(theirs: Attention, ours: Attention, a, b, rope) -> None:
     targets = []
     for part in a.split(SLICE):
         q, k, _ = theirs.project(part, *rope)
-        targets.append(theirs.scores(q[:, :, some], k, seen).softmax(-1))
+        targets.append(scores(q[:, :, some], k, theirs.k_groups, seen).softmax(-1))
     count = sum(target.shape[:3].numel() for target in targets)
     turns = [[angles[some] for angles in rope], rope]
     whitened = [w.weight @ root for w in (ours.wq, ours.wk)]
@@ -104,7 +105,7 @@ def refit_attention(theirs: Attention, ours: Attention, a, b, rope) -> None:
             )
             # cross-entropy, KL but for a constant: log sum exp(scores) - sum target * scores
             where = (q * (target @ ours.k_groups.expand(k))).sum() * ours.head_dim**-0.5
-            loss = (ours.scores(q, k, seen).logsumexp(-1).sum() - where) / count
+            loss = (scores(q, k, ours.k_groups, seen).logsumexp(-1).sum() - where) / count
             loss.backward()
             total += loss.detach()
         return total

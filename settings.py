@@ -13,7 +13,8 @@ from lora import LoRAConfig
 from model import Llama, ModelConfig
 from tokenizer import Tokenizer
 
-SHAPE_FREE = {"attention", "dropout", "block_size", "rope_theta"}  # model settings that fit any weights
+# model settings that fit any weights
+SHAPE_FREE = {"attention", "pretraining_tp", "dropout", "block_size", "rope_theta"}
 POSITION = ("step", "tokens", "seconds")  # where a run is: optimizer steps, tokens seen, seconds of training
 # they decide what a step sees, and what it learns from
 RUN_FIXED = {"dataset", "init_from", "optimizer", "seed", "batch_size", "grad_accum", "teacher", "distil_weight"}
@@ -90,7 +91,7 @@ def settle(flags: dict) -> tuple[ModelConfig, LoRAConfig, TrainConfig, dict | No
             raise UserError(f"{path} has no training state to resume: start a new run with --init_from {path}")
         lora = lora_config(checkpoint)
         saved = {**checkpoint["config"], **asdict(lora), **checkpoint["train"]}
-        refuse_changes(flags, saved, set(shape) - {"attention"} | set(adapter) | RUN_FIXED)
+        refuse_changes(flags, saved, set(shape) - {"attention", "pretraining_tp"} | set(adapter) | RUN_FIXED)
         c = model_config(checkpoint, **shape)
         config = TrainConfig(**{**pick(TrainConfig, checkpoint["train"]), **pick(TrainConfig, flags)})
         if config.max_steps < checkpoint["step"]:

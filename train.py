@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -289,7 +289,7 @@ def main() -> None:
     dtype = pick_dtype(config.dtype, device)
     folder, meta, tokenizer = training_data(config, flags, checkpoint)
     if not checkpoint and "vocab_size" not in flags:
-        c.vocab_size = tokenizer.vocab_size
+        c = replace(c, vocab_size=tokenizer.vocab_size)
     check_sizes(c, folder, meta, tokenizer)
     data, val_data = open_data(folder, meta, "train", c.block_size), open_data(folder, meta, "val", c.block_size)
 

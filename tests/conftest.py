@@ -13,12 +13,15 @@ import pytest
 import sentencepiece as spm
 import torch
 
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # the products of tiny models are too small to share
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton; what `command` starts does not get it
+
 import config
 from data.prepare import PrepareConfig, prepare
 from model import Llama, ModelConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # the products of tiny models are too small to share
 torch.set_num_threads(1)
 OWN_TEXT = [str(ROOT / f"{name}.py") for name in ("checkpoint", "config", "dataset", "model", "sample", "train")]
 TINY = {"n_layer": 2, "n_head": 4, "dim": 32, "hidden_dim": 48, "vocab_size": 64, "block_size": 64}

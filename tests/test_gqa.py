@@ -9,6 +9,7 @@ import torch
 from conftest import assert_close, sharp_model, to_hugging_face
 
 import merging
+from attention import scores
 from config import UserError
 from gqa import Partitioner, in_order, neighbours, predictions
 from merging import Costs, convert, mean, merge_keys, merge_values, rope_of, statistics
@@ -331,7 +332,7 @@ def test_refitted_attention_looks_where_it_looked(monkeypatch, queries):
     def divergence() -> float:
         q, k, _ = theirs.project(x, *rope)
         p, r, _ = ours.project(x, *rope)
-        left, right = theirs.scores(q, k).softmax(-1), ours.scores(p, r).softmax(-1)
+        left, right = scores(q, k, theirs.k_groups).softmax(-1), scores(p, r, ours.k_groups).softmax(-1)
         return (left * ((left + 1e-30).log() - (right + 1e-30).log())).sum(-1).mean().item()
 
     before = divergence()

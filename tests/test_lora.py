@@ -13,6 +13,7 @@ from checkpoint import build_model, load, save
 from lora import TARGETS, LoRAConfig, LoRALinear, adapt, adapters, apply_lora, merge, plain, quantize_blocks, unmerge
 from model import Llama, ModelConfig
 from nf4 import NF4, NF4Linear, dequantize, dynamic_values, quantize
+from projection import Projection
 
 TOKENS = torch.randint(64, (2, 24), generator=torch.Generator().manual_seed(1))
 TARGET_SETS = [TARGETS[:4], TARGETS, *((name,) for name in TARGETS)]
@@ -81,7 +82,7 @@ def test_a_new_adapter_changes_nothing_and_has_the_published_defaults():
 
 def test_dropout_falls_on_the_input_of_the_adapter_alone():
     torch.manual_seed(0)
-    linear = nn.Linear(400, 5, bias=False)
+    linear = Projection(400, 5)
     layer = LoRALinear(linear, r=2, alpha=2.0, dropout=0.25)
     layer.lora_A.data.fill_(1.0)
     layer.lora_B.data.fill_(1.0)
@@ -331,7 +332,7 @@ def test_a_weight_takes_4_127_bits_in_memory_and_in_the_file(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_quantized_layer_is_its_dequantized_weight_and_keeps_none(dtype):
-    linear = nn.Linear(200, 96, bias=False)
+    linear = Projection(200, 96)
     layer, x = NF4Linear.from_linear(linear), torch.randn(4, 7, 200, requires_grad=True)
     exact = torch.nn.Parameter(layer.dequantize())
     kept = []
@@ -348,7 +349,7 @@ def test_a_quantized_layer_is_its_dequantized_weight_and_keeps_none(dtype):
 
 
 def test_scales_survive_a_change_of_number_format():
-    layer = NF4Linear.from_linear(nn.Linear(128, 64, bias=False))
+    layer = NF4Linear.from_linear(Projection(128, 64))
     before = layer.dequantize()
     assert torch.equal(layer.bfloat16().dequantize(), before)
 

@@ -1,0 +1,171 @@
+"""Attention over head groups: which query heads read which keys and values, the KV cache, and three ways to compute it.
+
+    naive    the textbook's softmax(q k^T / sqrt(D)) v, the reference of every test
+    sdpa     PyTorch's fused kernels, which know groups of equal runs of heads only
+    triton   flash_attention.py, which reads groups of any size; where it cannot run, sdpa takes its place
+    auto     whichever of the first two is faster here
+
+Shapes as in model.py: q (B, H, T, D), k (B, G_k, S, D), v (B, G_v, S, D), where the T queries are the last of S tokens.
+"""
+
+import math
+import sys
+from functools import lru_cache
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class HeadGroups(nn.Module):
+    """Which of G groups each of H query heads reads, e.g. [0, 1, 1, 1]; holds no parameters.
+
+    `gather` lays the heads of each group side by side as rows, so that one batched product serves all heads of all
+    groups without a copy of the keys or values for every head; `scatter` puts the rows back in head order. Groups of
+    unequal size are padded to the largest with a repeated head, whose rows `scatter` never reads.
+    """
+
+    def __init__(self, of_head: list[int]):
+        super().__init__()
+        members: list[list[int]] = [[] for _ in range(max(of_head) + 1)]
+        for head, group in enumerate(of_head):
+            members[group].append(head)
+        self.of_list, self.n_group, self.size = list(of_head), len(members), max(len(heads) for heads in members)
+        rows = [heads[i] if i < len(heads) else heads[0] for heads in members for i in range(self.size)]
+        slots = [group * self.size + members[group].index(head) for head, group in enumerate(of_head)]
+        self.in_order = slots == list(range(len(rows)))  # MHA, uniform neighbours, MQA: gather and scatter are views
+        for name, index in (("of_head", of_head), ("rows", rows), ("slots", slots)):
+            # on the CPU even inside `with torch.device("meta")`: a checkpoint holds the weights, but not these
+            self.register_buffer(name, torch.tensor(index, device="cpu"), persistent=False)
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, H, T, X) -> (B, G, size * T, X)."""
+        x = x if self.in_order else x.index_select(1, self.rows)
+        return x.unflatten(1, (self.n_group, self.size)).flatten(2, 3)
+
+    def scatter(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, G, size * T, X) -> (B, H, T, X)."""
+        x = x.unflatten(2, (self.size, -1)).flatten(1, 2)
+        return x if self.in_order else x.index_select(1, self.slots)
+
+    def expand(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, G, T, D) -> (B, H, T, D), a copy for every head, for kernels that know no groups."""
+        return x if self.size == 1 and self.in_order else x.index_select(1, self.of_head)
+
+
+class KVCache:
+    """Keys and values of the tokens so far, one head a group; `length` tokens of `capacity` are filled."""
+
+    def __init__(self, config, capacity: int):
+        self.capacity, self.length = capacity, 0
+        self.keys: list[torch.Tensor | None] = [None] * config.n_layer
+        self.values: list[torch.Tensor | None] = [None] * config.n_layer
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store k (B, G_k, T, D) and v (B, G_v, T, D) behind the past; return views of all, (B, G, S, D)."""
+        end = self.length + k.shape[2]
+        assert end <= self.capacity, f"the KV cache holds {self.capacity} tokens, {end} are needed"
+        for store, new in ((self.keys, k), (self.values, v)):
+            if store[layer] is None:
+                store[layer] = new.new_empty(new.shape[0], new.shape[1], self.capacity, new.shape[3])
+            store[layer][:, :, self.length : end] = new
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return sum(x.nbytes for x in self.keys + self.values if x is not None)
+
+
+def attend(
+    q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.Tensor | None, backend: str
+) -> torch.Tensor:
+    """(B, H, T, D). `mask`, broadcast to (B, H, T, S), is True where a query looks; None is causal."""
+    if backend == "auto":
+        backend = faster(q)
+    if backend == "triton" and not triton_runs(q.device, q.dtype, q.shape[-1]):
+        backend = "sdpa"
+    return {"naive": naive, "sdpa": sdpa, "triton": triton}[backend](q, k, v, k_groups, v_groups, mask)
+
+
+def faster(q: torch.Tensor) -> str:
+    """What `--attention auto` takes for queries q (B, H, T, D): on a CPU, in half precision, at a few hundred tokens,
+    two batched products beat the backward of PyTorch's fused kernel; everywhere else the fused kernel wins."""
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    return "naive" if q.device.type == "cpu" and half and q.requires_grad and q.shape[2] <= 512 else "sdpa"
+
+
+def scores(q, k, k_groups: HeadGroups, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """q k^T / sqrt(D), (B, H, T, S), and -inf where the mask hides a key from a query; None is causal."""
+    if mask is None:
+        T, S = q.shape[2], k.shape[2]
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    found = k_groups.scatter(k_groups.gather(q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2))
+    bias = torch.zeros(mask.shape, dtype=found.dtype, device=q.device).masked_fill(~mask, -math.inf)
+    return found + bias  # an added mask, unlike masked_fill, has no backward
+
+
+def naive(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.Tensor | None) -> torch.Tensor:
+    weights = scores(q, k, k_groups, mask).softmax(-1).type_as(v)
+    return v_groups.scatter(v_groups.gather(weights) @ v)
+
+
+def sdpa(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.Tensor | None) -> torch.Tensor:
+    """The kernel takes as many key heads as value heads, for equal runs of query heads; other groups cost a copy of K
+    and V for every head. Not so one query against a cache, where that copy would outweigh all else: there the heads of
+    a group are the queries of one sequence, if K and V have the same groups, else the textbook has no copy either."""
+    one_map = k_groups.of_list == v_groups.of_list
+    if q.shape[2] == 1 and not one_map:
+        return naive(q, k, v, k_groups, v_groups, mask)
+    if q.shape[2] == 1:
+        return k_groups.scatter(F.scaled_dot_product_attention(k_groups.gather(q), k, v, attn_mask=mask))
+    runs = one_map and k_groups.in_order
+    if not runs:
+        k, v = k_groups.expand(k), v_groups.expand(v)
+    grouped = runs and k_groups.size > 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+
+
+def triton(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.Tensor | None) -> torch.Tensor:
+    """The kernels know causal attention, and one query whose first keys are hidden: all but the first pass of a batch
+    of texts of several lengths, and a text that is read in parts."""
+    from flash_attention import flash_attention, flash_decode
+
+    k_of = k_groups.of_head
+    v_of = k_of if k_groups.of_list == v_groups.of_list else v_groups.of_head
+    if q.shape[2] == 1 and not q.requires_grad:
+        begins = None if mask is None else mask.int().argmax(-1).flatten().expand(len(q))
+        return flash_decode(q, k, v, k_of, v_of, begins)
+    if mask is not None or q.shape[2] < k.shape[2]:
+        return sdpa(q, k, v, k_groups, v_groups, mask)
+    return flash_attention(q, k, v, k_of, v_of)
+
+
+@torch.compiler.assume_constant_result
+def triton_runs(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether flash_attention.py can compute this; says once on stderr why not."""
+    reason = why_not_triton(device, dtype, head_dim)
+    note(reason) if reason else None
+    return reason is None
+
+
+@lru_cache
+def note(reason: str) -> None:
+    print(f"note: no triton attention: {reason}; sdpa takes its place", file=sys.stderr, flush=True)
+
+
+@lru_cache
+def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    try:
+        from flash_attention import HEAD_DIMS, INTERPRETED
+    except ImportError as error:
+        return f"{error}: pip install triton, on Linux"
+    if head_dim not in HEAD_DIMS:
+        return f"head_dim {head_dim} is not from {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}"
+    if INTERPRETED.value:
+        return None
+    if device.type != "cuda":
+        return f"it needs a GPU, not {device.type} (TRITON_INTERPRET=1 runs it on a CPU, very slowly)"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or more"
+    return "it takes bfloat16, float16 and float32, not float64" if dtype == torch.float64 else None
