@@ -3,6 +3,8 @@
     python bench.py memory                                         # what each memory saver saves, and what it costs
     python bench.py memory --n_layer 12 --dim 768 --batch_size 4   # of a larger model
     python bench.py decode --block_size 1024                       # what fewer K/V heads buy in generation
+    python bench.py attention --init_from ckpt.pt                  # attention x pretraining_tp, in a short QLoRA run
+    python bench.py kernel                                         # the Triton kernels by themselves; needs a GPU
 
 `memory` trains a model of random weights for some steps, each row in a process of its own and with the same number of
 tokens a step: everything in float32; an adapter alone; the adapter with one saver more at a time; the base in 4 bits;
@@ -16,15 +18,19 @@ Of a tiny model, or in a step or two, it measures overheads.
 
 `decode` fills the caches of models of random weights, with all K/V heads and with a half, a quarter and an eighth of
 them, up to `steps` tokens before block_size, and then adds a token at a time to each in turn.
+
+`attention` fine-tunes a checkpoint with train.py, each row from the same seed and in a process of its own, and then
+times 20 greedy texts of 100 tokens. It fails if another attention than the row's was computed even once.
+
+`kernel` compares the fused kernels with PyTorch's and with the textbook, for as many K/V heads as query heads, for
+equal groups, and for uneven ones, K and V apart. The last column is the share of what this GPU does in a large product
+(forward, backward) or a large copy (decode).
 """
 
 import json
-import multiprocessing
 import statistics
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -32,6 +38,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
+from bench_attention import alone, attention_table, kernel_table, print_attention, print_kernel
 from checkpoint import load, save
 from config import UserError, exit_cleanly, parse, pick
 from device import autocast, memory_bytes, peak_memory_bytes, pick_device, pick_dtype, reset_peak_memory
@@ -56,10 +63,12 @@ ROWS = {  # what is measured, and the savers that it has
 class BenchConfig:
     """benchmark"""
 
-    action: Literal["memory", "decode"]  # the table to print
+    action: Literal["memory", "decode", "attention", "kernel"]  # the table to print
     batch_size: int = 16  # sequences of a step, of block_size tokens each
     grad_accum: int = 4  # memory: micro-batches of a step, where a row accumulates
-    steps: int = 5  # steps, or decoded tokens, that are timed; one more comes before them
+    steps: int = 5  # steps, or decoded tokens, that are timed; one more comes before them; attention: 10 times as many
+    init_from: str | None = None  # attention: the ckpt.pt to fine-tune
+    dataset: str | None = None  # attention: the data to fine-tune on (default: the checkpoint's own)
     device: str = "auto"  # cuda, mps, cpu or auto
     json: bool = False  # print one JSON object and nothing else
 
@@ -108,12 +117,26 @@ def memory(c: ModelConfig, lora: LoRAConfig, config: BenchConfig) -> dict:
         path = Path(folder) / "random.pt"
         save(path, {"model": Llama(c).state_dict(), "config": asdict(c), "tokenizer": None})
         for name, savers in tqdm(ROWS.items(), desc="measuring", disable=None, leave=False):
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-                try:
-                    found[name] = process.submit(measure, str(path), lora, config, savers).result()
-                except BrokenProcessPool:
-                    raise UserError(f"out of memory in {name!r}: give a smaller --batch_size or model") from None
+            found[name] = alone(name, measure, str(path), lora, config, savers)
     return found
+
+
+def print_memory(c: ModelConfig, lora: LoRAConfig, config: BenchConfig) -> None:
+    if config.batch_size % config.grad_accum:
+        values = f"batch_size {config.batch_size}, grad_accum {config.grad_accum}"
+        raise UserError(f"{values}: give --grad_accum a divisor of --batch_size")
+    if lora.quantize != "none" or lora.lora_r < 1:
+        raise UserError("bench.py measures with and without NF4: give --lora_r 1 or more, and drop --quantize")
+    found = memory(c, lora, config)
+    if config.json:
+        print(json.dumps({"model": asdict(c), "lora": asdict(lora), "bench": asdict(config), "rows": found}))
+        return
+    count = Llama(c).num_params()
+    print(f"{count:,} parameters, {config.batch_size} x {c.block_size} tokens a step, LoRA of rank {lora.lora_r}")
+    print(f"{'':32}{'trainable':>13}{'weights':>12}{'optimizer':>12}{'peak':>12}{'tokens/s':>12}")
+    for name, row in found.items():
+        sizes = "".join(f"{row[key] / 2**20:8.1f} MiB" for key in ("weights", "optimizer", "peak"))
+        print(f"{name:32}{row['trainable']:>13,}{sizes}{row['tokens_per_s']:>12,.0f}")
 
 
 @torch.no_grad()
@@ -144,6 +167,8 @@ def decode(c: ModelConfig, config: BenchConfig) -> list[dict]:
 
 
 def print_decode(c: ModelConfig, config: BenchConfig) -> None:
+    if config.steps > c.block_size - 2:
+        raise UserError(f"steps {config.steps} of block_size {c.block_size}: give --steps 1 to {c.block_size - 2}")
     rows = decode(c, config)
     if config.json:
         print(json.dumps({"model": asdict(c), "bench": asdict(config), "rows": rows}))
@@ -157,31 +182,31 @@ def print_decode(c: ModelConfig, config: BenchConfig) -> None:
 
 def main() -> None:
     flags = parse(__doc__, BenchConfig, ModelConfig, LoRAConfig)
-    config, c = BenchConfig(**pick(BenchConfig, flags)), ModelConfig(**pick(ModelConfig, flags))
-    lora = LoRAConfig(**{"lora_r": 8, **pick(LoRAConfig, flags)})
-    if config.action == "decode":
-        if surplus := sorted(set(flags) & {*pick(LoRAConfig, flags), "grad_accum", "n_kv_head"}):
-            raise UserError(f"decode does not use --{surplus[0]}: leave it out")
-        if config.batch_size < 1 or not 1 <= config.steps <= c.block_size - 2:
-            values = f"batch_size {config.batch_size}, steps {config.steps}"
-            raise UserError(f"{values}: give --batch_size 1 or more, --steps 1 to {c.block_size - 2}")
-        print_decode(c, config)
-        return
-    if config.grad_accum < 1 or config.batch_size < 1 or config.batch_size % config.grad_accum or config.steps < 1:
-        values = f"batch_size {config.batch_size}, grad_accum {config.grad_accum}, steps {config.steps}"
-        raise UserError(f"{values}: give each 1 or more, --grad_accum a divisor of --batch_size")
-    if lora.quantize != "none" or lora.lora_r < 1:
-        raise UserError("bench.py measures with and without NF4: give --lora_r 1 or more, and drop --quantize")
-    found = memory(c, lora, config)
-    if config.json:
-        print(json.dumps({"model": asdict(c), "lora": asdict(lora), "bench": asdict(config), "rows": found}))
-        return
-    count = Llama(c).num_params()
-    print(f"{count:,} parameters, {config.batch_size} x {c.block_size} tokens a step, LoRA of rank {lora.lora_r}")
-    print(f"{'':32}{'trainable':>13}{'weights':>12}{'optimizer':>12}{'peak':>12}{'tokens/s':>12}")
-    for name, row in found.items():
-        sizes = "".join(f"{row[key] / 2**20:8.1f} MiB" for key in ("weights", "optimizer", "peak"))
-        print(f"{name:32}{row['trainable']:>13,}{sizes}{row['tokens_per_s']:>12,.0f}")
+    config = BenchConfig(**pick(BenchConfig, flags))
+    model, adapter = pick(ModelConfig, flags), pick(LoRAConfig, flags)
+    used = {  # by each table, besides --device and --json
+        "memory": {"batch_size", "grad_accum", "steps", *model, *adapter},
+        "decode": {"batch_size", "steps", *model} - {"n_kv_head"},
+        "attention": {"init_from", "dataset", "batch_size", "steps", *adapter} - {"quantize"},
+        "kernel": {"batch_size", "n_head", "head_dim"},
+    }
+    if surplus := sorted(set(flags) - used[config.action] - {"action", "device", "json"}):
+        raise UserError(f"{config.action} does not use --{surplus[0]}: leave it out")
+    if min(config.batch_size, config.steps, config.grad_accum) < 1:
+        values = f"batch_size {config.batch_size}, steps {config.steps}, grad_accum {config.grad_accum}"
+        raise UserError(f"{values}: give each 1 or more")
+    lora = LoRAConfig(**{"lora_r": 8, **adapter})
+    if config.action == "memory":
+        print_memory(ModelConfig(**model), lora, config)
+    elif config.action == "decode":
+        print_decode(ModelConfig(**model), config)
+    elif config.action == "attention":
+        rows = attention_table(config, lora)
+        found = {"lora": asdict(lora), "bench": asdict(config), "rows": rows}
+        print(json.dumps(found)) if config.json else print_attention(rows)
+    else:
+        found = kernel_table(config, model.get("n_head", 16), model.get("head_dim", 64))
+        print(json.dumps(found)) if config.json else print_kernel(found)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ class SearchConfig:
     max_evals: int = 60  # groupings to evaluate, without the last judgement
     joint: bool = False  # one map for keys and values
     refit: Literal["none", "output", "all"] = "all"  # what each grouping gets before it is measured, as in gqa.py
-    calibration_tokens: int = 65536  # at most, of the train split, for the statistics; refitting uses a quarter
+    calibration_tokens: int = 65536  # at most, of the train split, for the statistics; refitting uses half of it
     search_tokens: int = 16384  # of the val split that an evaluation reads; the last judgement reads as many others
     log: str | None = None  # the JSONL of all evaluations (default: OUT.jsonl)
     dataset: str | None = None  # prepared data of the same tokenizer (default: the checkpoint's own)
@@ -300,9 +300,13 @@ def open_search(config: SearchConfig) -> tuple[Search, Judge]:
     half = min(config.search_tokens, most)
     partition = Partitioner(model, [], joint=config.joint)
     partition.total(config.kv_budget or 1.0)  # a budget too small is told before the first measurement
-    few = blocks[: max(1, len(blocks) // 4)]
+    few = blocks[: max(1, len(blocks) // 2)]
     pieces = [val[start : start + half + 1] for start in (0, half)]
-    identity = {"refit": config.refit, "model": fingerprint(model), "text": digest(blocks.cpu().numpy(), *pieces)}
+    identity = {
+        "refit": config.refit,
+        "model": fingerprint(model),
+        "text": digest(blocks.cpu().numpy(), few.cpu().numpy(), *pieces),
+    }
     partition.found = statistics(model, blocks)
     judges, itemsize = [Judge(model, piece) for piece in pieces], checkpoint["model"]["tok_embeddings.weight"].itemsize
     how = (partition.found, few, judges[0], config.refit, itemsize)

@@ -1,11 +1,13 @@
 """The tables of bench.py: what can be known of them in advance."""
 
 import json
+import sys
 
 import pytest
 import torch
 from conftest import quick, refused
 
+from bench_attention import kernel_rows
 from device import memory_bytes, peak_memory_bytes, reset_peak_memory
 
 SHAPE = ["--n_layer", 2, "--dim", 32, "--n_head", 4, "--vocab_size", 64, "--block_size", 16]
@@ -50,6 +52,41 @@ def test_mistakes_about_benchmarks_get_one_line():
     refused(quick("bench.py", "speed"), "speed", "memory")
     refused(quick("bench.py", "memory", "--batch_size", 6), "batch_size 6", "divisor")
     refused(quick("bench.py", "memory", "--quantize", "nf4"), "--quantize")
+    refused(quick("bench.py", "attention"), "--init_from ckpt.pt")
+    refused(quick("bench.py", "attention", "--n_layer", 3), "attention does not use --n_layer")
+    refused(quick("bench.py", "kernel", "--steps", 3), "kernel does not use --steps")
+    if not torch.cuda.is_available():
+        refused(quick("bench.py", "kernel"), "GPU", "cpu")
+
+
+def test_each_attention_is_computed_and_loses_the_same(tiny_run):
+    done = quick(
+        "bench.py", "attention", "--init_from", tiny_run, "--steps", 1, "--lora_r", 2, "--batch_size", 4, "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert [(row["attention"], row["pretraining_tp"]) for row in rows][:4] == [
+        (a, n) for a in ("naive", "sdpa") for n in (1, 2)
+    ]
+    assert len({row["val_loss"] for row in rows}) > 1, "all rows computed the same"
+    assert max(row["val_loss"] for row in rows) < 1.001 * min(row["val_loss"] for row in rows)
+    assert all(row["generation_s"] > 0 and row["peak"] > 2**20 and row["step_ms"] > 0 for row in rows)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+def test_kernel_rows_count_operations_and_bytes():
+    """The rows that a GPU would time; here once each, under the interpreter."""
+
+    def milliseconds(run):
+        run()
+        return 1.0
+
+    rows = kernel_rows(1, 8, 16, 20, torch.device("cuda" if torch.cuda.is_available() else "cpu"), milliseconds)
+    assert len(rows) == 3 * 3 * 3
+    of = {(row["groups"], row["direction"], row["attention"]): row for row in rows}
+    assert of["equal", "forward", "triton"]["operations"] == 4 * 8 * 20 * 20 * 16 / 2
+    assert of["every head", "decode", "sdpa"]["bytes"] == 20 * (8 + 8) * 16 * 2
+    assert of["equal", "decode", "sdpa"]["bytes"] == of["uneven", "decode", "sdpa"]["bytes"] == 20 * (2 + 2) * 16 * 2
 
 
 def test_decode_halves_the_cache_with_the_heads():

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from conftest import TINY, assert_close, quick, refused, sharp_model, small_run, to_hugging_face
 
 from checkpoint import build_model, load, save
+from config import UserError
 from lora import TARGETS, LoRAConfig, LoRALinear, adapt, adapters, apply_lora, merge, plain, quantize_blocks, unmerge
 from model import Llama, ModelConfig
 from nf4 import NF4, NF4Linear, dequantize, dynamic_values, quantize
@@ -541,3 +542,46 @@ def test_uneven_groups_and_the_novel_layer_have_no_peft_format(tmp_path):
         refused(quick("lora.py", "export", path, tmp_path / "folder"), words, ".pt")
         assert not (tmp_path / "folder").exists()
         assert quick("lora.py", "export", path, tmp_path / "adapter.pt", "--overwrite").returncode == 0
+
+
+# ---- slices ----
+
+
+def outputs_and_gradients(model, x):
+    loss = model(x[:, :-1], x[:, 1:])
+    return model(x), *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "merged", "qlora"])
+def test_slices_change_rounding_alone(kind, monkeypatch):
+    shape = {"k_groups": [[0, 1, 1, 1]] * 2, "v_groups": [[0, 0, 0, 0]] * 2}
+    found, products, plain_linear = {}, {}, F.linear
+    for slices in (1, 2, 4):
+        how = {**shape, "pretraining_tp": slices}
+        model = sharp_model(**how) if kind == "full" else adapted(TARGETS, quantized=kind == "qlora", **how)
+        model.double()
+        if kind == "merged":
+            merge(model)
+        calls = []
+        with monkeypatch.context() as patch:
+            patch.setattr(F, "linear", lambda *of, calls=calls: calls.append(of) or plain_linear(*of))
+            model(TOKENS)
+        products[slices] = len(calls)
+        found[slices] = [model(TOKENS)] if kind == "merged" else outputs_and_gradients(model, TOKENS)
+    matrices = (2 * 7 + 1) * (1 if kind in ("full", "merged") else 2)  # an adapter slices one of its two as well
+    assert [products[n] - products[1] for n in (2, 4)] == [matrices, 3 * matrices], "not all slices are multiplied"
+    for slices in (2, 4):
+        for ours, theirs in zip(found[slices], found[1], strict=True):
+            assert_close(ours, theirs, 1e-12, f"{slices} slices")
+
+
+def test_slices_that_do_not_divide_are_refused(tiny_data, tmp_path):
+    run = small_run(tiny_data, tmp_path / "run")
+    refused(
+        quick("train.py", *run, "--pretraining_tp", 3), "pretraining_tp 3", "width of 4 heads, 32", "--pretraining_tp 1"
+    )
+    refused(quick("train.py", *run, "--pretraining_tp", 32), "pretraining_tp 32", "vocab_size, 400")
+    refused(quick("train.py", *run, "--pretraining_tp", 0), "pretraining_tp 0")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="width of 3 heads, 30"):
+        ModelConfig(n_head=4, head_dim=10, k_groups=[[0, 1, 2, 2]], n_layer=1, vocab_size=64, pretraining_tp=4)
