@@ -9,6 +9,8 @@ Shapes as in model.py: q (B, H, T, D), k (B, G_k, S, D), v (B, G_v, S, D), where
 """
 
 import math
+import os
+import shutil
 import sys
 from functools import lru_cache
 
@@ -133,7 +135,7 @@ def triton(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.Tens
 
     k_of = k_groups.of_head
     v_of = k_of if k_groups.of_list == v_groups.of_list else v_groups.of_head
-    if q.shape[2] == 1 and not q.requires_grad:
+    if q.shape[2] == 1 and not (q.requires_grad or k.requires_grad or v.requires_grad):
         begins = None if mask is None else mask.int().argmax(-1).flatten().expand(len(q))
         return flash_decode(q, k, v, k_of, v_of, begins)
     if mask is not None or q.shape[2] < k.shape[2]:
@@ -166,6 +168,8 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
         return None
     if device.type != "cuda":
         return f"it needs a GPU, not {device.type} (TRITON_INTERPRET=1 runs it on a CPU, very slowly)"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-        return "it needs a GPU of compute capability 8.0 or more"
+    if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs an NVIDIA GPU of compute capability 8.0 or more"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler: install gcc"
     return "it takes bfloat16, float16 and float32, not float64" if dtype == torch.float64 else None

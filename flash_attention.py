@@ -1,33 +1,40 @@
 """Fused attention in Triton, forward, backward and decoding: softmax(q k^T / sqrt(D)) v without the T x T scores.
 
-The textbook writes the scores of all queries and keys to memory, reads them for the softmax, writes the weights, and
-reads them again for the sum of values. Here (FlashAttention-2, arXiv 2307.08691) a program takes M queries of one head
-and walks over the keys in blocks of N, in the fast memory of its processor. Of the blocks so far it keeps, for a query,
+The textbook writes the scores of all queries and keys to memory (268 MB of 32 heads and 2048 tokens in bfloat16), reads
+them for the softmax, writes the weights, and reads them again. A kernel is started as a grid of programs, each on one
+of the GPU's hundred-odd processors, whose registers and shared memory hold some hundred KB. Here (FlashAttention-2,
+arXiv 2307.08691) a program takes M queries of one head and walks over the keys in blocks of N. Of those so far it keeps
 
-    top = max(scores)   total = sum(exp(scores - top))   out = sum(exp(scores - top) * values)
+    top = max(scores)   total = sum(exp(scores - top))   acc = sum(exp(scores - top) * values)
 
-and when a block has a score above `top`, total and out shrink by exp(old top - new top): a softmax that never sees
-more than a block of its row. At the end out / total is the answer. Of the weights nothing is stored but one number a
-query, lse = top + log(total); the backward makes them again from it, weights = exp(scores - lse), and then with
-slopes = weights * (grad_out values^T - sum(grad_out * out)), the softmax's own derivative,
+for each query, and when a block has a score above `top`, total and acc shrink by exp(old top - new top): a softmax that
+never sees more than a block of its row. At the end acc / total is the output. Of the weights nothing is stored but one
+number a query, lse = top + log(total), from which the backward makes them again, weights = exp(scores - lse).
 
+The derivative of a softmax needs, for each query, one sum over all its keys, sum_j weights_j * grad_weights_j. Since
+grad_weights_j is grad_out . values_j, that sum is grad_out . (sum_j weights_j values_j) = grad_out . out: one number a
+query, `delta`, known before any key is read. So the slopes of the scores are made block by block, too:
+
+    slopes = weights * (grad_out values^T - delta)
     grad_v = weights^T grad_out    grad_k = scale * slopes^T q    grad_q = scale * slopes k
 
 Key and value heads are shared by groups of query heads, of any size and for K apart from V. A program looks up the
 groups of its head and reads them where they are. In the backward a program owns a block of keys of one *group* and
-walks over the heads that read it, so its sum needs no copy for every head and no atomic addition, and gives the same
-bits each time. Decoding, one query against a long cache, is split over the cache (Flash-Decoding).
+walks over the heads that read it, so its sum needs no copy for every head and no atomic addition, and has the same bits
+each time in a process (another may choose other blocks). The price is that a large group has few programs.
+Decoding, one query against a long cache, is split over the cache (Flash-Decoding).
 
-What a layer costs, causal, B sequences, itemsize 2 (bfloat16), of a T x T half that is skipped:
+What a layer costs for B texts, causal (half of T x T is skipped), in 16 bits, if each kernel reads everything once:
 
-    forward    2 B H T^2 D operations              bytes 2 B T D (2 H + G_k + G_v)
-    backward   7 B H T^2 D, K and V of one map     bytes 2 B T D (5 H + 4 G)
-               8 B H T^2 D, of two maps            bytes 2 B T D (6 H + 3 G_k + 3 G_v)
-    decode     4 B H S D                           bytes 2 B S D (G_k + G_v)
+    forward    2 B H T^2 D operations                    bytes 2 B T D (2 H + G_k + G_v)
+    backward   7 B H T^2 D, D <= 64, K and V of one map  bytes 2 B T D (6 H + 6 G)
+               8 B H T^2 D, else                         bytes 2 B T D (8 H + 4 G_k + 3 G_v)
+    decode     4 B H S D                                 bytes 2 B S D (G_k + G_v)
 
 so at least max(operations / peak, bytes / bandwidth) seconds; an A100 does 312e12 operations and moves 2.0e12 bytes a
-second, an H100 989e12 and 3.35e12. At T = 2048, H = 32, D = 128 and B = 1 the forward needs 0.11 ms of an A100's tensor
-cores and 0.03 ms of its memory: it is bound by products from a few hundred tokens on, and decoding by bytes, always.
+second, an H100 989e12 and 3.35e12. At T = 2048, D = 128 and 32 heads, each with its own K and V, the forward needs
+0.110 ms of an A100's tensor cores and 0.034 ms of its memory, of an H100's 0.035 and 0.020: products bind it from some
+600 and 1200 tokens on. Decoding is bound by bytes, whatever the length.
 
     y = flash_attention(q, k, v, k_groups, v_groups)     # as --attention triton calls it
     TRITON_INTERPRET=1 python ...                        # runs it without a GPU, slowly, to look inside
@@ -40,23 +47,30 @@ import triton
 import triton.language as tl
 
 HEAD_DIMS = range(16, 129)  # what a program's registers hold, and what a tensor core takes
-LOG2_E = tl.constexpr(math.log2(math.e))  # the hardware has 2^x: scores and `lse` are in base 2
+FUSED = 64  # the widest head whose K and V gradients one program's registers hold together
+LOG2_E = tl.constexpr(math.log2(math.e))  # the hardware has 2^x: in the kernels scores and lse are logarithms in base 2
+SIZES = ["T", "S", "H", "G_K", "G_V", "PART"]  # not to compile anew for each that 16 divides, as Triton would
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
-def tuned(*, narrow: list, wide: list, key: list[str]):
+def tuned(key: list[str], narrow: list, wide: list):
     """Time these blocks (M queries, N keys, warps, stages) once for each head width and dtype, and take the fastest:
-    `narrow` up to a width of 64, `wide` above it. Of these, none spills registers in 16 bits, and all fit the shared
-    memory of an A100; tests/compile_kernels.py says so. Float32 needs twice the room, and gets one small block."""
-    some, more, float32 = (
-        [triton.Config({"M": m, "N": n}, num_warps=warps, num_stages=stages) for m, n, warps, stages in sizes]
-        for sizes in (narrow, wide, [(32, 32, 4, 1)])
-    )
-    if INTERPRETED.value:  # there is nothing to time; small blocks make short texts cross their borders
-        return triton.autotune([triton.Config({"M": 32, "N": 16})], key)
+    `narrow` up to a width of 64, `wide` above it. None of them spills registers in bfloat16, causal, and all fit the
+    shared memory of an A100 (tests/compile_kernels.py). Exact float32 has no tensor cores and needs twice the room."""
 
-    def fitting(configs, values: dict, **how) -> list[triton.Config]:
-        return float32 if values["q"].itemsize > 2 else more if how["PAD"] > 64 else some
+    def configs(*sizes: tuple[int, int, int, int]) -> list[triton.Config]:
+        names = ("M", "N") if narrow[0][0] else ("N",)  # decoding has one query
+        blocks = [({"M": m, "N": n}, warps, stages) for m, n, warps, stages in sizes]
+        return [triton.Config({x: b[x] for x in names}, num_warps=w, num_stages=s) for b, w, s in blocks]
+
+    if INTERPRETED.value:  # there is nothing to time; small blocks make short texts cross their borders
+        return triton.autotune(configs((32, 16, 4, 1)), key)
+    some, more, float32 = configs(*narrow), configs(*wide), configs((32, 32, 8, 1), (16, 32, 8, 1))
+
+    def fitting(_, values: dict, PAD: int, **how) -> list[triton.Config]:
+        if values["q"].itemsize > 2:
+            return float32
+        return some if PAD <= 64 else more
 
     return triton.autotune(some + more + float32, key, prune_configs_by={"early_config_prune": fitting})
 
@@ -93,11 +107,9 @@ def log_weights(queries, keys, rows, columns, T, scale: tl.constexpr, CAUSAL: tl
     return tl.where(seen, scores, -float("inf"))
 
 
-@tuned(
-    narrow=[(128, 64, 8, 3), (128, 64, 4, 3), (128, 32, 4, 3), (64, 128, 4, 2)],
-    wide=[(64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2)], key=["D", "CAUSAL"],
-)  # fmt: skip
-@triton.jit
+@tuned(["D", "CAUSAL"], narrow=[(128, 64, 8, 3), (128, 64, 4, 3), (128, 32, 4, 3), (64, 128, 4, 2)],
+       wide=[(64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2)])  # fmt: skip
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     q, k, v, out, lse, k_groups, v_groups, q_strides, k_strides, v_strides, out_strides, T,
     scale: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
@@ -117,6 +129,7 @@ def forward_kernel(
         columns = start + tl.arange(0, N)
         keys = load(k, k_strides, b, k_group, columns, T, D, PAD)
         scores = log_weights(queries, keys, rows, columns, T, scale, CAUSAL, PRECISION, wide)
+        # what is summed so far was measured from the old top: rescale it, then add this block
         new_top = tl.maximum(top, tl.max(scores, 1))  # finite: every row sees the first key
         weights, shrink = tl.exp2(scores - new_top[:, None]), tl.exp2(top - new_top)
         values = load(v, v_strides, b, v_group, columns, T, D, PAD)
@@ -126,11 +139,9 @@ def forward_kernel(
     tl.store(lse + (b.to(tl.int64) * tl.num_programs(1) + h) * T + rows, top + tl.log2(total), mask=rows < T)
 
 
-@tuned(
-    narrow=[(128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2)],
-    wide=[(64, 64, 4, 2), (128, 32, 8, 2), (64, 32, 4, 2)], key=["D", "CAUSAL"],
-)  # fmt: skip
-@triton.jit
+@tuned(["D", "CAUSAL"], narrow=[(128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2)],
+       wide=[(64, 64, 4, 2), (128, 32, 8, 2), (64, 32, 4, 2)])  # fmt: skip
+@triton.jit(do_not_specialize=SIZES)
 def grad_q_kernel(
     q, k, v, out, grad_out, grad_q, lse, delta, k_groups, v_groups,
     q_strides, k_strides, v_strides, out_strides, grad_out_strides, grad_q_strides, T,
@@ -145,10 +156,10 @@ def grad_q_kernel(
     rows = first + tl.arange(0, M)
     queries = load(q, q_strides, b, h, rows, T, D, PAD)
     grads = load(grad_out, grad_out_strides, b, h, rows, T, D, PAD)
-    own = tl.sum(load(out, out_strides, b, h, rows, T, D, PAD).to(wide) * grads.to(wide), 1)
+    own_delta = tl.sum(load(out, out_strides, b, h, rows, T, D, PAD).to(wide) * grads.to(wide), 1)
     at = (b.to(tl.int64) * tl.num_programs(1) + h) * T + rows
-    tl.store(delta + at, own, mask=rows < T)
-    level = tl.load(lse + at, mask=rows < T, other=0.0)
+    tl.store(delta + at, own_delta, mask=rows < T)
+    own_lse = tl.load(lse + at, mask=rows < T, other=0.0)
     acc = tl.zeros((M, PAD), wide)
     end = tl.minimum(first + M, T) if CAUSAL else T
     for start in range(0, end, N):
@@ -156,65 +167,61 @@ def grad_q_kernel(
         keys = load(k, k_strides, b, k_group, columns, T, D, PAD)
         values = load(v, v_strides, b, v_group, columns, T, D, PAD)
         scores = log_weights(queries, keys, rows, columns, T, scale, CAUSAL, PRECISION, wide)
-        slopes = tl.exp2(scores - level[:, None])
-        slopes *= tl.dot(grads, tl.trans(values), input_precision=PRECISION, out_dtype=wide) - own[:, None]
+        slopes = tl.exp2(scores - own_lse[:, None])
+        slopes *= tl.dot(grads, tl.trans(values), input_precision=PRECISION, out_dtype=wide) - own_delta[:, None]
         acc = tl.dot(slopes.to(keys.dtype), keys, acc, input_precision=PRECISION, out_dtype=wide)
     store(grad_q, grad_q_strides, b, h, rows, T, acc * scale, D, PAD)
 
 
-@tuned(
-    narrow=[(32, 64, 4, 1), (16, 64, 4, 3), (16, 128, 8, 2)],
-    wide=[(16, 64, 8, 2), (32, 64, 4, 1), (16, 64, 4, 1)], key=["D", "CAUSAL", "KEYS", "VALUES"],
-)  # fmt: skip
-@triton.jit
+@tuned(["D", "CAUSAL", "KEYS", "VALUES"], narrow=[(32, 64, 4, 1), (16, 64, 4, 3), (16, 128, 8, 2)],
+       wide=[(16, 64, 8, 2), (32, 64, 4, 1), (16, 64, 4, 1)])  # fmt: skip
+@triton.jit(do_not_specialize=SIZES)
 def grad_kv_kernel(
-    q, k, v, grad_out, grad_k, grad_v, lse, delta, k_groups, v_groups, members, bounds,
+    q, k, v, grad_out, grad_k, grad_v, lse, delta, k_groups, v_groups,
     q_strides, k_strides, v_strides, grad_out_strides, grad_k_strides, grad_v_strides, T, H,
     scale: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     KEYS: tl.constexpr, VALUES: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """N rows of grad_k (KEYS), of grad_v (VALUES) or of both, of one group; grid (blocks of keys, G, B).
-
-    members (H,) lists the heads of group 0, then of group 1, ...; those of group g begin at bounds[g].
-    """
+    """N rows of grad_k (KEYS), of grad_v (VALUES) or of both, of one group; grid (blocks of keys, G, B)."""
     start, g, b = tl.program_id(0) * N, tl.program_id(1), tl.program_id(2)
     wide: tl.constexpr = lse.dtype.element_ty
     columns = start + tl.arange(0, N)
     acc_k, acc_v = tl.zeros((N, PAD), wide), tl.zeros((N, PAD), wide)
-    for i in range(tl.load(bounds + g), tl.load(bounds + g + 1)):
-        h = tl.load(members + i)
-        keys = load(k, k_strides, b, tl.load(k_groups + h), columns, T, D, PAD)
-        values = load(v, v_strides, b, tl.load(v_groups + h), columns, T, D, PAD)
-        for first in range(start // M * M if CAUSAL else 0, T, M):
-            rows = first + tl.arange(0, M)
-            queries = load(q, q_strides, b, h, rows, T, D, PAD)
-            grads = load(grad_out, grad_out_strides, b, h, rows, T, D, PAD)
-            at = (b.to(tl.int64) * H + h) * T + rows
-            level = tl.load(lse + at, mask=rows < T, other=float("inf"))  # a query behind the end has no weights
-            # everything is on its side, (keys, queries), so that no product needs a transposed result
-            scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION, out_dtype=wide) * (scale * LOG2_E)
-            if CAUSAL and first < start + N:
-                scores = tl.where(columns[:, None] <= rows[None, :], scores, -float("inf"))
-            weights = tl.exp2(scores - level[None, :])
-            if VALUES:
-                acc_v = tl.dot(weights.to(grads.dtype), grads, acc_v, input_precision=PRECISION, out_dtype=wide)
-            if KEYS:
-                own = tl.load(delta + at, mask=rows < T, other=0.0)
-                slopes = tl.dot(values, tl.trans(grads), input_precision=PRECISION, out_dtype=wide) - own[None, :]
-                slopes = (weights * slopes).to(queries.dtype)
-                acc_k = tl.dot(slopes, queries, acc_k, input_precision=PRECISION, out_dtype=wide)
+    groups = k_groups if KEYS else v_groups
+    for h in range(H):
+        if tl.load(groups + h) == g:
+            keys = load(k, k_strides, b, tl.load(k_groups + h), columns, T, D, PAD)
+            values = load(v, v_strides, b, tl.load(v_groups + h), columns, T, D, PAD)
+            for first in range(start // M * M if CAUSAL else 0, T, M):
+                rows = first + tl.arange(0, M)
+                queries = load(q, q_strides, b, h, rows, T, D, PAD)
+                grads = load(grad_out, grad_out_strides, b, h, rows, T, D, PAD)
+                at = (b.to(tl.int64) * H + h) * T + rows
+                its_lse = tl.load(lse + at, mask=rows < T, other=float("inf"))  # behind the end, no weights
+                # everything lies on its side, (keys, queries), so that no result has to be transposed
+                scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION, out_dtype=wide) * (scale * LOG2_E)
+                if CAUSAL and first < start + N:
+                    scores = tl.where(columns[:, None] <= rows[None, :], scores, -float("inf"))
+                weights = tl.exp2(scores - its_lse[None, :])
+                if VALUES:
+                    acc_v = tl.dot(weights.to(grads.dtype), grads, acc_v, input_precision=PRECISION, out_dtype=wide)
+                if KEYS:
+                    its_delta = tl.load(delta + at, mask=rows < T, other=0.0)
+                    slopes = tl.dot(values, tl.trans(grads), input_precision=PRECISION, out_dtype=wide)
+                    slopes = (weights * (slopes - its_delta[None, :])).to(queries.dtype)
+                    acc_k = tl.dot(slopes, queries, acc_k, input_precision=PRECISION, out_dtype=wide)
     if KEYS:
         store(grad_k, grad_k_strides, b, g, columns, T, acc_k * scale, D, PAD)
     if VALUES:
         store(grad_v, grad_v_strides, b, g, columns, T, acc_v, D, PAD)
 
 
-def options(q: torch.Tensor, causal: bool, scale: float) -> dict:
+def options(q: torch.Tensor, scale: float) -> dict:
     """What all kernels are specialized for."""
     D = q.shape[-1]
     # float32 products follow torch's own setting: exact by default, tf32 on tensor cores where that is allowed
-    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-    return {"scale": scale, "D": D, "PAD": triton.next_power_of_2(D), "CAUSAL": causal, "PRECISION": precision}
+    precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return {"scale": scale, "D": D, "PAD": triton.next_power_of_2(D), "PRECISION": precision}
 
 
 def blocks(size: str, T: int, *others: int):
@@ -229,19 +236,21 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """out (B, H, T, D) and lse (B, H, T), as one operator that torch.compile does not look into."""
     B, H, T, _ = q.shape
-    out, lse = like_output(q, causal)
+    out, lse = like_output(q)
     strides = (q.stride(), k.stride(), v.stride(), out.stride())
-    how = options(q, causal, scale)
-    forward_kernel[blocks("M", T, H, B)](q, k, v, out, lse, k_groups, v_groups, *strides, T, **how)
+    with torch.cuda.device_of(q):  # Triton starts its kernels on the current device
+        forward_kernel[blocks("M", T, H, B)](
+            q, k, v, out, lse, k_groups, v_groups, *strides, T, CAUSAL=causal, **options(q, scale)
+        )  # fmt: skip
     return out, lse
 
 
 @attention.register_fake
 def _(q, k, v, k_groups, v_groups, causal, scale):
-    return like_output(q, causal)
+    return like_output(q)
 
 
-def like_output(q: torch.Tensor, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def like_output(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Memory for out, laid out (B, T, H, D) as `wo` wants it, and for lse in the precision of the sums."""
     B, H, T, D = q.shape
     lse = q.new_empty((B, H, T), dtype=torch.promote_types(q.dtype, torch.float32))
@@ -256,21 +265,20 @@ def attention_backward(
     """Gradients of q (B, H, T, D), k (B, G_k, T, D) and v (B, G_v, T, D)."""
     B, H, T, _ = q.shape
     grad_q, grad_k, grad_v, delta = *map(torch.empty_like, (q, k, v)), torch.empty_like(lse)
-    how, strides = options(q, causal, scale), (q.stride(), k.stride(), v.stride())
-    grad_q_kernel[blocks("M", T, H, B)](
-        q, k, v, out, grad_out, grad_q, lse, delta, k_groups, v_groups,
-        *strides, out.stride(), grad_out.stride(), grad_q.stride(), T, **how,
-    )  # fmt: skip
-    # of one map, a program makes both gradients of its group, as long as its registers hold two sums
-    one_map = k_groups.data_ptr() == v_groups.data_ptr() and how["PAD"] <= 64
-    for groups, keys, values in ((k_groups, True, one_map), (v_groups, False, True))[: 1 if one_map else 2]:
-        members = groups.argsort(stable=True)
-        G = k.shape[1] if keys else v.shape[1]
-        bounds = torch.searchsorted(groups[members], torch.arange(G + 1, device=groups.device))
-        grad_kv_kernel[blocks("N", T, G, B)](
-            q, k, v, grad_out, grad_k, grad_v, lse, delta, k_groups, v_groups, members, bounds,
-            *strides, grad_out.stride(), grad_k.stride(), grad_v.stride(), T, H, KEYS=keys, VALUES=values, **how,
+    how, strides = {**options(q, scale), "CAUSAL": causal}, (q.stride(), k.stride(), v.stride())
+    with torch.cuda.device_of(q):
+        grad_q_kernel[blocks("M", T, H, B)](
+            q, k, v, out, grad_out, grad_q, lse, delta, k_groups, v_groups,
+            *strides, out.stride(), grad_out.stride(), grad_q.stride(), T, **how,
         )  # fmt: skip
+    # one tensor for both maps, which autograd hands back as another Python object
+    one_map = k_groups.data_ptr() == v_groups.data_ptr() and q.shape[-1] <= FUSED
+    for keys, values in [(True, True)] if one_map else [(True, False), (False, True)]:
+        with torch.cuda.device_of(q):
+            grad_kv_kernel[blocks("N", T, k.shape[1] if keys else v.shape[1], B)](
+                q, k, v, grad_out, grad_k, grad_v, lse, delta, k_groups, v_groups,
+                *strides, grad_out.stride(), grad_k.stride(), grad_v.stride(), T, H, KEYS=keys, VALUES=values, **how,
+            )  # fmt: skip
     return grad_q, grad_k, grad_v
 
 
@@ -281,7 +289,7 @@ def _(grad_out, q, k, v, out, lse, k_groups, v_groups, causal, scale):
 
 def keep(ctx, inputs, output) -> None:
     *tensors, ctx.causal, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*tensors, *output)  # lse is for the backward alone: it passes no gradient on
 
 
 def differentiate(ctx, grad_out, grad_lse):
@@ -299,8 +307,8 @@ def flash_attention(
 ) -> torch.Tensor:  # fmt: skip
     """softmax(scale q k^T) v: q (B, H, T, D), k (B, G_k, T, D), v (B, G_v, T, D) -> (B, H, T, D).
 
-    k_groups, v_groups: (H,) int64, the key and the value group that each query head reads; the same tensor for both
-    saves a product in the backward. Any strides. scale: 1 / sqrt(D) unless given.
+    k_groups, v_groups: (H,) integers, the key and the value group that each query head reads, below G_k and G_v; the
+    same tensor for both saves a product in the backward. q, k, v may have any strides. scale: 1 / sqrt(D) unless given.
     """
     check(q, k, v, k_groups, v_groups)
     assert k.shape[2] == v.shape[2] == q.shape[2], f"lengths {q.shape[2]}, {k.shape[2]}, {v.shape[2]} differ"
@@ -311,24 +319,26 @@ def check(q, k, v, k_groups, v_groups) -> None:
     (B, H, _, D), shapes = q.shape, f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     assert k.shape[0] == v.shape[0] == B and k.shape[3] == v.shape[3] == D, f"{shapes} do not belong together"
     assert q.dtype == k.dtype == v.dtype, f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}"
-    assert k_groups.shape == v_groups.shape == (H,), f"{tuple(k_groups.shape)} groups for {H} heads"
+    for groups in (k_groups, v_groups):
+        fits = groups.shape == (H,) and groups.is_contiguous() and not groups.is_floating_point()
+        assert fits and groups.device == q.device, f"groups {groups} are not {H} integers in a row on {q.device}"
+    for x in (q, k, v):
+        assert x.shape[2] * x.stride(2) < 2**31, f"{x.shape[2]} tokens, {x.stride(2)} apart: too far for 32 bits"
     assert D in HEAD_DIMS, f"head_dim {D} is not from {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}"
 
 
 # ---- decoding ----
 
 
-@tuned(
-    narrow=[(0, 64, 4, 3), (0, 64, 4, 2), (0, 32, 4, 2)],
-    wide=[(0, 32, 4, 3), (0, 32, 4, 2)], key=["D", "PAD_H"],
-)  # fmt: skip
-@triton.jit
+@tuned(["D", "PAD_H"], narrow=[(0, 64, 4, 3), (0, 64, 4, 2), (0, 32, 4, 2)],
+       wide=[(0, 32, 4, 3), (0, 32, 4, 2)])  # fmt: skip
+@triton.jit(do_not_specialize=SIZES)
 def decode_kernel(
     q, k, v, parts, lse, k_groups, v_groups, begins, q_strides, k_strides, v_strides, S, H, G_K, G_V, PART,
     scale: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr, PRECISION: tl.constexpr,
-    PAD_H: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    PAD_H: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """One part of the cache for one sequence and all its heads; grid (parts, B).
+    """One part of the cache for one sequence and PAD_H heads; grid (parts, B, blocks of heads).
 
     parts (B, parts, H, D) gets the part's own attention, lse (B, parts, H) the natural logarithm of its weights' sum.
     Every group's keys and values are read once: its heads are rows of one product, in which all others are zero. Tensor
@@ -336,7 +346,7 @@ def decode_kernel(
     """
     part, b = tl.program_id(0), tl.program_id(1)
     wide: tl.constexpr = lse.dtype.element_ty
-    heads = tl.arange(0, PAD_H)
+    heads = tl.program_id(2) * PAD_H + tl.arange(0, PAD_H)
     k_of = tl.load(k_groups + heads, mask=heads < H, other=-1)
     v_of = tl.load(v_groups + heads, mask=heads < H, other=-1)
     width = tl.arange(0, PAD)
@@ -375,25 +385,25 @@ def flash_decode(
 ) -> torch.Tensor:  # fmt: skip
     """One new query for each sequence against its cache: q (B, H, 1, D), k (B, G_k, S, D), v (B, G_v, S, D) ->
     (B, H, 1, D). begins: (B,) the first token of each sequence that is seen, since a batch of texts of several lengths
-    is padded at the left; no gradient.
+    is padded at the left, below S; no gradient.
     """
     check(q, k, v, k_groups, v_groups)
     (B, H, T, D), (_, G_k, S, _) = q.shape, k.shape
-    assert T == 1 and v.shape[2] == S, f"{T} queries, {S} keys, {v.shape[2]} values: give one query, as many of both"
-    begins = torch.zeros(B, dtype=torch.int64, device=q.device) if begins is None else begins
-    # enough programs to keep every processor reading, of 64 tokens or more each
-    n = max(1, min(triton.cdiv(S, 64), triton.cdiv(4 * processors(q.device), B)))
-    size = triton.cdiv(S, n)
-    n = triton.cdiv(S, size)
+    assert T == 1 and v.shape[2] == S > 0, f"{T} queries, {S} keys, {v.shape[2]} values: give 1 and as many of both"
+    begins = torch.zeros(B, dtype=torch.int64, device=q.device) if begins is None else begins.contiguous()
+    # enough programs to keep every processor reading; but many parts would be much to add up
+    n = max(1, min(triton.cdiv(S, 256), triton.cdiv(4 * processors(q.device), B)))
+    size = 64 * triton.cdiv(S, 64 * n)  # whole blocks
+    n, PAD_H = triton.cdiv(S, size), min(32, max(16, triton.next_power_of_2(H)))
     wide = torch.promote_types(q.dtype, torch.float32)
     parts, lse = q.new_empty((B, n, H, D), dtype=wide), q.new_empty((B, n, H), dtype=wide)
-    how = options(q, False, q.shape[-1] ** -0.5 if scale is None else scale)
-    how.pop("CAUSAL")
-    decode_kernel[(n, B)](
-        q, k, v, parts, lse, k_groups, v_groups, begins, q.stride(), k.stride(), v.stride(), S, H, G_k, v.shape[1],
-        size, PAD_H=max(16, triton.next_power_of_2(H)), **how,
-    )  # fmt: skip
-    return (lse.softmax(1)[..., None] * parts).sum(1)[:, :, None].type_as(q)
+    how = options(q, D**-0.5 if scale is None else scale)
+    with torch.cuda.device_of(q):
+        decode_kernel[(n, B, triton.cdiv(H, PAD_H))](
+            q, k, v, parts, lse, k_groups, v_groups, begins, q.stride(), k.stride(), v.stride(), S, H, G_k, v.shape[1],
+            size, PAD_H=PAD_H, **how,
+        )  # fmt: skip
+    return torch.einsum("bnh,bnhd->bhd", lse.softmax(1), parts)[:, :, None].type_as(q)
 
 
 def processors(device: torch.device) -> int:

@@ -5,7 +5,8 @@
 
 Of each target, head width and kernel: the most registers of a thread, bytes that it spills to memory, shared memory of
 a program, and the tensor cores' instruction. It fails where a kernel spills, needs more shared memory than the target
-has, or multiplies without tensor cores. Developers' only, and not with TRITON_INTERPRET=1.
+has, or multiplies without tensor cores. Compiled for bfloat16, causal, rows that 16 divides. Developers' only, and not
+with TRITON_INTERPRET=1.
 """
 
 import os
@@ -25,11 +26,8 @@ from triton.compiler import ASTSource
 
 import flash_attention
 
-SHARED = {
-    80: 163,
-    90: 227,
-    100: 227,
-}  # KiB of shared memory that a program may have: CUDA's programming guide, table 30
+# KiB of shared memory that a program may have (CUDA's programming guide, technical specifications)
+SHARED = {80: 163, 90: 227, 100: 227}
 WIDTHS = (16, 32, 48, 64, 80, 96, 128)
 KERNELS = {  # direction: kernel, and what it is specialized for
     "forward": ("forward_kernel", {}),
@@ -38,6 +36,7 @@ KERNELS = {  # direction: kernel, and what it is specialized for
     "grad v": ("grad_kv_kernel", {"KEYS": False, "VALUES": True}),
     "grad k, v": ("grad_kv_kernel", {"KEYS": True, "VALUES": True}),
     "decode": ("decode_kernel", {"PAD_H": 16}),
+    "decode, 32": ("decode_kernel", {"PAD_H": 32}),
 }
 TENSOR_CORES = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
 HALF = torch.empty(0, dtype=torch.bfloat16)
@@ -54,10 +53,10 @@ def compiled(kernel, constants: dict, target: int, config: triton.Config):
         elif name.endswith("strides"):
             signature[name], values[(i, 3)] = ("i32", "i32", "i32", "constexpr"), 1
             attributes |= {(i, axis): [["tt.divisibility", 16]] for axis in range(3)}
-        elif name in ("T", "S", "H", "G_K", "G_V", "PART"):
+        elif name in flash_attention.SIZES:
             signature[name] = "i32"
         else:
-            index = name.endswith("groups") or name in ("members", "bounds", "begins")
+            index = name.endswith("groups") or name == "begins"
             wide = name in ("lse", "delta", "parts")
             signature[name] = "*" + ("i64" if index else "fp32" if wide else "bf16")
             attributes[(i,)] = [["tt.divisibility", 16]]
@@ -88,8 +87,8 @@ def resources(target: int, D: int, direction: str, first: bool) -> dict:
 
 
 def wanted(direction: str, D: int) -> bool:
-    """Both gradients at once are made up to a width of 64 only."""
-    return direction != "grad k, v" or D <= 64
+    """Both gradients at once are made of narrow heads only."""
+    return direction != "grad k, v" or D <= flash_attention.FUSED
 
 
 def main() -> None:

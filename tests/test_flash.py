@@ -50,10 +50,11 @@ def rounded_bfloat16():
 
 
 def a_case(seed: int):
-    """q, k, v, k_groups, v_groups and a gradient of random shape, groups, dtype and layout; causal, mostly."""
+    """q, k, v, k_groups, v_groups, causal (mostly), scale and a gradient, of random shape, groups, dtype and layout."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    H, T, D = rng.randint(1, 4), rng.choice([1, 2, 16, 17, 31, 33, 48, 70]), rng.choice([16, 32, 48, 64, 80, 96, 128])
+    B, H, T = rng.randint(1, 3), rng.randint(1, 4), rng.choice([1, 2, 16, 17, 31, 32, 33, 40, 48, 70])
+    D, dtype = (16, 32, 48, 64, 80, 96, 128)[seed % 7], DTYPES[seed % 3]  # all pairs of them in 21 seeds
     maps = []
     for _ in range(2):
         G = rng.randint(1, H)
@@ -62,15 +63,17 @@ def a_case(seed: int):
         maps.append(torch.tensor(of_head, device=DEVICE))
     if rng.random() < 0.4:
         maps[1] = maps[0]  # one map, one tensor: K's and V's gradients in one pass
-    sizes, dtype = (H, int(maps[0].max()) + 1, int(maps[1].max()) + 1, H), DTYPES[seed % 3]
     tensors = []
-    for heads in sizes:
-        if rng.random() < 0.5:  # the view that a projection leaves
-            tensors.append(torch.randn(1, T, heads, D, device=DEVICE, dtype=dtype).transpose(1, 2))
-        else:
-            tensors.append(torch.randn(1, heads, T, D, device=DEVICE, dtype=dtype))
+    for heads in (H, int(maps[0].max()) + 1, int(maps[1].max()) + 1, H):
+        layout = rng.choice(["plain", "projection", "gap", "transposed"])
+        shape = {"projection": (B, T, heads, D), "gap": (B, heads, T, 2 * D), "transposed": (B, heads, D, T)}
+        x = torch.randn(shape.get(layout, (B, heads, T, D)), device=DEVICE, dtype=dtype)
+        x = x.transpose(1, 2) if layout == "projection" else x.mT if layout == "transposed" else x
+        tensors.append(x[..., ::2] if layout == "gap" else x)
     q, k, v, grad = tensors
-    return q, k, v, *maps, grad, rng.random() < 0.75
+    if rng.random() < 0.2:
+        grad = grad[:, :1, :1].expand_as(grad)  # as from a sum
+    return q, k, v, *maps, rng.random() < 0.75, rng.uniform(0.5, 2) * D**-0.5, grad
 
 
 def results(attend, q, k, v, grad, *rest):
@@ -79,15 +82,18 @@ def results(attend, q, k, v, grad, *rest):
     return out, *torch.autograd.grad(out, inputs, grad.to(out.dtype))
 
 
-def pytorch_math(q, k, v, k_groups, v_groups, causal):
+def pytorch_math(q, k, v, k_groups, v_groups, causal=True, scale=None):
     with sdpa_kernel(SDPBackend.MATH):
-        return F.scaled_dot_product_attention(q, k[:, k_groups], v[:, v_groups], is_causal=causal)
+        return F.scaled_dot_product_attention(q, k[:, k_groups], v[:, v_groups], is_causal=causal, scale=scale)
 
 
 @pytest.mark.parametrize("seed", range(42))
-def test_kernel_errs_at_most_twice_as_much_as_pytorch(seed):
-    q, k, v, k_groups, v_groups, grad, causal = a_case(seed)
-    how = (grad, k_groups, v_groups, causal)
+def test_kernel_errs_at_most_twice_as_much_as_pytorch(seed, monkeypatch):
+    if flash.INTERPRETED.value and seed % 2:  # blocks that are wider than high, and the contrary
+        for kernel in (flash.forward_kernel, flash.grad_q_kernel, flash.grad_kv_kernel):
+            monkeypatch.setattr(kernel.configs[0], "kwargs", {"M": 16, "N": 32})
+    q, k, v, *rest, grad = a_case(seed)
+    how = (grad, *rest)
     exact = results(pytorch_math, q.double(), k.double(), v.double(), *how)
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # its products, too, are to be of that dtype
     try:
@@ -98,7 +104,7 @@ def test_kernel_errs_at_most_twice_as_much_as_pytorch(seed):
     for name, x, y, z in zip(("out", "grad q", "grad k", "grad v"), ours, theirs, exact):
         error, allowed = ((w.double() - z).square().mean().sqrt().item() for w in (x, y))
         # of a few numbers, or of none (the gradients of a single query and key are 0), the error is a matter of luck
-        luck = torch.finfo(q.dtype).eps * max(1, z.abs().max().item()) * (q.shape[2] <= 2)
+        luck = 4 * torch.finfo(q.dtype).eps * max(1, z.abs().max().item()) * (q.shape[2] <= 2)
         assert x.dtype == q.dtype and error <= 2 * allowed + luck, f"{name}: {error:.2e}, PyTorch's {allowed:.2e}"
 
 
@@ -106,7 +112,7 @@ def test_kernel_errs_at_most_twice_as_much_as_pytorch(seed):
 def test_decoding_equals_float64_for_texts_of_several_lengths(seed):
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    B, H, S, D = 3, rng.choice([2, 5, 18]), rng.choice([1, 16, 65, 200]), rng.choice([16, 48, 64, 128])
+    B, H, S, D = 3, (2, 5, 18, 40)[seed % 4], rng.choice([1, 16, 65, 600]), rng.choice([16, 48, 64, 128])
     maps = [
         torch.tensor([*range(G), *(rng.randrange(G) for _ in range(H - G))]) for G in (rng.randint(1, H), 1 + seed % 2)
     ]
@@ -116,12 +122,13 @@ def test_decoding_equals_float64_for_texts_of_several_lengths(seed):
     # the cache has room for more
     k, v = (torch.randn(B, int(x.max()) + 1, S + 9, D, device=DEVICE, dtype=dtype)[:, :, :S] for x in maps)
     begins = torch.tensor([0, S // 2, S - 1], device=DEVICE)
-    scores = q.double() @ k[:, k_groups].double().mT / D**0.5
+    scores = q.double() @ k[:, k_groups].double().mT * 0.3
     seen = torch.arange(S, device=DEVICE) >= begins[:, None, None, None]
     exact = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v[:, v_groups].double()
-    assert_close(flash_decode(q, k, v, k_groups, v_groups, begins).double(), exact, 4 * torch.finfo(dtype).eps)
+    ours = flash_decode(q, k, v, k_groups, v_groups, begins, scale=0.3)
+    assert_close(ours.double(), exact, 4 * torch.finfo(dtype).eps)
     whole = scores.softmax(-1) @ v[:, v_groups].double()
-    assert_close(flash_decode(q, k, v, k_groups, v_groups).double(), whole, 4 * torch.finfo(dtype).eps)
+    assert_close(flash_decode(q, k, v, k_groups, v_groups, scale=0.3).double(), whole, 4 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="float64 is the interpreter's")
@@ -137,7 +144,34 @@ def test_gradients_pass_gradcheck(causal):
 def test_operator_passes_opcheck():
     q, k, v = (torch.randn(2, n, 6, 16, device=DEVICE, requires_grad=True) for n in (3, 2, 1))
     groups = torch.tensor([0, 1, 0], device=DEVICE), torch.tensor([0, 0, 0], device=DEVICE)
-    torch.library.opcheck(flash.attention, (q, k, v, *groups, True, 0.25))
+    torch.library.opcheck(flash.attention, (q, k, v, *groups, True, 0.2))
+    out, lse = (x.detach() for x in flash.attention(q, k, v, *groups, True, 0.2))
+    saved = [x.detach() for x in (out, q, k, v, out, lse)]
+    torch.library.opcheck(flash.attention_backward, (*saved, *groups, True, 0.2))
+
+
+def test_a_gradient_reaches_values_and_keys_alone():
+    """As when only wv has an adapter; and one token is no reason to decode."""
+    q, k, v = (torch.randn(1, n, 1, 16, device=DEVICE) for n in (2, 1, 1))
+    groups = HeadGroups([0, 0]).to(DEVICE)
+    for x in (k, v):
+        x.requires_grad_()
+        assert attend(q, k, v, groups, groups, None, "triton").requires_grad
+        x.requires_grad_(False)
+
+
+def test_a_mask_of_all_sequences_hides_the_first_tokens():
+    groups = HeadGroups([0, 0]).to(DEVICE)
+    q, k, v = torch.randn(3, 2, 1, 16, device=DEVICE), *torch.randn(2, 3, 1, 9, 16, device=DEVICE)
+    mask = torch.arange(9, device=DEVICE)[None] >= 4
+    ours, theirs = (attend(q, k, v, groups, groups, mask, name) for name in ("triton", "naive"))
+    assert_close(ours, theirs, 1e-6)
+
+
+def test_a_compiled_model_is_the_model():
+    model, tokens = sharp_model(dim=64, attention="triton", **UNEVEN).to(DEVICE), torch.arange(12, device=DEVICE)[None]
+    whole = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_close(whole(tokens, tokens), model(tokens, tokens), 1e-6)
 
 
 def test_compiled_as_one_operator():
@@ -151,8 +185,10 @@ def test_compiled_as_one_operator():
 
 
 def test_backward_gives_the_same_bits_each_time():
-    q, k, v, k_groups, v_groups, grad, _ = a_case(5)
-    runs = [results(flash_attention, q, k, v, grad, k_groups, v_groups) for _ in range(2)]
+    T = 2048 if DEVICE == "cuda" else 40  # many programs at a time, where there are some
+    q, k, v, grad = (torch.randn(2, n, T, 32, device=DEVICE) for n in (6, 2, 1, 6))
+    groups = torch.tensor([0, 0, 1, 0, 1, 0], device=DEVICE), torch.zeros(6, dtype=torch.int64, device=DEVICE)
+    runs = [results(flash_attention, q, k, v, grad, *groups) for _ in range(2)]
     assert all(torch.equal(x, y) for x, y in zip(*runs))
 
 
@@ -216,7 +252,7 @@ def test_decoding_makes_no_keys_or_values_for_every_head(backend, maps):
     q, cache = torch.randn(2, 8, 1, 32), [torch.randn(2, groups.n_group, 200, 32) for groups in (k_groups, v_groups)]
     k, v = (x[:, :, :150] for x in cache)
     made = allocations(lambda: attend(q, k, v, k_groups, v_groups, None, backend))
-    assert max(made) <= max(k.nbytes, v.nbytes) < k_groups.expand(k).nbytes / 3
+    assert max(made) < min(k.nbytes, v.nbytes) / 2, "not even a copy of the cache as it is"
 
 
 @pytest.mark.parametrize("n_kv_head", [1, 2])
@@ -232,10 +268,9 @@ def test_sdpa_reads_equal_runs_of_heads_without_copies(n_kv_head):
 
 
 def test_where_triton_cannot_run_one_line_says_so_and_sdpa_computes(tiny_data, tmp_path):
+    how = ["--head_dim", 16, "--max_steps", 3, "--device", "cpu"]
     done = [
-        command(
-            "train.py", *small_run(tiny_data, tmp_path / name), "--head_dim", 16, "--max_steps", 3, "--attention", name
-        )
+        command("train.py", *small_run(tiny_data, tmp_path / name), *how, "--attention", name)
         for name in ("sdpa", "triton")
     ]
     assert all(run.returncode == 0 for run in done), done[1].stderr
@@ -273,7 +308,7 @@ def test_long_texts_on_a_gpu(D):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, n, 4096, D, device="cuda", dtype=torch.bfloat16) for n in (8, 3, 2))
     k_groups, v_groups = torch.tensor([0, 1, 1, 2, 2, 2, 0, 1]).cuda(), torch.tensor([0, 0, 0, 0, 1, 1, 0, 0]).cuda()
-    how = torch.randn_like(q), k_groups, v_groups, True
+    how = torch.randn_like(q), k_groups, v_groups
     exact = results(pytorch_math, q.float(), k.float(), v.float(), *how)
     for name, x, z in zip(("out", "grad q", "grad k", "grad v"), results(flash_attention, q, k, v, *how), exact):
         assert_close(x.float(), z, 0.02, name)
