@@ -305,7 +305,7 @@ def open_search(config: SearchConfig) -> tuple[Search, Judge]:
     identity = {
         "refit": config.refit,
         "model": fingerprint(model),
-        "text": digest(blocks.cpu().numpy(), few.cpu().numpy(), *pieces),
+        "text": digest(blocks.cpu().numpy(), *pieces),
     }
     partition.found = statistics(model, blocks)
     judges, itemsize = [Judge(model, piece) for piece in pieces], checkpoint["model"]["tok_embeddings.weight"].itemsize
