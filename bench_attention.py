@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import product
@@ -43,75 +43,89 @@ def alone(name: str, function, *args):
             raise UserError(f"out of memory in {name!r}: give a smaller --batch_size or model") from None
 
 
-def counted(name: str, calls: Counter) -> Callable:
-    """The attention of this name, which counts its calls. Where sdpa takes the textbook's way, as it says it does, that
-    is sdpa; where triton leaves something to another, that counts."""
-    compute = getattr(attention, name)
+@contextlib.contextmanager
+def only(backend: str) -> Iterator[None]:
+    """Assert that inside this context no attention but this is computed, and this is. Where sdpa takes the textbook's
+    way, as it says it does, that is sdpa; where triton leaves something to another, that counts."""
+    calls, depth, plain = Counter(), Counter(), {name: getattr(attention, name) for name in ("naive", "sdpa", "triton")}
 
-    def count(*args):
-        before = calls.copy()
-        out = compute(*args)
-        if name == "sdpa":
-            calls.clear()
-            calls.update(before)
-        calls[name] += 1
-        return out
+    def counted(name: str) -> Callable:
+        def count(*args):
+            calls[name] += not depth["sdpa"]
+            depth[name] += 1
+            out = plain[name](*args)
+            depth[name] -= 1
+            return out
 
-    return count
+        return count
+
+    for name in plain:
+        setattr(attention, name, counted(name))
+    try:
+        yield
+    finally:
+        for name, compute in plain.items():
+            setattr(attention, name, compute)
+    assert +calls == Counter({backend: calls[backend]}) != Counter(), f"--attention {backend} computed {dict(calls)}"
 
 
-def finetune(init_from: str, flags: list[str], lora: LoRAConfig, backend: str, slices: int) -> dict:
-    """Train a QLoRA adapter, then generate; in a process of its own, since it changes what `attention` computes.
+def finetune(init_from: str, flags: list[str], lora: LoRAConfig, backend: str, slices: int, folder: str) -> dict:
+    """Train a QLoRA adapter, into folder/ckpt.pt; in a process of its own, whose peak memory is the row's.
 
-    Returns the loss on the val split (nats a token), seconds of training, the median milliseconds of a step, peak bytes
-    and the median seconds of a text. On a GPU the first two steps of triton hold its compiling and its tuning, whose
-    256 MB of scratch are in the peak.
+    Returns the loss on the val split (nats a token), seconds of training, the median milliseconds of a step and peak
+    bytes. On a GPU the first two steps of triton hold its compiling and its tuning, whose 256 MB are in the peak.
     """
-    calls = Counter()
-    for name in ("naive", "sdpa", "triton"):
-        setattr(attention, name, counted(name, calls))
-    with tempfile.TemporaryDirectory() as folder:
-        sys.argv = ["train.py", "--init_from", init_from, "--attention", backend, "--pretraining_tp", str(slices)]
-        sys.argv += ["--quantize", "nf4", "--lora_r", str(lora.lora_r), "--lora_alpha", str(lora.lora_alpha)]
-        sys.argv += ["--lora_dropout", str(lora.lora_dropout), "--lora_targets", *lora.lora_targets]
-        sys.argv += [*flags, "--out_dir", folder]
-        with contextlib.redirect_stdout(io.StringIO()):
-            train.main()
-        records = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-        checkpoint = load(Path(folder) / "ckpt.pt")
-        model = build_model(checkpoint).to(pick_device(flags[flags.index("--device") + 1])).eval()
-        seconds, generator = [], torch.Generator().manual_seed(0)
-        room = min(PROMPT + NEW_TOKENS, model.config.block_size) - PROMPT
-        for _ in range(GENERATIONS):
-            prompt = torch.randint(model.config.vocab_size, (PROMPT,), generator=generator).tolist()
-            began = time.perf_counter()
-            model.generate([prompt], room)
-            seconds.append(time.perf_counter() - began)
-        del model, checkpoint  # they map the file
-    assert set(calls) == {backend}, f"--attention {backend} computed {dict(calls)}"
+    sys.argv = ["train.py", "--init_from", init_from, "--attention", backend, "--pretraining_tp", str(slices)]
+    sys.argv += ["--quantize", "nf4", "--lora_r", str(lora.lora_r), "--lora_alpha", str(lora.lora_alpha)]
+    sys.argv += ["--lora_dropout", str(lora.lora_dropout), "--lora_targets", *lora.lora_targets]
+    sys.argv += [*flags, "--out_dir", folder]
+    with only(backend), contextlib.redirect_stdout(io.StringIO()):
+        train.main()
+    records = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
     steps = [record for record in records if "ms" in record]
     return {
         "attention": backend, "pretraining_tp": slices, "val_loss": records[-1]["val_loss"],
         "training_s": steps[-1]["seconds"], "step_ms": statistics.median(record["ms"] for record in steps[1:]),
-        "peak": records[-1]["peak_memory_bytes"], "generation_s": statistics.median(seconds),
+        "peak": records[-1]["peak_memory_bytes"],
     }  # fmt: skip
 
 
+def generation_seconds(paths: list[Path], backends: list[str], device: torch.device) -> list[float]:
+    """The median seconds of a greedy text by each checkpoint, which take turns, since a machine has its moods."""
+    models = [build_model(load(path)).to(device).eval() for path in paths]
+    seconds, generator = [[] for _ in models], torch.Generator().manual_seed(0)
+    c = models[0].config
+    for _ in range(GENERATIONS):
+        prompt = torch.randint(c.vocab_size, (PROMPT,), generator=generator).tolist()
+        for model, backend, own in zip(models, backends, seconds):
+            with only(backend):
+                began = time.perf_counter()
+                model.generate([prompt], min(NEW_TOKENS, c.block_size - PROMPT))
+                own.append(time.perf_counter() - began)
+    return [statistics.median(own) for own in seconds]
+
+
 def attention_table(config, lora: LoRAConfig) -> list[dict]:
-    """The rows of `finetune` for every attention that runs here, with pretraining_tp 1 and 2."""
+    """A row for every attention that runs here, with pretraining_tp 1 and 2: `finetune`'s, and generation_s."""
     if config.init_from is None:
         raise UserError("attention fine-tunes a trained model: give --init_from ckpt.pt")
     steps = 10 * config.steps
     flags = ["--max_steps", steps, "--warmup_steps", steps // 10, "--eval_every", steps, "--device", config.device]
     flags += ["--batch_size", config.batch_size, *(["--dataset", config.dataset] if config.dataset else [])]
-    width, device = load(config.init_from)["config"]["head_dim"], pick_device(config.device)
-    gpu = device.type == "cuda" and attention.triton_runs(device, torch.float32, width)
+    c, device = load(config.init_from)["config"], pick_device(config.device)
+    if c["block_size"] <= PROMPT:
+        raise UserError(f"{config.init_from} has a context of {c['block_size']}: give a model of more than {PROMPT}")
+    gpu = device.type == "cuda" and attention.triton_runs(device, torch.float32, c["head_dim"])
     rows = []
-    for backend, slices in product(("naive", "sdpa", *["triton"] * gpu), (1, 2)):
-        name = f"{backend}, pretraining_tp {slices}"
-        print(f"training: {name}", file=sys.stderr, flush=True)
-        rows.append(alone(name, finetune, config.init_from, [str(flag) for flag in flags], lora, backend, slices))
-    return rows
+    with tempfile.TemporaryDirectory() as folder:
+        for backend, slices in product(("naive", "sdpa", *["triton"] * gpu), (1, 2)):
+            name = f"{backend}, pretraining_tp {slices}"
+            print(f"training: {name}", file=sys.stderr, flush=True)
+            how = (config.init_from, [str(flag) for flag in flags], lora, backend, slices, f"{folder}/{len(rows)}")
+            rows.append(alone(name, finetune, *how))
+        paths = [Path(folder) / str(i) / "ckpt.pt" for i in range(len(rows))]
+        times = generation_seconds(paths, [row["attention"] for row in rows], device)
+    return [{**row, "generation_s": seconds} for row, seconds in zip(rows, times)]
 
 
 def print_attention(rows: list[dict]) -> None:

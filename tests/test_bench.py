@@ -7,7 +7,9 @@ import pytest
 import torch
 from conftest import quick, refused
 
-from bench_attention import kernel_rows
+import attention
+from attention import HeadGroups
+from bench_attention import kernel_rows, only
 from device import memory_bytes, peak_memory_bytes, reset_peak_memory
 
 SHAPE = ["--n_layer", 2, "--dim", 32, "--n_head", 4, "--vocab_size", 64, "--block_size", 16]
@@ -71,6 +73,17 @@ def test_each_attention_is_computed_and_loses_the_same(tiny_run):
     assert len({row["val_loss"] for row in rows}) > 1, "all rows computed the same"
     assert max(row["val_loss"] for row in rows) < 1.001 * min(row["val_loss"] for row in rows)
     assert all(row["generation_s"] > 0 and row["peak"] > 2**20 and row["step_ms"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("backend", ["naive", "sdpa"])
+def test_another_attention_than_the_one_named_is_an_error(backend):
+    x, split, shared = torch.randn(1, 2, 1, 4), HeadGroups([0, 1]), HeadGroups([0, 0])
+    with only("sdpa"):  # leaves this to the textbook
+        attention.attend(x, x, x[:, :1], split, shared, None, "sdpa")
+    with pytest.raises(AssertionError, match="computed"), only(backend):
+        attention.attend(x, x, x, split, split, None, "sdpa" if backend == "naive" else "naive")
+    with pytest.raises(AssertionError, match="computed"), only(backend):
+        pass
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
