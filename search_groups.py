@@ -302,11 +302,7 @@ def open_search(config: SearchConfig) -> tuple[Search, Judge]:
     partition.total(config.kv_budget or 1.0)  # a budget too small is told before the first measurement
     few = blocks[: max(1, len(blocks) // 2)]
     pieces = [val[start : start + half + 1] for start in (0, half)]
-    identity = {
-        "refit": config.refit,
-        "model": fingerprint(model),
-        "text": digest(blocks.cpu().numpy(), *pieces),
-    }
+    identity = {"refit": config.refit, "model": fingerprint(model), "text": digest(blocks.cpu().numpy(), *pieces)}
     partition.found = statistics(model, blocks)
     judges, itemsize = [Judge(model, piece) for piece in pieces], checkpoint["model"]["tok_embeddings.weight"].itemsize
     how = (partition.found, few, judges[0], config.refit, itemsize)
