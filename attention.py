@@ -135,7 +135,8 @@ def triton(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.Tens
 
     k_of = k_groups.of_head
     v_of = k_of if k_groups.of_list == v_groups.of_list else v_groups.of_head
-    if q.shape[2] == 1 and not (q.requires_grad or k.requires_grad or v.requires_grad):
+    learning = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if q.shape[2] == 1 and not learning:
         begins = None if mask is None else mask.int().argmax(-1).flatten().expand(len(q))
         return flash_decode(q, k, v, k_of, v_of, begins)
     if mask is not None or q.shape[2] < k.shape[2]:

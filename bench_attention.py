@@ -148,17 +148,16 @@ def maps(H: int) -> dict[str, tuple[HeadGroups, HeadGroups]]:
 
 
 def timed(name: str, heads: tuple[HeadGroups, HeadGroups], q, k, v, milliseconds: Callable) -> dict[str, float]:
-    """Milliseconds of each direction of this attention."""
-    way, inputs, token, grad = getattr(attention, name), (q, k, v), q.detach()[:, :, -1:], torch.randn_like(q)
-    out = way(*inputs, *heads, None)
-    backward = milliseconds(lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True))
-    with torch.no_grad():
-        forward = milliseconds(lambda: way(*inputs, *heads, None))
-        return {
-            "forward": forward,
-            "backward": backward,
-            "decode": milliseconds(lambda: way(token, k, v, *heads, None)),
-        }
+    """Milliseconds of each direction of this attention, and of no other that took its place."""
+    inputs, token, grad = (q, k, v), q.detach()[:, :, -1:], torch.randn_like(q)
+    with only(name):
+        way = getattr(attention, name)
+        out = way(*inputs, *heads, None)
+        found = {"backward": milliseconds(lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True))}
+        with torch.no_grad():
+            found["forward"] = milliseconds(lambda: way(*inputs, *heads, None))
+            found["decode"] = milliseconds(lambda: way(token, k, v, *heads, None))
+    return found
 
 
 def kernel_rows(B: int, H: int, D: int, T: int, device: torch.device, milliseconds: Callable) -> list[dict]:
