@@ -266,15 +266,14 @@ def attention_backward(
     B, H, T, _ = q.shape
     grad_q, grad_k, grad_v, delta = *map(torch.empty_like, (q, k, v)), torch.empty_like(lse)
     how, strides = {**options(q, scale), "CAUSAL": causal}, (q.stride(), k.stride(), v.stride())
+    # one tensor for both maps, which autograd hands back as another Python object
+    one_map = k_groups.data_ptr() == v_groups.data_ptr() and q.shape[-1] <= FUSED
     with torch.cuda.device_of(q):
         grad_q_kernel[blocks("M", T, H, B)](
             q, k, v, out, grad_out, grad_q, lse, delta, k_groups, v_groups,
             *strides, out.stride(), grad_out.stride(), grad_q.stride(), T, **how,
         )  # fmt: skip
-    # one tensor for both maps, which autograd hands back as another Python object
-    one_map = k_groups.data_ptr() == v_groups.data_ptr() and q.shape[-1] <= FUSED
-    for keys, values in [(True, True)] if one_map else [(True, False), (False, True)]:
-        with torch.cuda.device_of(q):
+        for keys, values in [(True, True)] if one_map else [(True, False), (False, True)]:
             grad_kv_kernel[blocks("N", T, k.shape[1] if keys else v.shape[1], B)](
                 q, k, v, grad_out, grad_k, grad_v, lse, delta, k_groups, v_groups,
                 *strides, grad_out.stride(), grad_k.stride(), grad_v.stride(), T, H, KEYS=keys, VALUES=values, **how,
@@ -375,6 +374,7 @@ def decode_kernel(
     total = tl.where(seen, total, 1.0)
     row = (b.to(tl.int64) * tl.num_programs(0) + part) * H + heads
     tl.store(lse + row, tl.where(seen, (top + tl.log2(total)) / LOG2_E, -float("inf")), mask=heads < H)
+    # contiguous, so D is a constant here: with `store` and its strides one target spills
     at, there = parts + row[:, None] * D + width[None, :], (heads[:, None] < H) & (width[None, :] < D)
     tl.store(at, acc / total[:, None], mask=there)
 

@@ -45,7 +45,6 @@ def rounded_bfloat16():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpreterBuilder, "cast_impl", cast)
-        patch.setattr(InterpreterBuilder, "create_fp_trunc", lambda self, source, kind: cast(self, source, kind))
         yield
 
 
