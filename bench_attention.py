@@ -45,13 +45,14 @@ def alone(name: str, function, *args):
 
 @contextlib.contextmanager
 def only(backend: str) -> Iterator[None]:
-    """Assert that inside this context no attention but this is computed, and this is. Where sdpa takes the textbook's
-    way, as it says it does, that is sdpa; where triton leaves something to another, that counts."""
-    calls, depth, plain = Counter(), Counter(), {name: getattr(attention, name) for name in ("naive", "sdpa", "triton")}
+    """Assert that inside this context no attention but this is computed, and this is. Where blocks and sdpa take the
+    textbook's way, as they say they do, that is theirs; where triton leaves something to another, that counts."""
+    calls, depth = Counter(), Counter()
+    plain = {name: getattr(attention, name) for name in ("naive", "blocks", "sdpa", "triton")}
 
     def counted(name: str) -> Callable:
         def count(*args):
-            calls[name] += not depth["sdpa"]
+            calls[name] += not (depth["sdpa"] or depth["blocks"])
             depth[name] += 1
             out = plain[name](*args)
             depth[name] -= 1
@@ -118,7 +119,7 @@ def attention_table(config, lora: LoRAConfig) -> list[dict]:
     gpu = device.type == "cuda" and attention.triton_runs(device, torch.float32, c["head_dim"])
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for backend, slices in product(("naive", "sdpa", *["triton"] * gpu), (1, 2)):
+        for backend, slices in product(("naive", "blocks", "sdpa", *["triton"] * gpu), (1, 2)):
             name = f"{backend}, pretraining_tp {slices}"
             print(f"training: {name}", file=sys.stderr, flush=True)
             how = (config.init_from, [str(flag) for flag in flags], lora, backend, slices, f"{folder}/{len(rows)}")

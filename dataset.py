@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from config import UserError
+from cross_entropy import IGNORE
 from data.prepare import BUILT_IN, DATA
-from model import IGNORE
 from tokenizer import Tokenizer, read_tokenizer
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, (B, T) int64

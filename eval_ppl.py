@@ -30,10 +30,11 @@ from tqdm import tqdm
 
 from checkpoint import build, load
 from config import UserError, exit_cleanly, parse
+from cross_entropy import widen
 from data.prepare import whole_file
 from dataset import open_split, read_meta
 from device import autocast, pick_device, pick_dtype
-from model import Llama, widen
+from model import Llama
 from tokenizer import Tokenizer
 
 METHODS = ("blocks", "sliding", "block_mean")

@@ -30,11 +30,12 @@ from tqdm import tqdm
 
 from checkpoint import build, load, replacing
 from config import UserError, exit_cleanly, parse
+from cross_entropy import IGNORE
 from dataset import Batch, Examples, padded, read_meta
 from device import autocast, pick_device
 from eval_ppl import MOST_LOGITS
 from instruct import FIELDS, Record, encode_answer, encode_prompt, records_of
-from model import IGNORE, Llama
+from model import Llama
 from tokenizer import Tokenizer
 
 

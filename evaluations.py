@@ -11,9 +11,10 @@ import torch.nn.functional as F
 
 from checkpoint import replacing
 from config import UserError
+from cross_entropy import widen
 from eval_ppl import MOST_LOGITS
 from merging import Maps, Statistics, convert, merged_config, rope_of
-from model import Llama, ModelConfig, widen
+from model import Llama, ModelConfig
 from refit import refit
 
 MOST_CONTEXT = 1024  # tokens; predictions far into longer contexts would need much memory, and change few choices

@@ -22,7 +22,8 @@ import torch
 import torch.nn as nn
 
 from config import UserError, exit_cleanly
-from model import Llama, widen
+from cross_entropy import widen
+from model import Llama
 from nf4 import NF4Linear
 from projection import Projection, sliced_linear
 

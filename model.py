@@ -27,9 +27,9 @@ from torch.utils.checkpoint import checkpoint
 
 from attention import HeadGroups, KVCache, attend
 from config import NO_FLAG, UserError
+from cross_entropy import cross_entropy, widen
 from projection import Projection
 
-IGNORE = -1  # a target that carries no loss
 ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # a damaged file must not make us build lists of 10^9 layers before its weights are seen to be absent
 LARGEST = {"n_layer": 1024, "n_head": 1024, "block_size": 2**24}  # other sizes: 2^20
@@ -54,7 +54,7 @@ class ModelConfig:
     tie_embeddings: bool = True  # one matrix for the token embeddings and the output
     novel: bool = False  # the per-head layer: head_dim x head_dim linear + SiLU on each head's attention output
     dropout: float = 0.0  # on the embeddings and on both residual branches
-    attention: Literal["auto", "naive", "sdpa", "triton"] = "auto"  # see attention.py; auto is what is fastest here
+    attention: Literal["auto", "naive", "blocks", "sdpa", "triton"] = "auto"  # see attention.py; auto is the fastest
     pretraining_tp: int = 1  # slices of each matrix, multiplied one by one, as on so many tensor-parallel ranks
     # [layer][query head] -> the K group, the V group that it reads; equal runs of heads unless given
     k_groups: list[list[int]] | None = field(default=None, metadata=NO_FLAG)
@@ -119,11 +119,6 @@ class ModelConfig:
     def kv_numbers_per_token(self) -> int:
         """Numbers that the KV cache holds for one token: sum over layers of (G_k + G_v) * D."""
         return sum(max(groups) + 1 for groups in self.k_groups + self.v_groups) * self.head_dim
-
-
-def widen(x: torch.Tensor) -> torch.Tensor:
-    """At least float32, for sums that bfloat16 and float16 would round away; float64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _require(condition: bool, message: str) -> None:
@@ -294,7 +289,7 @@ class Llama(nn.Module):
         logits = self.output(self.norm(x), c.pretraining_tp)
         if targets is None:
             return logits
-        return F.cross_entropy(widen(logits).flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+        return cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def num_params(self) -> int:
         """Weights, tied ones counted once, and those too that are stored in less than a Parameter."""

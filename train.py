@@ -26,14 +26,15 @@ from tqdm import tqdm
 
 from checkpoint import build_model, replacing, save
 from config import UserError, exit_cleanly, parse
+from cross_entropy import IGNORE, widen
 from dataset import Batch, Examples, Text, open_data
 from device import autocast, peak_memory_bytes, pick_device, pick_dtype
 from eval_ppl import bits_per_byte, mean_nll, perplexity, window_nll
 from eval_text import answer_nll
 from lora import LoRAConfig, adapt
-from model import IGNORE, Llama, ModelConfig, widen
+from model import Llama, ModelConfig
 from sample import readable
-from settings import POSITION, TrainConfig, check_sizes, open_teacher, settle, training_data
+from settings import POSITION, TrainConfig, check_sizes, compiling_pays, open_teacher, settle, training_data
 from tokenizer import Tokenizer
 
 # ---- one step ----
@@ -297,8 +298,10 @@ def main() -> None:
     model = starting_model(c, lora, checkpoint, device)
     teacher = open_teacher(config, c, tokenizer, device)
     model.checkpoint_activations = config.checkpoint_activations
+    tokens = config.max_steps * config.batch_size * config.grad_accum * c.block_size * isinstance(data, Text)
+    config.compile = compiling_pays(config, tokens, model.num_params(), device)  # a run that is resumed keeps to it
     if config.compile:
-        for layer in model.layers:
+        for layer in model.layers:  # all of one shape, so they share what the first compiles
             layer.compile()
     optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -315,7 +318,7 @@ def main() -> None:
 
     def save_if_healthy() -> int:
         """What the last update did shows only in the loss after it."""
-        with torch.no_grad(), autocast(device, dtype):
+        with torch.no_grad(), autocast(device, dtype), torch.compiler.set_stance("force_eager"):
             loss = sum(model(x.to(device), y.to(device)).item() for x, y in batches) / targets(batches)
         check_health(loss, None, model, f"after step {position['step']}", f"{path} keeps step {kept}")
         save_checkpoint()
@@ -333,11 +336,13 @@ def main() -> None:
     log = Log(path.with_name("log.jsonl"), kept if config.resume else None)
     log.write({"step": kept, **describe(model, config, lora, data)})
     since = f", continued from step {kept}" if config.resume else ""
-    print(f"on {device}, {str(dtype).removeprefix('torch.')} -> {path.parent}{since}", flush=True)
+    how = str(dtype).removeprefix("torch.") + (", compiled" if config.compile else "")
+    print(f"on {device}, {how} -> {path.parent}{since}", flush=True)
     if 0 < kept < last and kept % config.eval_every == 0 and kept not in log.evaluated:
         evaluate()  # the run was killed after it saved and before it evaluated
 
-    with signals_caught() as caught, tqdm(total=last, initial=kept, disable=None) as bar:
+    slow = "compiling" if config.compile else None
+    with signals_caught() as caught, tqdm(total=last, initial=kept, disable=None, desc=slow) as bar:
         while position["step"] < last and not caught:
             began, step = time.perf_counter(), position["step"]
             torch.manual_seed(config.seed + 1_000_003 * (step + 1))  # dropout, too, is a function of (seed, step)
@@ -352,6 +357,7 @@ def main() -> None:
             position = {"step": step, "tokens": position["tokens"] + count, "seconds": position["seconds"] + seconds}
             speed = {"ms": 1000 * seconds, "tok_s": count / seconds}
             log.write({"loss": loss, "lr": lr, "norm": norm, **speed, **position})
+            bar.set_description(refresh=False)
             bar.update()
             if step % 10 == 0 or step == 1:
                 head = f"step {step}/{last} | loss {loss:.4f} | lr {lr:.1e} | norm {norm:.2f}"

@@ -67,15 +67,15 @@ def test_each_attention_is_computed_and_loses_the_same(tiny_run):
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]
-    assert [(row["attention"], row["pretraining_tp"]) for row in rows][:4] == [
-        (a, n) for a in ("naive", "sdpa") for n in (1, 2)
+    assert [(row["attention"], row["pretraining_tp"]) for row in rows][:6] == [
+        (a, n) for a in ("naive", "blocks", "sdpa") for n in (1, 2)
     ]
     assert len({row["val_loss"] for row in rows}) > 1, "all rows computed the same"
     assert max(row["val_loss"] for row in rows) < 1.001 * min(row["val_loss"] for row in rows)
     assert all(row["generation_s"] > 0 and row["peak"] > 2**20 and row["step_ms"] > 0 for row in rows)
 
 
-@pytest.mark.parametrize("backend", ["naive", "sdpa"])
+@pytest.mark.parametrize("backend", ["naive", "blocks", "sdpa"])
 def test_another_attention_than_the_one_named_is_an_error(backend):
     x, split, shared = torch.randn(1, 2, 1, 4), HeadGroups([0, 1]), HeadGroups([0, 0])
     with only("sdpa"):  # leaves this to the textbook

@@ -10,11 +10,11 @@ import torch
 from conftest import ROOT, quick, refused, sharp_model
 
 from checkpoint import build, load, save
+from cross_entropy import IGNORE
 from data.prepare import PrepareConfig, prepare
 from dataset import Examples, open_split, read_meta
 from eval_text import AnswerConfig, answer_nll, text_scores, write_answers
 from instruct import encode_answer, encode_prompt, prompt_text, read_splits
-from model import IGNORE
 from tokenizer import read_tokenizer
 
 WORDS = "red green blue black white brown one two three four five six cat dog bird fish".split()  # noqa: SIM905

@@ -6,8 +6,11 @@ import pytest
 import torch
 from conftest import TINY, assert_close, sharp_model, to_hugging_face
 
+import attention as attention_file
+import cross_entropy as cross_entropy_file
 from config import UserError
-from model import IGNORE, HeadGroups, KVCache, Llama, ModelConfig, RMSNorm, pick_token
+from cross_entropy import IGNORE, cross_entropy, widen
+from model import HeadGroups, KVCache, Llama, ModelConfig, RMSNorm, pick_token
 
 UNEVEN = {"k_groups": [[0, 1, 1, 1], [0, 1, 0, 2]], "v_groups": [[0, 0, 0, 0], [2, 1, 0, 2]]}
 SHAPES = {
@@ -23,11 +26,16 @@ SHAPES = {
 TOLERANCE = 1e-5
 
 
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(attention_file, "BLOCK", 16)  # the texts here have 60 tokens at most
+
+
 def tokens_of(shape, seed=0, vocab_size=TINY["vocab_size"]):
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("attention", ["naive", "sdpa"])
+@pytest.mark.parametrize("attention", ["naive", "blocks", "sdpa"])
 @pytest.mark.parametrize("settings", [{}, {"n_kv_head": 2}, {"n_kv_head": 1, "head_dim": 12, "rope_theta": 5e5}])
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits_loss_and_gradients_equal_hugging_face(settings, tied, attention):
@@ -52,7 +60,7 @@ def with_gradients_as_weights(model: Llama) -> Llama:
     return copy
 
 
-@pytest.mark.parametrize("attention", ["naive", "sdpa"])
+@pytest.mark.parametrize("attention", ["naive", "blocks", "sdpa"])
 def test_uneven_groups_equal_heads_with_repeated_weights(attention):
     grouped = sharp_model(**UNEVEN, attention=attention).double()
     full = Llama(ModelConfig(**TINY)).double().eval()
@@ -86,6 +94,14 @@ def test_greedy_text_with_the_cache_is_the_text_without_it(name):
     assert cached == model.generate(prompts, 40, use_cache=False)
     assert cached == [model.generate([prompt], 40)[0] for prompt in prompts]
     assert len({token for row in cached for token in row}) > 10, "the text is too uniform to tell anything"
+
+
+def test_a_prompt_read_in_parts_by_blocks_is_the_prompt_read_at_once():
+    model, x = sharp_model(**UNEVEN, attention="blocks").double(), tokens_of((2, 50))
+    cache = KVCache(model.config, 50)
+    for part in x.split([7, 30, 13], dim=1):
+        logits = model(part, cache=cache)
+    assert_close(logits, model(x)[:, -1:], 1e-12, "logits")
 
 
 @pytest.mark.parametrize("name", ["mha", "gqa", "mqa"])
@@ -128,6 +144,32 @@ def test_loss_sums_over_targets_and_leaves_out_ignored_ones():
     masked[:, ::3] = IGNORE
     each = -model(x).log_softmax(-1).gather(-1, y[..., None])[..., 0]
     assert_close(model(x, masked), each[masked != IGNORE].sum(), 1e-12, "loss")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_cross_entropy_in_chunks_equals_pytorchs(dtype, monkeypatch):
+    monkeypatch.setattr(cross_entropy_file, "CHUNK", 3 * 11)  # the last chunk of 20 rows has 2
+    plain, y = (3 * torch.randn(20, 11, generator=torch.Generator().manual_seed(0))).to(dtype), tokens_of((20,), 0, 11)
+    y[[0, 4, 19]] = IGNORE
+    ours, theirs = plain.clone().requires_grad_(), plain.clone().requires_grad_()
+    loss = cross_entropy(ours, y)
+    their_loss = torch.nn.functional.cross_entropy(widen(theirs), y, ignore_index=IGNORE, reduction="sum")
+    (loss / 7).backward()
+    (their_loss / 7).backward()
+    tight = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-7}[dtype]  # two roundings, of 2^-8 each
+    assert_close(loss, their_loss, min(tight, 1e-6), "loss")
+    assert_close(ours.grad, theirs.grad, tight, "gradient")
+    assert not ours.grad[y == IGNORE].any()
+    if dtype == torch.float64:
+        torch.autograd.gradcheck(lambda x: cross_entropy(x, y), ours)
+
+
+def test_cross_entropy_widens_a_chunk_at_a_time(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(cross_entropy_file, "CHUNK", 4 * 64)
+    monkeypatch.setattr(cross_entropy_file, "widen", lambda x: sizes.append(x.numel()) or widen(x))
+    sharp_model()(tokens_of((2, 30)), tokens_of((2, 30), seed=1)).backward()
+    assert sizes == [4 * 64] * 15
 
 
 def test_initial_loss_is_that_of_a_uniform_guess():

@@ -12,8 +12,8 @@ from conftest import assert_close, quick, refused, sharp_model, small_run
 import search_groups
 from checkpoint import build_model, load, save
 from config import UserError
+from cross_entropy import IGNORE
 from evaluations import Judge
-from model import IGNORE
 from objective import Objective
 from train import distilled
 
