@@ -19,6 +19,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from cross_entropy import widen
+
 BLOCK = 128  # queries of a block: fewer would skip more, in products too small for a CPU's full speed
 
 
@@ -70,10 +72,12 @@ class KVCache:
         """Store k (B, G_k, T, D) and v (B, G_v, T, D) behind the past; return views of all, (B, G, S, D)."""
         end = self.length + k.shape[2]
         assert end <= self.capacity, f"the KV cache holds {self.capacity} tokens, {end} are needed"
+        positions = torch.arange(self.length, end, device=k.device)
         for store, new in ((self.keys, k), (self.values, v)):
             if store[layer] is None:
                 store[layer] = new.new_empty(new.shape[0], new.shape[1], self.capacity, new.shape[3])
-            store[layer][:, :, self.length : end] = new
+            # torch.compile would make an assignment to a slice a copy of the whole cache
+            store[layer].index_copy_(2, positions, new.type_as(store[layer]))
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
     @property
@@ -132,6 +136,8 @@ def sdpa(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.Tensor
     and V for every head. Not so one query against a cache, where that copy would outweigh all else: there the heads of
     a group are the queries of one sequence, if K and V have the same groups, else the textbook has no copy either."""
     one_map = k_groups.of_list == v_groups.of_list
+    if q.shape[2] == 1 and torch.compiler.is_compiling():
+        return one_query(q, k, v, k_groups, v_groups, mask)
     if q.shape[2] == 1 and not one_map:
         return naive(q, k, v, k_groups, v_groups, mask)
     if q.shape[2] == 1:
@@ -141,6 +147,15 @@ def sdpa(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.Tensor
         k, v = k_groups.expand(k), v_groups.expand(v)
     grouped = runs and k_groups.size > 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+
+
+def one_query(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.Tensor | None) -> torch.Tensor:
+    """The textbook's way for T = 1, in sums that torch.compile makes loops over the cache, in float32 or wider."""
+    rows = k_groups.gather(widen(q) * q.shape[-1] ** -0.5)  # (B, G_k, heads of a group, D)
+    found = k_groups.scatter((rows[:, :, :, None] * k[:, :, None]).sum(-1))  # (B, H, 1, S)
+    found = found if mask is None else found.masked_fill(~mask, -math.inf)
+    weights = v_groups.gather(found.softmax(-1))
+    return v_groups.scatter((weights[..., None] * v[:, :, None]).sum(-2)).type_as(q)
 
 
 def triton(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.Tensor | None) -> torch.Tensor:

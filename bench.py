@@ -5,6 +5,8 @@
     python bench.py decode --block_size 1024                       # what fewer K/V heads buy in generation
     python bench.py attention --init_from ckpt.pt                  # attention x pretraining_tp, in a short QLoRA run
     python bench.py kernel                                         # the Triton kernels by themselves; needs a GPU
+    python bench.py train                                          # speed of training and evaluation, and its limits
+    python bench.py generate --batch 16                            # speed of writing
 
 `memory` trains a model of random weights for some steps, each row in a process of its own and with the same number of
 tokens a step: everything in float32; an adapter alone; the adapter with one saver more at a time; the base in 4 bits;
@@ -18,6 +20,10 @@ Of a tiny model, or in a step or two, it measures overheads.
 
 `decode` fills the caches of models of random weights, with all K/V heads and with a half, a quarter and an eighth of
 them, up to `steps` tokens before block_size, and then adds a token at a time to each in turn.
+
+`train` takes some steps on random tokens, in the number format and compiled as train.py would for a long run, and says
+which part of a step takes how long, from the profiler, and how near the whole comes to the rate of its largest product.
+`generate` writes greedy texts with the KV cache and counts the tokens that they have together.
 
 `attention` fine-tunes a checkpoint with train.py, each row from the same seed and in a process of its own, and then
 times 20 greedy texts of 100 tokens. It fails if another attention than the row's was computed even once.
@@ -39,6 +45,7 @@ import torch
 from tqdm import tqdm
 
 from bench_attention import alone, attention_table, kernel_table, print_attention, print_kernel
+from bench_speed import generate_speed, print_generate, print_train, train_speed
 from checkpoint import load, save
 from config import UserError, exit_cleanly, parse, pick
 from device import autocast, memory_bytes, peak_memory_bytes, pick_device, pick_dtype, reset_peak_memory
@@ -63,12 +70,16 @@ ROWS = {  # what is measured, and the savers that it has
 class BenchConfig:
     """benchmark"""
 
-    action: Literal["memory", "decode", "attention", "kernel"]  # the table to print
+    action: Literal["memory", "decode", "attention", "kernel", "train", "generate"]  # the table to print
+    batch: int = 1  # generate: texts that are written at a time
     batch_size: int = 16  # sequences of a step, of block_size tokens each
     grad_accum: int = 4  # memory: micro-batches of a step, where a row accumulates
     steps: int = 5  # steps, or decoded tokens, that are timed; one more comes before them; attention: 10 times as many
     init_from: str | None = None  # attention: the ckpt.pt to fine-tune
     dataset: str | None = None  # attention: the data to fine-tune on (default: the checkpoint's own)
+    optimizer: Literal["adamw", "muon"] = "adamw"  # train: as for train.py
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # train, generate: as for train.py
+    compile: bool | None = None  # train, generate: compile (default: as train.py does for a long run)
     device: str = "auto"  # cuda, mps, cpu or auto
     json: bool = False  # print one JSON object and nothing else
 
@@ -189,17 +200,24 @@ def main() -> None:
         "decode": {"batch_size", "steps", *model} - {"n_kv_head"},
         "attention": {"init_from", "dataset", "batch_size", "steps", *adapter} - {"quantize"},
         "kernel": {"batch_size", "n_head", "head_dim"},
+        "train": {"batch_size", "steps", "optimizer", "dtype", "compile", *model},
+        "generate": {"batch", "steps", "dtype", "compile", *model},
     }
     if surplus := sorted(set(flags) - used[config.action] - {"action", "device", "json"}):
         raise UserError(f"{config.action} does not use --{surplus[0]}: leave it out")
-    if min(config.batch_size, config.steps, config.grad_accum) < 1:
-        values = f"batch_size {config.batch_size}, steps {config.steps}, grad_accum {config.grad_accum}"
-        raise UserError(f"{values}: give each 1 or more")
+    for name in ("batch", "batch_size", "grad_accum", "steps"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name} is {getattr(config, name)}: give --{name} 1 or more")
     lora = LoRAConfig(**{"lora_r": 8, **adapter})
     if config.action == "memory":
         print_memory(ModelConfig(**model), lora, config)
     elif config.action == "decode":
         print_decode(ModelConfig(**model), config)
+    elif config.action in ("train", "generate"):
+        training = config.action == "train"
+        found = (train_speed if training else generate_speed)(ModelConfig(**model), config)
+        show = print_train if training else print_generate
+        print(json.dumps(found)) if config.json else show(found)
     elif config.action == "attention":
         rows = attention_table(config, lora)
         found = {"lora": asdict(lora), "bench": asdict(config), "rows": rows}

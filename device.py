@@ -64,6 +64,12 @@ def compiler_missing() -> str | None:
     return None if header.exists() else f"Python's headers, {header} (python3-dev)"
 
 
+def check_compiler(device: torch.device) -> None:
+    """Raise UserError where --compile cannot work."""
+    if device.type == "cpu" and (missing := compiler_missing()):
+        raise UserError(f"--compile needs {missing}: install it, or give --no-compile")
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Matrix products in `dtype` inside this context; float32 and float64 switch it off."""
     return torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16))

@@ -9,9 +9,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from cross_entropy import widen
+
 
 def sliced_linear(x: torch.Tensor, weight: torch.Tensor, slices: int = 1, columns: bool = False) -> torch.Tensor:
     """x W^T, for x (..., in) and W (out, in): `slices` of W's rows, side by side, or of its columns, added up."""
+    if torch.compiler.is_compiling() and x.numel() == x.shape[-1]:  # one row: a loop over W that torch.compile can fuse
+        return (weight * widen(x).flatten()).sum(-1).expand(*x.shape[:-1], -1)
     if slices == 1:
         return F.linear(x, weight)
     if columns:

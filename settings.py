@@ -9,7 +9,7 @@ import torch
 from checkpoint import build_model, is_a, load, lora_config, model_config
 from config import UserError, pick
 from dataset import prepared
-from device import compiler_missing
+from device import check_compiler, compiler_missing
 from lora import LoRAConfig
 from model import Llama, ModelConfig
 from tokenizer import Tokenizer
@@ -141,13 +141,12 @@ def compiling_pays(config: TrainConfig, tokens: int, params: int, device: torch.
     it must be twice as long. Steps are counted in operations, not in seconds, so that the same run decides the same.
     Raises UserError for --compile where there is no compiler.
     """
-    missing = compiler_missing() if device.type == "cpu" else None
-    if config.compile and missing:
-        raise UserError(f"--compile needs {missing}: install it, or give --no-compile")
+    if config.compile:
+        check_compiler(device)
     if config.compile is not None:
         return config.compile
     operations, per_second = 6 * params * tokens, 1.25e11 * torch.get_num_threads()
-    return device.type == "cpu" and not missing and operations > 200 * per_second
+    return device.type == "cpu" and operations > 200 * per_second and not compiler_missing()
 
 
 def refuse_changes(flags: dict, saved: dict, names: set[str], hint: str = "") -> None:

@@ -6,11 +6,14 @@ import sys
 import pytest
 import torch
 from conftest import quick, refused
+from torch.utils.flop_counter import FlopCounterMode
 
 import attention
 from attention import HeadGroups
 from bench_attention import kernel_rows, only
+from bench_speed import operations
 from device import memory_bytes, peak_memory_bytes, reset_peak_memory
+from model import Llama, ModelConfig
 
 SHAPE = ["--n_layer", 2, "--dim", 32, "--n_head", 4, "--vocab_size", 64, "--block_size", 16]
 
@@ -112,3 +115,27 @@ def test_decode_halves_the_cache_with_the_heads():
     assert rows[0]["ratio"] == 1
     refused(quick("bench.py", "decode", *shape, "--steps", 39), "steps 39", "38")
     refused(quick("bench.py", "decode", *shape, "--lora_r", 2), "--lora_r")
+
+
+def test_speeds_of_training_and_writing_are_printed():
+    done = quick("bench.py", "train", *SHAPE, "--batch_size", 4, "--no-compile", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert min(found[key] for key in ("train_tok_s", "eval_tok_s", "first_step_s", "peak_gb", "matmul_gflops")) > 0
+    assert sum(found["shares"].values()) == pytest.approx(1) and min(found["shares"].values()) >= 0
+    assert "training" in quick("bench.py", "train", *SHAPE, "--no-compile").stdout
+    done = quick("bench.py", "generate", *SHAPE, "--batch", 3, "--no-compile", "--json")
+    found = json.loads(done.stdout)
+    assert found["tok_s"] > 0 and found["batch"] == 3 and not found["compiled"]
+    refused(quick("bench.py", "generate", "--batch", 0), "batch is 0", "--batch")
+    refused(quick("bench.py", "train", "--batch", 2), "train does not use --batch")
+
+
+def test_operations_are_those_of_the_products():
+    """Counted by PyTorch: its counter knows no causal mask, so the scores and values count twice."""
+    c = ModelConfig(n_layer=2, dim=32, n_head=4, vocab_size=64, block_size=16, attention="naive", tie_embeddings=False)
+    model, x = Llama(c), torch.zeros(1, 16, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        model(x, x).backward()
+    attention_twice = 6 * c.n_layer * 32 * 16
+    assert counter.get_total_flops() == 16 * (operations(c, model) + attention_twice)

@@ -1,5 +1,6 @@
 """The model against Hugging Face's Llama, against itself without a cache, and against what its formulas promise."""
 
+import copy
 import math
 
 import pytest
@@ -10,6 +11,7 @@ import attention as attention_file
 import cross_entropy as cross_entropy_file
 from config import UserError
 from cross_entropy import IGNORE, cross_entropy, widen
+from device import compiler_missing
 from model import HeadGroups, KVCache, Llama, ModelConfig, RMSNorm, pick_token
 
 UNEVEN = {"k_groups": [[0, 1, 1, 1], [0, 1, 0, 2]], "v_groups": [[0, 0, 0, 0], [2, 1, 0, 2]]}
@@ -102,6 +104,38 @@ def test_a_prompt_read_in_parts_by_blocks_is_the_prompt_read_at_once():
     for part in x.split([7, 30, 13], dim=1):
         logits = model(part, cache=cache)
     assert_close(logits, model(x)[:, -1:], 1e-12, "logits")
+
+
+@pytest.mark.parametrize("name", ["mha", "gqa", "novel uneven"])
+def test_greedy_text_by_the_compiled_step_is_the_text_without_it(name):
+    torch._dynamo.reset()
+    model = sharp_model(**SHAPES[name])
+    alone, together = [[1, 5, 9]], [[3], [7, 7, 7, 3, 1], [2, 4], [5], [6, 6], [9, 8, 7]]  # the second is padded
+    expected = [model.generate(prompts, 30) for prompts in (alone, together, together[:5])]
+    model.compiled_step = torch.compile(model.forward, dynamic=True, backend="aot_eager", fullgraph=True)
+    assert [model.generate(prompts, 30) for prompts in (alone, together)] == expected[:2]
+    with torch.compiler.set_stance("fail_on_recompile"):  # another batch and cache
+        assert model.generate(together[:5], 30) == expected[2]
+
+
+@pytest.mark.skipif(compiler_missing() is not None, reason="needs a C++ compiler and Python's headers")
+def test_the_compiled_step_computes_in_float32_what_is_stored_in_bfloat16():
+    torch._dynamo.reset()
+    model = sharp_model(n_layer=1, **{name: groups[:1] for name, groups in UNEVEN.items()}).bfloat16()
+    exact, token = copy.deepcopy(model).double(), torch.tensor([[7]])
+    model.compile_step()
+    with torch.no_grad():
+        cache = KVCache(model.config, 40)
+        model(tokens_of((1, 30)), cache=cache)
+        widened, again = copy.deepcopy(cache), copy.deepcopy(cache)
+        widened.keys, widened.values = ([x.double() for x in stores] for stores in (cache.keys, cache.values))
+        truth, rough, fine = (
+            exact(token, cache=widened),
+            model(token, cache=again),
+            model.compiled_step(token, cache=cache),
+        )
+    assert fine.dtype == torch.float32 and cache.length == 31
+    assert (fine - truth).abs().max() < 0.2 * (rough - truth).abs().max() < 0.02 * truth.abs().max()
 
 
 @pytest.mark.parametrize("name", ["mha", "gqa", "mqa"])

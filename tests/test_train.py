@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import TINY, command, sharp_model, small_run, start_command
 
+import device
 import settings
 from checkpoint import load
 from config import UserError
@@ -241,15 +242,17 @@ def test_compiled_blocks_keep_the_names_and_the_loss():
 
 def test_a_run_compiles_if_it_is_long_enough(monkeypatch):
     monkeypatch.setattr(settings, "compiler_missing", lambda: None)
+    monkeypatch.setattr(device, "compiler_missing", lambda: None)
     enough, cpu = 200 * 1.25e11 * torch.get_num_threads() / 6e6, torch.device("cpu")  # tokens for 10^6 parameters
 
-    def compiles(tokens, device=cpu, **flags):
-        return settings.compiling_pays(TrainConfig(**flags), int(tokens), 10**6, device)
+    def compiles(tokens, where=cpu, **flags):
+        return settings.compiling_pays(TrainConfig(**flags), int(tokens), 10**6, where)
 
     assert compiles(1.01 * enough) and not compiles(0.99 * enough)
     assert compiles(1, compile=True) and not compiles(1.01 * enough, compile=False)
     assert not compiles(100 * enough, torch.device("mps"))
-    monkeypatch.setattr(settings, "compiler_missing", lambda: "a C++ compiler, g++")
+    for module in (settings, device):
+        monkeypatch.setattr(module, "compiler_missing", lambda: "a C++ compiler, g++")
     assert not compiles(100 * enough)
     with pytest.raises(UserError, match="--no-compile"):
         compiles(1, compile=True)

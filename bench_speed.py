@@ -1,0 +1,133 @@
+"""How fast a model of random weights trains, evaluates and writes here, and where a training step spends its time:
+`bench.py train` and `bench.py generate`."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from dataset import Batch
+from device import autocast, check_compiler, compiler_missing, peak_memory_bytes, pick_device, pick_dtype
+from model import Llama, ModelConfig
+from settings import TrainConfig, compiling_pays
+from train import forward_backward, make_optimizers, update
+
+PRODUCTS = {"aten::mm": "matmuls", "aten::addmm": "matmuls", "aten::bmm": "attention", "aten::baddbmm": "attention"}
+WHOLE = {"CrossEntropy": "cross-entropy", "CrossEntropyBackward": "cross-entropy"}
+WHOLE |= {f"aten::_scaled_dot_product_flash_attention_for_cpu{end}": "attention" for end in ("", "_backward")}
+
+
+def timed(run: Callable[[], object]) -> float:
+    """Seconds."""
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def operations(c: ModelConfig, model: Llama) -> float:
+    """Floating-point operations that training on one token needs: 2 for each weight of a matrix in the forward and 4 in
+    the backward, and as often those of the scores and values that a causal mask lets it see, on average half."""
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    matrices += 0 if c.tie_embeddings else -model.tok_embeddings.weight.numel()  # a lookup is no product
+    return 6 * (matrices + c.n_layer * c.n_head * c.head_dim * c.block_size)
+
+
+def product_rate(rows: int, c: ModelConfig, dtype: torch.dtype) -> float:
+    """Operations a second, on a CPU, of the product that a feed-forward begins with."""
+    x, w = torch.randn(rows, c.dim, dtype=dtype), torch.randn(c.hidden_dim, c.dim, dtype=dtype)
+    return 2 * rows * c.dim * c.hidden_dim / statistics.median(timed(lambda: x @ w.T) for _ in range(20))
+
+
+def parts(step: Callable[[], object], steps: int) -> dict[str, float]:
+    """Seconds of a forward and a backward by part, from the profiler; what no name claims is element-wise."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        seconds = timed(lambda: [step() for _ in range(steps)])
+    found = dict.fromkeys(("matmuls", "attention", "cross-entropy"), 0.0)
+    for event in profile.key_averages():
+        if event.key in PRODUCTS:
+            found[PRODUCTS[event.key]] += event.self_cpu_time_total / 1e6
+        elif event.key in WHOLE:
+            found[WHOLE[event.key]] += event.cpu_time_total / 1e6
+    return {name: time / steps for name, time in {**found, "element-wise": seconds - sum(found.values())}.items()}
+
+
+def train_speed(c: ModelConfig, config) -> dict:
+    """Tokens a second of training and evaluation, seconds of the first step, peak GiB; and, on a CPU, the `shares` of a
+    step by part, the rate of a product alone, and the share of that rate at which the whole step runs."""
+    device = pick_device(config.device)
+    dtype, train = pick_dtype(config.dtype, device), TrainConfig(optimizer=config.optimizer, compile=config.compile)
+    torch.manual_seed(0)
+    model = Llama(c).to(device).train()
+    compiled = compiling_pays(train, 2**50, model.num_params(), device)  # tokens of a long run
+    for layer in model.layers if compiled else ():
+        layer.compile()
+    optimizers, scaler = make_optimizers(model, train), torch.amp.GradScaler(device.type, enabled=False)
+    generator, tokens = torch.Generator().manual_seed(0), config.batch_size * c.block_size
+
+    def batch() -> list[Batch]:
+        text = torch.randint(c.vocab_size, (config.batch_size, c.block_size + 1), generator=generator)
+        return [(text[:, :-1].contiguous(), text[:, 1:].contiguous())]
+
+    def learn(batches: list[Batch]) -> None:
+        forward_backward(model, batches, dtype, scaler).item()
+
+    def step() -> list[float]:
+        batches: list[Batch] = []
+        data = timed(lambda: batches.extend(batch()))
+        return [data, timed(lambda: learn(batches)), timed(lambda: update(model, optimizers, scaler, train, 5e-4))]
+
+    @torch.no_grad()
+    def evaluate() -> None:
+        (x, y), *_ = batch()
+        with autocast(device, dtype):
+            model(x.to(device), y.to(device)).item()
+
+    steps = [step() for _ in range(config.steps + 2)]
+    seconds, peak = statistics.median(map(sum, steps[2:])), peak_memory_bytes(device)
+    found = {"train_tok_s": tokens / seconds, "first_step_s": sum(steps[0]), "peak_gb": peak / 2**30}
+    found |= {"compiled": compiled, "dtype": str(dtype).removeprefix("torch."), "params": model.num_params()}
+    if device.type == "cpu":
+        rate = product_rate(tokens, c, dtype)
+        data, _, optimizer = (statistics.median(times) for times in zip(*steps[2:]))
+        of_part = {**parts(lambda: learn(batch()), 3), "optimizer": optimizer, "data": data}
+        found |= {"shares": {name: time / sum(of_part.values()) for name, time in of_part.items()}}
+        found |= {"matmul_gflops": rate / 1e9, "matmul_share": operations(c, model) * tokens / seconds / rate}
+    model.eval()
+    found["eval_tok_s"] = tokens / statistics.median([timed(evaluate) for _ in range(config.steps + 2)][2:])
+    return found
+
+
+def print_train(found: dict) -> None:
+    how = found["dtype"] + (", compiled" if found["compiled"] else "")
+    print(f"{found['params']:,} parameters, {how}")
+    print(f"training    {found['train_tok_s']:>9,.0f} tokens/s")
+    print(f"evaluation  {found['eval_tok_s']:>9,.0f} tokens/s")
+    print(f"first step  {found['first_step_s']:>9.1f} s")
+    print(f"peak memory {found['peak_gb']:>9.2f} GiB")
+    if "shares" in found:
+        print("a step      " + ", ".join(f"{name} {100 * share:.1f}%" for name, share in found["shares"].items()))
+        whole = f"the whole step runs at {100 * found['matmul_share']:.0f}% of that"
+        print(f"one product {found['matmul_gflops']:>9.0f} GFLOP/s; {whole}")
+
+
+def generate_speed(c: ModelConfig, config) -> dict:
+    """Tokens a second of `batch` greedy texts that begin with one token and fill the context; compiling not counted."""
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    torch.manual_seed(0)
+    model = Llama(c).to(device, dtype).eval()
+    compiled = device.type == "cpu" and not compiler_missing() if config.compile is None else config.compile
+    if compiled:
+        check_compiler(device)
+        model.compile_step()
+    new = c.block_size - 1
+    seconds = [timed(lambda: model.generate([[1]] * config.batch, new)) for _ in range(config.steps + 1)]
+    found = {"tok_s": config.batch * new / statistics.median(seconds[1:]), "first_text_s": seconds[0]}
+    return {**found, "batch": config.batch, "compiled": compiled, "dtype": str(dtype).removeprefix("torch.")}
+
+
+def print_generate(found: dict) -> None:
+    how = found["dtype"] + (", compiled" if found["compiled"] else "")
+    print(f"{found['tok_s']:,.0f} tokens/s, {found['batch']} texts at a time, {how}")
+    print(f"the first took {found['first_text_s']:.1f} s")
