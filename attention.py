@@ -90,6 +90,8 @@ def attend(
     q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.Tensor | None, backend: str
 ) -> torch.Tensor:
     """(B, H, T, D). `mask`, broadcast to (B, H, T, S), is True where a query looks; None is causal."""
+    if q.shape[2] == 1 and torch.compiler.is_compiling() and backend != "triton":
+        return one_query(q, k, v, k_groups, v_groups, mask)
     if backend == "auto":
         backend = faster(q)
     if backend == "triton" and not triton_runs(q.device, q.dtype, q.shape[-1]):
@@ -121,7 +123,7 @@ def naive(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.Tenso
 
 
 def blocks(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.Tensor | None) -> torch.Tensor:
-    """Of the scores that a causal mask hides, nearly all are never computed: almost half, in a long text."""
+    """Leaves out nearly all of the scores that a causal mask hides, which in a long text are almost half of them."""
     if mask is not None:
         return naive(q, k, v, k_groups, v_groups, mask)
     past, parts = k.shape[2] - q.shape[2], []
@@ -136,8 +138,6 @@ def sdpa(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.Tensor
     and V for every head. Not so one query against a cache, where that copy would outweigh all else: there the heads of
     a group are the queries of one sequence, if K and V have the same groups, else the textbook has no copy either."""
     one_map = k_groups.of_list == v_groups.of_list
-    if q.shape[2] == 1 and torch.compiler.is_compiling():
-        return one_query(q, k, v, k_groups, v_groups, mask)
     if q.shape[2] == 1 and not one_map:
         return naive(q, k, v, k_groups, v_groups, mask)
     if q.shape[2] == 1:
@@ -155,7 +155,7 @@ def one_query(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.T
     found = k_groups.scatter((rows[:, :, :, None] * k[:, :, None]).sum(-1))  # (B, H, 1, S)
     found = found if mask is None else found.masked_fill(~mask, -math.inf)
     weights = v_groups.gather(found.softmax(-1))
-    return v_groups.scatter((weights[..., None] * v[:, :, None]).sum(-2)).type_as(q)
+    return v_groups.scatter((weights[..., None] * v[:, :, None]).sum(-2)).type_as(v)
 
 
 def triton(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.Tensor | None) -> torch.Tensor:
@@ -168,7 +168,7 @@ def triton(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.Tens
     learning = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if q.shape[2] == 1 and not learning:
         begins = None if mask is None else mask.int().argmax(-1).flatten().expand(len(q))
-        return flash_decode(q, k, v, k_of, v_of, begins)
+        return flash_decode(q.type_as(k), k, v, k_of, v_of, begins)
     if mask is not None or q.shape[2] < k.shape[2]:
         return sdpa(q, k, v, k_groups, v_groups, mask)
     return flash_attention(q, k, v, k_of, v_of)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from dataset import Batch
-from device import autocast, check_compiler, compiler_missing, peak_memory_bytes, pick_device, pick_dtype
+from device import autocast, check_compiler, compiles_by_itself, peak_memory_bytes, pick_device, pick_dtype
 from model import Llama, ModelConfig
 from settings import TrainConfig, compiling_pays
 from train import forward_backward, make_optimizers, update
@@ -30,6 +30,7 @@ def operations(c: ModelConfig, model: Llama) -> float:
     the backward, and as often those of the scores and values that a causal mask lets it see, on average half."""
     matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
     matrices += 0 if c.tie_embeddings else -model.tok_embeddings.weight.numel()  # a lookup is no product
+    matrices += c.n_layer * (c.n_head - 1) * c.head_dim**2 if c.novel else 0  # one matrix, but a product for each head
     return 6 * (matrices + c.n_layer * c.n_head * c.head_dim * c.block_size)
 
 
@@ -53,16 +54,18 @@ def parts(step: Callable[[], object], steps: int) -> dict[str, float]:
 
 
 def train_speed(c: ModelConfig, config) -> dict:
-    """Tokens a second of training and evaluation, seconds of the first step, peak GiB; and, on a CPU, the `shares` of a
-    step by part, the rate of a product alone, and the share of that rate at which the whole step runs."""
+    """Tokens a second of training and of a forward without gradients, in the same blocks, seconds of the first step,
+    peak GiB; and, on a CPU, the `shares` of a step by part, the rate of a product alone, and the share of that rate at
+    which the whole step runs."""
     device = pick_device(config.device)
     dtype, train = pick_dtype(config.dtype, device), TrainConfig(optimizer=config.optimizer, compile=config.compile)
     torch.manual_seed(0)
     model = Llama(c).to(device).train()
-    compiled = compiling_pays(train, 2**50, model.num_params(), device)  # tokens of a long run
+    compiled = compiling_pays(train, c, 2**60, model.num_params(), device)  # tokens of a long run
     for layer in model.layers if compiled else ():
         layer.compile()
-    optimizers, scaler = make_optimizers(model, train), torch.amp.GradScaler(device.type, enabled=False)
+    optimizers = make_optimizers(model, train)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     generator, tokens = torch.Generator().manual_seed(0), config.batch_size * c.block_size
 
     def batch() -> list[Batch]:
@@ -90,7 +93,8 @@ def train_speed(c: ModelConfig, config) -> dict:
     if device.type == "cpu":
         rate = product_rate(tokens, c, dtype)
         data, _, optimizer = (statistics.median(times) for times in zip(*steps[2:]))
-        of_part = {**parts(lambda: learn(batch()), 3), "optimizer": optimizer, "data": data}
+        batches = batch()
+        of_part = {**parts(lambda: learn(batches), 3), "optimizer": optimizer, "data": data}
         found |= {"shares": {name: time / sum(of_part.values()) for name, time in of_part.items()}}
         found |= {"matmul_gflops": rate / 1e9, "matmul_share": operations(c, model) * tokens / seconds / rate}
     model.eval()
@@ -117,7 +121,7 @@ def generate_speed(c: ModelConfig, config) -> dict:
     dtype = pick_dtype(config.dtype, device)
     torch.manual_seed(0)
     model = Llama(c).to(device, dtype).eval()
-    compiled = device.type == "cpu" and not compiler_missing() if config.compile is None else config.compile
+    compiled = compiles_by_itself(device) if config.compile is None else config.compile
     if compiled:
         check_compiler(device)
         model.compile_step()

@@ -14,7 +14,10 @@ from config import UserError
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA, else Apple's MPS, else the CPU. Raises UserError for a device that is not here."""
+    """`auto` is CUDA, else Apple's MPS, else the CPU, for which the process is told to keep its memory.
+
+    Raises UserError for a device that is not here.
+    """
     here = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     here = ["cuda", *here] if here else []
     here += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
@@ -30,10 +33,10 @@ def keep_freed_memory() -> None:
     """Let the C library keep the memory of freed tensors for the next ones, where it is glibc.
 
     Otherwise it gives each large block back, and the next step's tensors must be mapped and cleared by the kernel, page
-    by page: a sixth of the time of a training step.
+    by page: a sixth of the time of a training step. The price: what is freed does not go back to the system.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if sys.platform == "linux" and mallopt:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
@@ -62,6 +65,11 @@ def compiler_missing() -> str | None:
         return f"a C++ compiler, {compiler}"
     header = Path(sysconfig.get_path("include"), "Python.h")
     return None if header.exists() else f"Python's headers, {header} (python3-dev)"
+
+
+def compiles_by_itself(device: torch.device) -> bool:
+    """Whether to compile where nobody says: where it was measured to pay, and all that it needs is there."""
+    return device.type == "cpu" and sys.platform == "linux" and compiler_missing() is None
 
 
 def check_compiler(device: torch.device) -> None:

@@ -297,12 +297,13 @@ class Llama(nn.Module):
     def compile_step(self) -> None:
         """From now on compile what adds one token to each text: tens of seconds for the first, a fraction of the time
         for all others. The step is one graph, for any cache and position, since a small model spends most of a token
-        on calling kernels from Python. Weights may change afterwards, but not layers: they are not looked at again."""
+        on calling kernels from Python. Afterwards the weights may change, but neither their dtype nor the layers,
+        which are not looked at again; nor may another model get the graph, hence `isolate_recompiles`."""
         options = {
             "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe, "size_asserts": False,
             "cpp.enable_floating_point_contract_flag": "fast",  # w * x + sum in one operation
         }  # fmt: skip
-        self.compiled_step = torch.compile(self.forward, dynamic=True, options=options)
+        self.compiled_step = torch.compile(self.forward, dynamic=True, options=options, isolate_recompiles=True)
 
     def num_params(self) -> int:
         """Weights, tied ones counted once, and those too that are stored in less than a Parameter."""

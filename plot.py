@@ -3,7 +3,8 @@
     python plot.py out/plain out/novel --out loss.png
     python plot.py "plain=out/plain" "novel=out/novel" --against tokens --out loss.png       # with names of your own
 
-Time is that of training alone, what compiling takes included and evaluations not.
+Time is that of training alone, what compiling takes included and evaluations not. The last point is of the whole val
+split in float32, those before it of some of it (`--eval_tokens`) in the number format of the run.
 """
 
 import json
@@ -28,10 +29,10 @@ class PlotConfig:
 def curve(folder: str, against: str) -> tuple[list[float], list[float]]:
     """The points of a run's log.jsonl: how far it was, and the loss on the val split there, nats a token."""
     path = Path(folder) / "log.jsonl"
-    try:
-        records = [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {error}: give the folder of a run, out/RUN") from None
+    if not path.exists():
+        raise UserError(f"{folder} has no log.jsonl: give the folder of a run, out/RUN")
+    lines = path.read_text().splitlines()
+    records = [json.loads(line) for line in lines if line.endswith("}")]  # a running one may be writing the last
     reached = {record["step"]: record.get(against, 0) for record in records if "loss" in record}
     points = {record["step"]: record["val_loss"] for record in records if "val_loss" in record}
     if not points.keys() & reached.keys():
@@ -50,7 +51,7 @@ def main() -> None:
         raise UserError(f"--out {config.out}: give a name that ends in .png, .svg or .pdf")
     axes = (figure := Figure(figsize=(7, 4), layout="constrained")).add_subplot()
     for run in config.runs:
-        name, _, folder = run.rpartition("=")
+        name, _, folder = ("", "", run) if Path(run).is_dir() else run.rpartition("=")
         axes.plot(*curve(folder, config.against), marker="o", markersize=3, label=name or Path(folder).name)
     axes.set(xlabel=LABELS[config.against], ylabel="loss on the val split, nats a token")
     axes.grid(alpha=0.3)

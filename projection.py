@@ -13,8 +13,11 @@ from cross_entropy import widen
 
 
 def sliced_linear(x: torch.Tensor, weight: torch.Tensor, slices: int = 1, columns: bool = False) -> torch.Tensor:
-    """x W^T, for x (..., in) and W (out, in): `slices` of W's rows, side by side, or of its columns, added up."""
-    if torch.compiler.is_compiling() and x.numel() == x.shape[-1]:  # one row: a loop over W that torch.compile can fuse
+    """x W^T, for x (..., in) and W (out, in): `slices` of W's rows, side by side, or of its columns, added up.
+
+    One row in compiled code is an exception: a loop over the whole of W, which torch.compile can fuse with others.
+    """
+    if torch.compiler.is_compiling() and x.numel() == x.shape[-1]:
         return (weight * widen(x).flatten()).sum(-1).expand(*x.shape[:-1], -1)
     if slices == 1:
         return F.linear(x, weight)

@@ -60,6 +60,8 @@ def main() -> None:
         raise UserError("give --max_new_tokens and --num_samples 1 or more, and --seed 0 to 2^63 - 1")
     if config.prompt and (config.instruction or config.input):
         raise UserError("--prompt is text to continue, --instruction and --input a task to answer: give one kind")
+    if config.compile and config.no_cache:
+        raise UserError("--compile makes the step that the cache allows: drop --no_cache")
     device = pick_device(config.device)
     model, tokenizer = build(load(config.ckpt), device)
     text, shown = config.prompt, config.prompt

@@ -9,7 +9,7 @@ import torch
 from checkpoint import build_model, is_a, load, lora_config, model_config
 from config import UserError, pick
 from dataset import prepared
-from device import check_compiler, compiler_missing
+from device import check_compiler, compiles_by_itself
 from lora import LoRAConfig
 from model import Llama, ModelConfig
 from tokenizer import Tokenizer
@@ -134,19 +134,21 @@ def open_teacher(config: TrainConfig, c: ModelConfig, tokenizer: Tokenizer, devi
     return teacher
 
 
-def compiling_pays(config: TrainConfig, tokens: int, params: int, device: torch.device) -> bool:
+def compiling_pays(config: TrainConfig, c: ModelConfig, tokens: int, params: int, device: torch.device) -> bool:
     """Whether the steps of a run save more time than its first one spends on compiling a block, some ten seconds.
 
     Compiled steps take about an eighth less time (measured on CPUs alone), so a run of a hundred seconds breaks even;
-    it must be twice as long. Steps are counted in operations, not in seconds, so that the same run decides the same.
+    it must be twice as long, for each kind of block, since blocks of other head groups compile anew. The length is
+    guessed from operations, at 125 billion a second and thread, so that it is no matter of the machine's mood.
     Raises UserError for --compile where there is no compiler.
     """
     if config.compile:
         check_compiler(device)
     if config.compile is not None:
         return config.compile
-    operations, per_second = 6 * params * tokens, 1.25e11 * torch.get_num_threads()
-    return device.type == "cpu" and operations > 200 * per_second and not compiler_missing()
+    kinds = len({str(groups) for groups in zip(c.k_groups, c.v_groups)})
+    seconds = 6 * params * tokens / (1.25e11 * torch.get_num_threads())
+    return seconds > 200 * kinds and compiles_by_itself(device)
 
 
 def refuse_changes(flags: dict, saved: dict, names: set[str], hint: str = "") -> None:

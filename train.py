@@ -299,9 +299,9 @@ def main() -> None:
     teacher = open_teacher(config, c, tokenizer, device)
     model.checkpoint_activations = config.checkpoint_activations
     tokens = config.max_steps * config.batch_size * config.grad_accum * c.block_size * isinstance(data, Text)
-    config.compile = compiling_pays(config, tokens, model.num_params(), device)  # a run that is resumed keeps to it
+    config.compile = compiling_pays(config, c, tokens, model.num_params(), device)  # a resumed run keeps to it
     if config.compile:
-        for layer in model.layers:  # all of one shape, so they share what the first compiles
+        for layer in model.layers:  # those of the same head groups share what the first compiles
             layer.compile()
     optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

@@ -12,8 +12,10 @@ import attention
 from attention import HeadGroups
 from bench_attention import kernel_rows, only
 from bench_speed import operations
+from config import UserError
 from device import memory_bytes, peak_memory_bytes, reset_peak_memory
 from model import Llama, ModelConfig
+from plot import curve
 
 SHAPE = ["--n_layer", 2, "--dim", 32, "--n_head", 4, "--vocab_size", 64, "--block_size", 16]
 
@@ -133,9 +135,23 @@ def test_speeds_of_training_and_writing_are_printed():
 
 def test_operations_are_those_of_the_products():
     """Counted by PyTorch: its counter knows no causal mask, so the scores and values count twice."""
-    c = ModelConfig(n_layer=2, dim=32, n_head=4, vocab_size=64, block_size=16, attention="naive", tie_embeddings=False)
+    shape = {"n_layer": 2, "dim": 32, "n_head": 4, "vocab_size": 64, "block_size": 16}
+    c = ModelConfig(**shape, attention="naive", tie_embeddings=False, novel=True)
     model, x = Llama(c), torch.zeros(1, 16, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
         model(x, x).backward()
     attention_twice = 6 * c.n_layer * 32 * 16
     assert counter.get_total_flops() == 16 * (operations(c, model) + attention_twice)
+
+
+def test_a_curve_is_read_from_a_log_that_is_still_written(tmp_path):
+    lines = [
+        {"step": 0},
+        {"step": 1, "loss": 5.0, "seconds": 2.5},
+        {"step": 1, "val_loss": 4.5},
+        {"step": 2, "loss": 4.0},
+    ]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 2, "val_lo')
+    assert curve(str(tmp_path), "seconds") == ([2.5], [4.5])
+    with pytest.raises(UserError, match="out/RUN"):
+        curve(str(tmp_path / "none"), "seconds")

@@ -98,12 +98,11 @@ def test_greedy_text_with_the_cache_is_the_text_without_it(name):
     assert len({token for row in cached for token in row}) > 10, "the text is too uniform to tell anything"
 
 
-def test_a_prompt_read_in_parts_by_blocks_is_the_prompt_read_at_once():
-    model, x = sharp_model(**UNEVEN, attention="blocks").double(), tokens_of((2, 50))
-    cache = KVCache(model.config, 50)
-    for part in x.split([7, 30, 13], dim=1):
-        logits = model(part, cache=cache)
-    assert_close(logits, model(x)[:, -1:], 1e-12, "logits")
+def test_the_last_queries_in_blocks_see_all_keys_before_them():
+    groups = [HeadGroups(UNEVEN[name][1]) for name in ("k_groups", "v_groups")]
+    q, k, v = (torch.randn(2, heads, length, 8).double() for heads, length in ((4, 30), (3, 50), (3, 50)))
+    how = (q, k, v, *groups, None)
+    assert_close(attention_file.blocks(*how), attention_file.naive(*how), 1e-12, "outputs")
 
 
 @pytest.mark.parametrize("name", ["mha", "gqa", "novel uneven"])
@@ -119,9 +118,11 @@ def test_greedy_text_by_the_compiled_step_is_the_text_without_it(name):
 
 
 @pytest.mark.skipif(compiler_missing() is not None, reason="needs a C++ compiler and Python's headers")
-def test_the_compiled_step_computes_in_float32_what_is_stored_in_bfloat16():
+@pytest.mark.parametrize("attention, novel", [("auto", False), ("naive", True)])
+def test_the_compiled_step_computes_in_float32_what_is_stored_in_bfloat16(attention, novel):
     torch._dynamo.reset()
-    model = sharp_model(n_layer=1, **{name: groups[:1] for name, groups in UNEVEN.items()}).bfloat16()
+    one = {"n_layer": 1, "attention": attention, "novel": novel}
+    model = sharp_model(**one, **{name: groups[:1] for name, groups in UNEVEN.items()}).bfloat16()
     exact, token = copy.deepcopy(model).double(), torch.tensor([[7]])
     model.compile_step()
     with torch.no_grad():
@@ -135,7 +136,18 @@ def test_the_compiled_step_computes_in_float32_what_is_stored_in_bfloat16():
             model.compiled_step(token, cache=cache),
         )
     assert fine.dtype == torch.float32 and cache.length == 31
-    assert (fine - truth).abs().max() < 0.2 * (rough - truth).abs().max() < 0.02 * truth.abs().max()
+    assert (fine - truth).abs().max() < 0.5 * (rough - truth).abs().max() < 0.05 * truth.abs().max()
+
+
+@pytest.mark.skipif(compiler_missing() is not None, reason="needs a C++ compiler and Python's headers")
+def test_two_compiled_models_write_each_its_own_text():
+    """Of the same shapes, but with other groups: what one has compiled would fit the other, and be wrong."""
+    torch._dynamo.reset()
+    for groups in ([0, 0, 1, 1], [0, 1, 1, 1]):
+        model = sharp_model(n_layer=1, k_groups=[groups], v_groups=[groups])
+        expected = model.generate([[1, 5, 9]], 30)
+        model.compile_step()
+        assert model.generate([[1, 5, 9]], 30) == expected
 
 
 @pytest.mark.parametrize("name", ["mha", "gqa", "mqa"])
@@ -180,22 +192,31 @@ def test_loss_sums_over_targets_and_leaves_out_ignored_ones():
     assert_close(model(x, masked), each[masked != IGNORE].sum(), 1e-12, "loss")
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_cross_entropy_in_chunks_equals_pytorchs(dtype, monkeypatch):
     monkeypatch.setattr(cross_entropy_file, "CHUNK", 3 * 11)  # the last chunk of 20 rows has 2
     plain, y = (3 * torch.randn(20, 11, generator=torch.Generator().manual_seed(0))).to(dtype), tokens_of((20,), 0, 11)
     y[[0, 4, 19]] = IGNORE
     ours, theirs = plain.clone().requires_grad_(), plain.clone().requires_grad_()
-    loss = cross_entropy(ours, y)
+    loss = cross_entropy(ours.clone(), y)
     their_loss = torch.nn.functional.cross_entropy(widen(theirs), y, ignore_index=IGNORE, reduction="sum")
     (loss / 7).backward()
     (their_loss / 7).backward()
-    tight = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-7}[dtype]  # two roundings, of 2^-8 each
+    tight = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[
+        dtype
+    ]  # two roundings
     assert_close(loss, their_loss, min(tight, 1e-6), "loss")
     assert_close(ours.grad, theirs.grad, tight, "gradient")
     assert not ours.grad[y == IGNORE].any()
-    if dtype == torch.float64:
-        torch.autograd.gradcheck(lambda x: cross_entropy(x, y), ours)
+    with torch.no_grad():
+        assert cross_entropy(plain, y) == loss and torch.equal(plain, theirs), "an evaluation overwrites nothing"
+
+
+def test_cross_entropy_keeps_what_float16_would_lose():
+    logits, y = torch.tensor([[12.0, 0.0, -4.0]]).half().requires_grad_(), torch.tensor([0])  # probabilities to 1e-7
+    (cross_entropy(logits.clone(), y) * 2.0**12).backward()
+    exact = logits.detach().double().softmax(-1)[0, 1:] * 2.0**12
+    assert_close(logits.grad[0, 1:], exact, 2**-10, "gradient")
 
 
 def test_cross_entropy_widens_a_chunk_at_a_time(monkeypatch):

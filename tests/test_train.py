@@ -16,6 +16,7 @@ from checkpoint import load
 from config import UserError
 from cross_entropy import IGNORE
 from dataset import step_batches
+from lora import LoRAConfig, adapt
 from model import Llama, ModelConfig
 from train import Log, TrainConfig, forward_backward, learning_rate, make_optimizers, update
 
@@ -240,19 +241,36 @@ def test_compiled_blocks_keep_the_names_and_the_loss():
     assert list(model.state_dict()) == names and abs(model(x, x).item() / plain - 1) < 1e-5
 
 
+def test_compiled_blocks_of_every_kind_have_the_gradients_of_the_others():
+    """An adapter on 4-bit matrices, the novel layer, uneven groups, recomputed activations, half precision."""
+    torch._dynamo.reset()
+    model = sharp_model(novel=True, n_layer=1, k_groups=[[0, 1, 1, 1]], v_groups=[[0, 0, 0, 0]])
+    adapt(model, LoRAConfig(lora_r=2, quantize="nf4")).train()
+    model.checkpoint_activations = True
+    x, found = torch.randint(64, (2, 40), generator=torch.Generator().manual_seed(0)), []
+    for compiled in (False, True):
+        if compiled:
+            model.layers[0].compile(backend="aot_eager")
+        model.zero_grad()
+        forward_backward(model, [(x, x)], torch.bfloat16, NO_SCALER)
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert found[0].norm() > 0 and (found[0] - found[1]).norm() < 0.02 * found[0].norm()
+
+
 def test_a_run_compiles_if_it_is_long_enough(monkeypatch):
-    monkeypatch.setattr(settings, "compiler_missing", lambda: None)
     monkeypatch.setattr(device, "compiler_missing", lambda: None)
+    monkeypatch.setattr(device.sys, "platform", "linux")
     enough, cpu = 200 * 1.25e11 * torch.get_num_threads() / 6e6, torch.device("cpu")  # tokens for 10^6 parameters
 
-    def compiles(tokens, where=cpu, **flags):
-        return settings.compiling_pays(TrainConfig(**flags), int(tokens), 10**6, where)
+    def compiles(tokens, where=cpu, shape=TINY, **flags):
+        return settings.compiling_pays(TrainConfig(**flags), ModelConfig(**shape), int(tokens), 10**6, where)
 
     assert compiles(1.01 * enough) and not compiles(0.99 * enough)
     assert compiles(1, compile=True) and not compiles(1.01 * enough, compile=False)
     assert not compiles(100 * enough, torch.device("mps"))
-    for module in (settings, device):
-        monkeypatch.setattr(module, "compiler_missing", lambda: "a C++ compiler, g++")
+    two_kinds = {**TINY, "k_groups": [[0, 1, 1, 1], [0, 1, 2, 3]]}
+    assert compiles(2.01 * enough, shape=two_kinds) and not compiles(1.99 * enough, shape=two_kinds)
+    monkeypatch.setattr(device, "compiler_missing", lambda: "a C++ compiler, g++")
     assert not compiles(100 * enough)
     with pytest.raises(UserError, match="--no-compile"):
         compiles(1, compile=True)
