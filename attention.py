@@ -90,12 +90,12 @@ def attend(
     q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.Tensor | None, backend: str
 ) -> torch.Tensor:
     """(B, H, T, D). `mask`, broadcast to (B, H, T, S), is True where a query looks; None is causal."""
-    if q.shape[2] == 1 and torch.compiler.is_compiling() and backend != "triton":
-        return one_query(q, k, v, k_groups, v_groups, mask)
     if backend == "auto":
         backend = faster(q)
     if backend == "triton" and not triton_runs(q.device, q.dtype, q.shape[-1]):
         backend = "sdpa"
+    if q.shape[2] == 1 and torch.compiler.is_compiling() and backend != "triton":
+        return one_query(q, k, v, k_groups, v_groups, mask)
     compute = {"naive": naive, "blocks": blocks, "sdpa": sdpa, "triton": triton}[backend]
     return compute(q, k, v, k_groups, v_groups, mask)
 
