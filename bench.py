@@ -108,7 +108,7 @@ def measure(path: str, lora: LoRAConfig, config: BenchConfig, savers: tuple[str,
         size = config.batch_size // config.grad_accum if "accumulation" in savers else config.batch_size
         batches = [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in tokens.split(size)]
         began = time.perf_counter()
-        forward_backward(model, batches, dtype, scaler).item()
+        forward_backward(model, batches, dtype, scaler)
         update(model, optimizers, scaler, train, train.lr)
         seconds.append(time.perf_counter() - began)
     states = [x for optimizer in optimizers for state in optimizer.state.values() for x in state.values()]

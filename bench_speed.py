@@ -73,7 +73,7 @@ def train_speed(c: ModelConfig, config) -> dict:
         return [(text[:, :-1].contiguous(), text[:, 1:].contiguous())]
 
     def learn(batches: list[Batch]) -> None:
-        forward_backward(model, batches, dtype, scaler).item()
+        forward_backward(model, batches, dtype, scaler)
 
     def step() -> list[float]:
         batches: list[Batch] = []

@@ -7,6 +7,7 @@ exchange them with other programs (`convert.py`, `hugging_face.py`).
     python checkpoint.py export out/RUN/ckpt.pt FOLDER                        # a Hugging Face folder
 """
 
+import fcntl
 import os
 import re
 import string
@@ -68,6 +69,25 @@ def replacing(path: Path, mode: str) -> Iterator[IO]:
         raise UserError(f"cannot write {path}: {reason}{kept}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other processes that ask for it out of a folder, made if need be. However this one ends, nothing is left
+    behind. Raises UserError if another has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"{folder} is in use by another process: wait until it ends, or name another folder") from None
+    except OSError:  # a file system that knows no locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def writable(path: Path, overwrite: bool) -> None:

@@ -17,6 +17,7 @@ import os
 import re
 import signal
 import sys
+import time
 import types
 import typing
 
@@ -96,6 +97,11 @@ def exit_cleanly(main: typing.Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except (UserError, OSError, MemoryError, RuntimeError) as error:
+        if (
+            "TORCHELASTIC_RUN_ID" in os.environ
+        ):  # torchrun ends all as soon as one has failed: who tells why goes first,
+            lost = isinstance(error, RuntimeError)  # before those that have only lost the connection to it
+            time.sleep(5 if lost else float(os.environ["RANK"] != "0"))
         message = str(error).strip().splitlines()[0] if str(error) else "out of memory"
         if isinstance(error, RuntimeError):  # torch's, for CUDA and for the CPU; any other is a bug to be seen whole
             if "memory" not in message:

@@ -35,6 +35,7 @@ from data.prepare import whole_file
 from dataset import open_split, read_meta
 from device import autocast, pick_device, pick_dtype
 from model import Llama
+from parallel import add_up, in_turn, processes, rank
 from tokenizer import Tokenizer
 
 METHODS = ("blocks", "sliding", "block_mean")
@@ -63,7 +64,7 @@ class EvalConfig:
 def window_nll(
     model: Llama, tokens: np.ndarray, context: int, stride: int, dtype: torch.dtype, batch_size: int = 16, quiet=True
 ) -> list[torch.Tensor]:
-    """Negative log-likelihoods, nats, of tokens[1:], window by window, on the CPU.
+    """Negative log-likelihoods, nats, of tokens[1:], window by window, on the CPU; computed by all processes.
 
     A window of `context` inputs begins `stride` tokens behind the one before, and keeps only the predictions that the
     one before did not make: every token is scored once. stride = context gives non-overlapping blocks, and a larger
@@ -75,11 +76,13 @@ def window_nll(
     ends = [min(start + context, last) for start in starts]
     windows = [(start, end, end - max(start, before)) for start, end, before in zip(starts, ends, [0, *ends])]
     # all losses in one tensor: small ones kept from every batch would pin the heap between the freed logits
-    losses = torch.empty(sum(new for _, _, new in windows), dtype=widen(model.tok_embeddings.weight[:0]).dtype)
+    losses = torch.zeros(sum(new for _, _, new in windows), dtype=widen(model.tok_embeddings.weight[:0]).dtype)
     result = list(losses.split([new for _, _, new in windows]))
     batch_size = max(1, min(batch_size, MOST_LOGITS // (context * model.config.vocab_size)))
-    for i in tqdm(range(0, len(windows), batch_size), desc="evaluating", disable=quiet or None, leave=False):
-        batch = windows[i : i + batch_size]
+    mine = list(in_turn(math.ceil(len(windows) / batch_size)))
+    for number, kept in tqdm(mine, desc="evaluating", disable=quiet or rank() > 0 or None, leave=False):
+        first = number * batch_size
+        batch = windows[first : first + batch_size]
         longest = max(end - start for start, end, _ in batch)
         x = torch.zeros(len(batch), longest, dtype=torch.int64)  # short windows are padded behind, where no one looks
         y = torch.zeros_like(x)
@@ -89,8 +92,9 @@ def window_nll(
         with autocast(device, dtype):
             logits = widen(model(x.to(device)))
         nll = F.cross_entropy(logits.transpose(1, 2), y.to(device), reduction="none").cpu()  # (B, T)
-        for row, (start, end, new) in enumerate(batch):
-            result[i + row].copy_(nll[row, end - start - new : end - start])
+        for row, (start, end, new) in enumerate(batch if kept else []):
+            result[first + row].copy_(nll[row, end - start - new : end - start])
+    add_up(losses)  # the others' are 0 here
     return result
 
 
@@ -208,6 +212,7 @@ def evaluate(config: EvalConfig) -> tuple[dict, str]:
     }, f"{config.ckpt} on {source}, {str(dtype).removeprefix('torch.')} products"
 
 
+@processes()
 def main() -> None:
     config = EvalConfig(**parse(__doc__, EvalConfig))
     record, what = evaluate(config)

@@ -19,7 +19,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -36,6 +36,7 @@ from device import autocast, pick_device
 from eval_ppl import MOST_LOGITS
 from instruct import FIELDS, Record, encode_answer, encode_prompt, records_of
 from model import Llama
+from parallel import in_turn, total
 from tokenizer import Tokenizer
 
 
@@ -62,15 +63,20 @@ class AnswerConfig:
 
 
 @torch.no_grad()
-def batches_nll(model: Llama, batches: Iterator[Batch], dtype: torch.dtype) -> tuple[float, int]:
-    """Mean negative log-likelihood of the targets, nats, and their number. The model is in eval mode."""
+def batches_nll(
+    model: Llama, parts: Sequence, batch: Callable[[Sequence], Batch], dtype: torch.dtype
+) -> tuple[float, int]:
+    """Mean negative log-likelihood of the targets, nats, and their number, over the batch of each part; computed by all
+    processes. The model is in eval mode."""
     assert not model.training, "call model.eval() first"
-    device, total, count = model.tok_embeddings.weight.device, 0.0, 0
-    for x, y in batches:
+    device, summed, count = model.tok_embeddings.weight.device, 0.0, 0
+    for number, kept in in_turn(len(parts)):
+        x, y = batch(parts[number])
         with autocast(device, dtype):
-            total += model(x.to(device), y.to(device)).item()
-        count += (y != IGNORE).sum().item()
-    return total / max(1, count), count
+            summed += model(x.to(device), y.to(device)).item() * kept
+        count += (y != IGNORE).sum().item() * kept
+    summed, count = total(summed, count)
+    return summed / max(1, count), int(count)
 
 
 def answer_nll(
@@ -78,7 +84,12 @@ def answer_nll(
 ) -> tuple[float, int]:
     """The same of the answers of one example in `every`."""
     rows, size = np.argsort(data.spans[:, 1] - data.spans[:, 0], kind="stable")[::every], affordable(model, batch_size)
-    return batches_nll(model, (data.batch(rows[i : i + size]) for i in range(0, len(rows), size)), dtype)
+    return batches_nll(model, cut(rows, size), data.batch, dtype)
+
+
+def cut(rows: Sequence, size: int) -> list[Sequence]:
+    """Parts of so many rows, the last maybe of fewer."""
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 def affordable(model: Llama, batch_size: int) -> int:
@@ -137,9 +148,8 @@ def evaluate(model: Llama, tokenizer: Tokenizer, records: list[Record], config: 
     """All scores of one model, and its answers."""
     encoded = [(encode_prompt(record, tokenizer), encode_answer(record, tokenizer)) for record in records]
     encoded.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
-    size = affordable(model, config.batch_size)
-    batches = (padded(encoded[i : i + size]) for i in range(0, len(encoded), size))
-    loss, count = batches_nll(model, batches, torch.float32)
+    parts = cut(encoded, affordable(model, config.batch_size))
+    loss, count = batches_nll(model, parts, padded, torch.float32)
     if not math.isfinite(loss):
         raise UserError(f"the loss is {loss}: this model has diverged, and its answers are noise")
     written = write_answers(model, tokenizer, records, config)

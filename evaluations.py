@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from cross_entropy import widen
 from eval_ppl import MOST_LOGITS
 from merging import Maps, Statistics, convert, merged_config, rope_of
 from model import Llama, ModelConfig
+from parallel import gathered, rank, world
 from refit import refit
 
 MOST_CONTEXT = 1024  # tokens; predictions far into longer contexts would need much memory, and change few choices
@@ -105,10 +107,12 @@ class Evaluations:
         self.records = {self.key(r["k_groups"], r["v_groups"]): r for r in records}
         self.known = len(self.records)
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not old or not path.read_bytes().endswith(b"\n"):  # else another search may be writing to it
+        if rank() == 0 and (
+            not old or not path.read_bytes().endswith(b"\n")
+        ):  # else another search may be writing to it
             with replacing(path, "w") as file:
                 file.writelines(json.dumps(line) + "\n" for line in [identity, *records])
-        self.file = open(path, "a")  # noqa: SIM115
+        self.file = open(os.devnull if rank() else path, "a")  # noqa: SIM115
 
     @staticmethod
     def key(k_groups: Maps, v_groups: Maps) -> str:
@@ -119,18 +123,22 @@ class Evaluations:
         c = merged_config(self.original.config, k_groups, v_groups)
         return {"groups": c.kv_numbers_per_token / c.head_dim / 2, "kv_bytes": c.kv_numbers_per_token * self.itemsize}
 
-    def __call__(self, k_groups: Maps, v_groups: Maps, note: str = "") -> dict:
-        key = self.key(k_groups, v_groups)
-        if key not in self.records:
-            began = time.perf_counter()
-            model = grouped(self.original, k_groups, v_groups, self.found, self.blocks, self.how)
-            loss, divergence = self.judge(model)
-            record = {"note": note, "loss": loss, "kl": divergence, **self.sizes(k_groups, v_groups)}
-            record |= {"seconds": time.perf_counter() - began, "k_groups": k_groups, "v_groups": v_groups}
-            self.records[key] = record
-            self.file.write(json.dumps(record) + "\n")
+    def __call__(self, asked: list[tuple[tuple[Maps, Maps], str]]) -> list[dict]:
+        """The records of groupings, each with a note; those that are new are measured now, divided among processes."""
+        new = {self.key(*maps): (maps, note) for maps, note in asked if self.key(*maps) not in self.records}
+        mine = {key: self.measure(*new[key]) for key in list(new)[rank() :: world()]}
+        found = gathered(mine)
+        for key in new:
+            self.records[key] = found[key]
+            self.file.write(json.dumps(found[key]) + "\n")
             self.file.flush()
-        return self.records[key]
+        return [self.records[self.key(*maps)] for maps, _ in asked]
+
+    def measure(self, maps: tuple[Maps, Maps], note: str) -> dict:
+        began = time.perf_counter()
+        loss, divergence = self.judge(grouped(self.original, *maps, self.found, self.blocks, self.how))
+        record = {"note": note, "loss": loss, "kl": divergence, **self.sizes(*maps)}
+        return record | {"seconds": time.perf_counter() - began, "k_groups": maps[0], "v_groups": maps[1]}
 
 
 def grouped(original: Llama, k_groups: Maps, v_groups: Maps, found: list[Statistics], blocks, how: str) -> Llama:

@@ -35,6 +35,7 @@ from gqa import Partitioner, calibration_blocks, open_model, predictions
 from merging import Costs, Maps, merged_config, statistics
 from model import Llama
 from objective import Objective
+from parallel import gathered, processes, rank, world
 from partition import knapsack
 from tokenizer import read_tokenizer
 
@@ -90,7 +91,7 @@ class Search:
         self.total = None if self.objective else partition.total(config.kv_budget)
         self.seen: list[dict] = []  # the groupings of this search that keep to the budget, each once
         self.evals = 0
-        self.bar = tqdm(total=config.max_evals, desc=config.method, disable=None)
+        self.bar = tqdm(total=config.max_evals, desc=config.method, disable=rank() > 0 or None)
 
     def value(self, record: dict) -> float:
         """What is minimised: the objective, or the loss."""
@@ -98,15 +99,19 @@ class Search:
             return record["loss"]
         return self.objective(ppl=perplexity(record["loss"]), **{k: record[k] for k in NAMES[1:]})
 
-    def measure(self, maps: tuple[Maps, Maps], note: str, counts: bool = True) -> dict:
-        """Evaluate; if it `counts`, as a grouping that may be the answer."""
-        record = self.evaluate(*maps, note)
-        self.evals += 1
-        if counts and record not in self.seen:
-            self.seen.append(record)
-        self.bar.set_postfix_str(f"best {min(map(self.value, self.seen)):.4f}" if self.seen else "probing")
-        self.bar.update()
-        return record
+    def measure(self, asked: list[tuple[tuple[Maps, Maps], str]], counts: bool = True) -> list[dict]:
+        """Evaluate groupings, each with a note, as many at a time as there are processes; if it `counts`, they may be
+        the answer."""
+        records = []
+        for i in range(0, len(asked), world()):
+            new = self.evaluate(asked[i : i + world()])
+            for record in new if counts else []:
+                self.seen += [] if record in self.seen else [record]
+            records += new
+            self.evals += len(new)
+            self.bar.set_postfix_str(f"best {min(map(self.value, self.seen)):.4f}" if self.seen else "probing")
+            self.bar.update(len(new))
+        return records
 
     def left(self) -> int:
         return self.config.max_evals - self.evals
@@ -123,14 +128,14 @@ class Search:
             return
         predicted, tried, note = {tuple(counts[self.total]): 0.0}, set(), "knapsack"
         while predicted and self.left() > 0:
-            there = min(predicted, key=predicted.get)
-            del predicted[there]
-            tried.add(there)
-            now = dict(zip(self.slots, there))
-            value = self.value(self.measure(self.partition.maps(now), note))
-            for change, near in self.moves(now, values):
-                if near not in tried:
-                    predicted[near] = min(predicted.get(near, math.inf), value + change)
+            best = sorted(predicted, key=predicted.get)[: min(world(), self.left())]
+            there = [dict(zip(self.slots, counts)) for counts in best]
+            records = self.measure([(self.partition.maps(now), note) for now in there])
+            tried |= set(best)
+            for now, record in zip(there, records):
+                for change, near in self.moves(now, values):
+                    predicted[near] = min(predicted.get(near, math.inf), self.value(record) + change)
+            predicted = {near: value for near, value in predicted.items() if near not in tried}
             note = "move"
 
     def probe(self) -> list[np.ndarray]:
@@ -141,14 +146,15 @@ class Search:
         for slot in self.slots:
             self.partition.all_costs(*slot)  # at once, for all that is asked of it below
         for share in (0.5, 0, 0.25, 0.75):
-            for slot, n in self.heads.items():
-                g = max(1, round(share * n))
-                if g < n and g not in known[slot] and sum(map(len, known.values())) < most:
-                    counts = {**self.heads, slot: g}
-                    record = self.measure(
-                        self.partition.maps(counts), f"{slot[1]} of layer {slot[0]} alone: {g}", False
-                    )
-                    known[slot][g] = record["kl"]
+            sizes = {slot: max(1, round(share * n)) for slot, n in self.heads.items()}
+            sizes = [(slot, g) for slot, g in sizes.items() if g < self.heads[slot] and g not in known[slot]]
+            sizes = sizes[: most - sum(map(len, known.values()))]
+            asked = [
+                (self.partition.maps({**self.heads, slot: g}), f"{slot[1]} of layer {slot[0]} alone: {g}")
+                for slot, g in sizes
+            ]
+            for (slot, g), record in zip(sizes, self.measure(asked, counts=False)):
+                known[slot][g] = record["kl"]
         return list(predictions(self.partition, known).values())
 
     def moves(self, now: Counts, values: list[np.ndarray]) -> Iterator[tuple[float, tuple[int, ...]]]:
@@ -164,7 +170,7 @@ class Search:
     def over_budgets(self, sums: np.ndarray, counts: list[list[int]]) -> None:
         """Evaluate the budget whose predicted objective is best, correct the predictions by what was measured, and so
         on until it is one that is known."""
-        start = self.measure(self.partition.maps(self.heads), "the original")
+        (start,) = self.measure([(self.partition.maps(self.heads), "the original")])
         ratios: dict[int, float] = {}
         while self.left() > 0:
             predicted = {}
@@ -177,7 +183,8 @@ class Search:
             total = min(predicted, key=predicted.get)
             if total in ratios:
                 return
-            record = self.measure(self.partition.maps(dict(zip(self.slots, counts[total]))), f"knapsack of {total}")
+            maps = self.partition.maps(dict(zip(self.slots, counts[total])))
+            (record,) = self.measure([(maps, f"knapsack of {total}")])
             ratios[total] = max(0.0, record["loss"] - start["loss"]) / max(sums[total], 1e-12)
 
     # ---- chance ----
@@ -185,6 +192,7 @@ class Search:
     def random(self) -> None:
         """The published search: a label for every head of every layer, all alike likely. Under a budget the number of
         groups of each slot is drawn first, so that their sum is the budget's."""
+        asked = []
         for number in range(self.config.max_evals):
             rng = np.random.default_rng((self.config.seed, number))
             counts = self.random_counts(rng) if self.objective is None else None
@@ -194,7 +202,8 @@ class Search:
                 if counts:
                     drawn = rng.permutation([*range(counts[slot]), *rng.integers(counts[slot], size=n - counts[slot])])
                 labels[slot] = drawn.tolist()
-            self.measure(self.partition.labelled(labels), "random")
+            asked.append((self.partition.labelled(labels), "random"))
+        self.measure(asked)
 
     def random_counts(self, rng: np.random.Generator) -> Counts:
         counts = dict.fromkeys(self.slots, 1)
@@ -208,7 +217,7 @@ class Search:
         that comes or goes; the temperature falls from a typical difference to a hundredth of it."""
         rng, heat = np.random.default_rng(self.config.seed), None
         now = self.partition.even(self.total or sum(self.heads.values()) // 2)
-        value = self.value(self.measure(self.partition.maps(now), "even"))
+        value = self.value(*self.measure([(self.partition.maps(now), "even")]))
         for _ in range(100 * self.config.max_evals * (len(self.slots) > 1)):  # where no step is possible it ends, too
             if self.left() <= 0:
                 return
@@ -219,7 +228,7 @@ class Search:
             there[taker] += int(takes)
             if there[giver] < 1 or there[taker] > self.heads[taker]:
                 continue
-            new = self.value(self.measure(self.partition.maps(there), "anneal"))
+            new = self.value(*self.measure([(self.partition.maps(there), "anneal")]))
             heat = heat or abs(new - value) or None
             cooled = (heat or 1.0) * 0.01 ** (1 - self.left() / self.config.max_evals)
             if new < value or rng.random() < math.exp((value - new) / cooled):
@@ -250,13 +259,15 @@ def judged(search: Search, judge: Judge) -> tuple[dict, list[dict]]:
     these."""
     ranked = sorted(search.seen, key=search.value)[:3]
     rows = [(f"found ({r['note']})", r["k_groups"], r["v_groups"]) for r in ranked] + list(baselines(search, ranked[0]))
-    judged, e = {}, search.evaluate
-    for name, *maps in tqdm(rows, desc="judging", disable=None, leave=False):
-        if e.key(*maps) in judged:
-            continue
+    e, distinct, mine = search.evaluate, {}, {}
+    for row in rows:
+        distinct.setdefault(e.key(*row[1:]), row)
+    for key in tqdm(list(distinct)[rank() :: world()], desc="judging", disable=rank() > 0 or None, leave=False):
+        name, *maps = distinct[key]
         loss, divergence = judge(grouped(e.original, *maps, e.found, e.blocks, e.how))
         record = {"name": name, "loss": loss, "kl": divergence, **e.sizes(*maps)}
-        judged[e.key(*maps)] = {**record, "k_groups": maps[0], "v_groups": maps[1]}
+        mine[key] = {**record, "k_groups": maps[0], "v_groups": maps[1]}
+    judged = gathered(mine)
     return min(judged.values(), key=search.value), sorted(judged.values(), key=search.value)
 
 
@@ -321,6 +332,7 @@ def digest(*arrays: np.ndarray) -> str:
     return total.hexdigest()
 
 
+@processes()
 def main() -> None:
     config = SearchConfig(**parse(__doc__, SearchConfig))
     if config.objective is not None:
@@ -339,8 +351,9 @@ def main() -> None:
     heads, lines = head_report(search)
     share = best["kv_bytes"] / search.evaluate.sizes(*search.partition.maps(search.heads))["kv_bytes"]
     record = {"share": share, **best, "original_loss": original, "search": asdict(config), "judged": rows, **heads}
-    with replacing(Path(config.out), "w") as file:
-        file.write(json.dumps(record) + "\n")
+    if rank() == 0:
+        with replacing(Path(config.out), "w") as file:
+            file.write(json.dumps(record) + "\n")
     print("\n".join(picture(merged_config(search.evaluate.original.config, best["k_groups"], best["v_groups"]))))
     ten = min(10, len(search.seen))
     print(f"heads most alike, by the closed form (and how often together in the {ten} best)\n" + "\n".join(lines))

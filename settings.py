@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 
 from checkpoint import build_model, is_a, load, lora_config, model_config
 from config import UserError, pick
 from dataset import prepared
 from device import check_compiler, compiles_by_itself
+from download import sha256_of
 from lora import LoRAConfig
 from model import Llama, ModelConfig
 from tokenizer import Tokenizer
@@ -18,7 +20,17 @@ from tokenizer import Tokenizer
 SHAPE_FREE = {"attention", "pretraining_tp", "dropout", "block_size", "rope_theta"}
 POSITION = ("step", "tokens", "seconds")  # where a run is: optimizer steps, tokens seen, seconds of training
 # they decide what a step sees, and what it learns from
-RUN_FIXED = {"dataset", "init_from", "optimizer", "seed", "batch_size", "grad_accum", "teacher", "distil_weight"}
+RUN_FIXED = {
+    "dataset",
+    "init_from",
+    "optimizer",
+    "momentum",
+    "seed",
+    "batch_size",
+    "grad_accum",
+    "teacher",
+    "distil_weight",
+}
 
 
 @dataclass
@@ -30,7 +42,7 @@ class TrainConfig:
     resume: bool = False  # continue the run in out_dir; settings are the run's, but for the flags given
     overwrite: bool = False  # start anew in a directory that holds a run
     init_from: str | None = None  # a ckpt.pt whose weights and shape to start from
-    batch_size: int = 16  # sequences of one micro-batch on one process
+    batch_size: int = 16  # sequences of one micro-batch, divided among the processes
     grad_accum: int = 1  # micro-batches of one step
     max_steps: int = 500  # optimizer steps
     lr: float | None = None  # highest learning rate (default: muon 0.01, adamw 0.002; tuning 0.001, LoRA 0.005)
@@ -47,6 +59,7 @@ class TrainConfig:
     device: str = "auto"  # cuda, mps, cpu or auto
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; weights stay in float32
     checkpoint_activations: bool = False  # keep only the blocks' inputs, recompute the rest: less memory, more time
+    fsdp: bool = False  # FSDP2: each of several processes keeps a share of every matrix, its gradient and its moments
     compile: bool | None = None  # torch.compile each block (default: where a run on a CPU is long enough to gain by it)
 
     def __post_init__(self):
@@ -102,6 +115,10 @@ def settle(flags: dict) -> tuple[ModelConfig, LoRAConfig, TrainConfig, dict | No
         raise UserError(f"{out_dir} already holds a run: {remedy}")
     elif lora.lora_r and not checkpoint:
         raise UserError(f"--lora_r {lora.lora_r} adapts a trained model: give --init_from ckpt.pt")
+    if config.fsdp and not dist.is_initialized():
+        raise UserError(
+            "--fsdp shares a model among processes: start some, torchrun --nproc_per_node 2 train.py --fsdp"
+        )
     config.out_dir = str(out_dir)
     return c, lora, config, checkpoint
 
@@ -176,8 +193,12 @@ def training_data(config: TrainConfig, flags: dict, checkpoint: dict | None) -> 
         what = "--from FILE" if meta.get("kind") == "instructions" else "--text FILE"
         remedy = f"python data/prepare.py NAME {what} --tokenizer {source}, and give --dataset NAME"
         raise UserError(f"{folder} has another tokenizer than the checkpoint: {remedy}")
-    if config.resume and checkpoint["data"]["splits"]["train"] != meta["splits"]["train"]:
-        raise UserError(f"{folder}/train.bin is not the data of the run: restore it, or start anew with --overwrite")
+    if config.resume:
+        trained, now = checkpoint["data"]["splits"]["train"], meta["splits"]["train"]
+        if trained != now or sha256_of(folder / "train.bin") != now["sha256"]:  # a record may outlive its file
+            raise UserError(
+                f"{folder}/train.bin is not the data of the run: restore it, or start anew with --overwrite"
+            )
     return folder, meta, tokenizer
 
 

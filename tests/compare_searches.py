@@ -38,7 +38,7 @@ def tpe(search: Search) -> None:
 
     def objective(trial: optuna.Trial) -> float:
         weights = {slot: trial.suggest_int(f"{slot}", 1, n) for slot, n in search.heads.items()}
-        return search.value(search.measure(search.partition.maps(by_weights(search, weights)), "tpe"))
+        return search.value(*search.measure([(search.partition.maps(by_weights(search, weights)), "tpe")]))
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=search.config.seed))

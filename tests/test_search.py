@@ -203,12 +203,12 @@ def test_the_best_of_what_was_judged_is_the_answer_and_walls_are_climbed(tiny_ru
             return 0.01 * sum((counts[slot] - 4 + wish[slot]) ** 2 for slot in wish)
         return 0.01 * away + 0.03 * (away == 2)  # and what is wished for lies behind a wall
 
-    def made_up(self, k_groups, v_groups, note=""):
-        value = loss((k_groups, v_groups))
-        return {"note": note, "loss": value, "kl": value, "k_groups": k_groups, "v_groups": v_groups,
-                **self.sizes(k_groups, v_groups)}  # fmt: skip
+    def made_up(self, maps, note):
+        value = loss(maps)
+        return {"note": note, "loss": value, "kl": value, "k_groups": maps[0], "v_groups": maps[1],
+                **self.sizes(*maps)}  # fmt: skip
 
-    monkeypatch.setattr(search_groups.Evaluations, "__call__", made_up)
+    monkeypatch.setattr(search_groups.Evaluations, "measure", made_up)
     monkeypatch.setattr(search_groups, "grouped", lambda original, k, v, *rest: (k, v))
     monkeypatch.setattr(
         search_groups.Judge, "__call__", lambda self, maps: (loss(maps) if type(maps) is tuple else 0, 0)

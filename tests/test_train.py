@@ -38,7 +38,7 @@ def test_accumulation_equals_big_batch(masked):
     losses, grads = [], []
     for size in (16, 4):
         model.zero_grad()
-        losses.append(forward_backward(model, list(zip(x.split(size), y.split(size))), torch.float64, NO_SCALER).item())
+        losses.append(forward_backward(model, list(zip(x.split(size), y.split(size))), torch.float64, NO_SCALER))
         grads.append(gradients(model))
     difference = (grads[0] - grads[1]).abs().max().item()
     assert difference < 1e-12 and abs(losses[0] - losses[1]) < 1e-12, f"gradients differ by {difference:.1e}"
@@ -83,7 +83,7 @@ def test_overfits_one_batch(optimizer):
     x = torch.randint(64, (4, 33), generator=torch.Generator().manual_seed(0))
     batches = [(x[:, :-1], x[:, 1:])]
     for _ in range(150):
-        loss = forward_backward(model, batches, torch.float32, NO_SCALER).item()
+        loss = forward_backward(model, batches, torch.float32, NO_SCALER)
         update(model, optimizers, NO_SCALER, config, 0.01)
     assert loss < 0.01, f"loss is still {loss:.3f}"
 
