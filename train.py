@@ -66,8 +66,8 @@ def make_optimizers(model: Llama, config: TrainConfig) -> list[torch.optim.Optim
     if not matrices:
         return [adamw]
     # match_rms_adamw scales an update to the size of AdamW's, so that one learning rate serves both
-    muon = {"lr": config.lr, "weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-    return [torch.optim.Muon(matrices, **muon), adamw]
+    muon = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": config.momentum}
+    return [torch.optim.Muon(matrices, **muon, adjust_lr_fn="match_rms_adamw"), adamw]
 
 
 def targets(batches: list[Batch]) -> int:
