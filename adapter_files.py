@@ -28,9 +28,9 @@ from checkpoint import (
     model_config,
     save,
     show,
-    writable,
 )
 from config import POSITIONAL, UserError, parse
+from files import writable
 from hugging_face import NAMES, new_folder, open_weights, permute_rows, write_safetensors
 from lora import LoRAConfig, adapt, plain
 from model import Llama, ModelConfig

@@ -7,8 +7,6 @@ exchange them with other programs (`convert.py`, `hugging_face.py`).
     python checkpoint.py export out/RUN/ckpt.pt FOLDER                        # a Hugging Face folder
 """
 
-import fcntl
-import os
 import re
 import string
 import types
@@ -16,15 +14,15 @@ import typing
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 import torch
 
 from config import POSITIONAL, UserError, exit_cleanly, parse, pick
+from files import replacing, writable
 from lora import LoRAConfig, LoRALinear, adapt, adapters
 from model import Llama, ModelConfig
 from nf4 import BUFFERS, NF4Linear
@@ -49,52 +47,6 @@ from tokenizer import Tokenizer, read_tokenizer
 # There is no random state in it, because none is needed: batches and dropout are functions of (seed, step).
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-@contextmanager
-def replacing(path: Path, mode: str) -> Iterator[IO]:
-    """A file that takes the place of `path`, whole and on the disk, when the block ends; an error changes nothing."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, mode) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk, and Ctrl-C, into a RuntimeError
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from None
-        reason = error.__context__ if isinstance(error.__context__, OSError) else error
-        kept = "; the one written before is kept" if path.exists() else ""
-        raise UserError(f"cannot write {path}: {reason}{kept}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Keep other processes that ask for it out of a folder, made if need be. However this one ends, nothing is left
-    behind. Raises UserError if another has it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(f"{folder} is in use by another process: wait until it ends, or name another folder") from None
-    except OSError:  # a file system that knows no locks
-        pass
-    try:
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def writable(path: Path, overwrite: bool) -> None:
-    """Raise UserError if `path` is a folder, or a file that must not be replaced."""
-    if path.is_dir() or (path.exists() and not overwrite):
-        remedy = f"name a file, such as {path / 'model.pt'}" if path.is_dir() else "give another name, or --overwrite"
-        raise UserError(f"{path} exists: {remedy}")
 
 
 def save(path: Path, checkpoint: dict) -> None:
@@ -137,11 +89,20 @@ def load(path: str | Path) -> dict:
     keys = {"model": dict, "config": dict, "tokenizer": (bytes, type(None))}
     if isinstance(checkpoint, dict) and set(checkpoint) == {"lora", "adapter"}:
         raise UserError(f"{path} is an adapter alone: lay it beside its base, python lora.py import {path} BASE.pt")
-    there = isinstance(checkpoint, dict) and isinstance(checkpoint.get("lora", {}), dict)
+    there = isinstance(checkpoint, dict)
+    there = there and all(isinstance(checkpoint.get(name, {}), dict) for name in ("lora", "train", "data"))
     if not there or any(not isinstance(checkpoint.get(k, 0), t) for k, t in keys.items()):
         raise UserError(f"{path} is no checkpoint: it lacks {', '.join(keys)}")
     check_tensors(checkpoint["model"], path, path.stat().st_size)
     return checkpoint
+
+
+def trained_on(checkpoint: dict, split: str) -> str | None:
+    """The checksum of a split of the data that it was trained on, if it says so."""
+    try:
+        return checkpoint["data"]["splits"][split]["sha256"]
+    except (KeyError, TypeError):
+        return None
 
 
 def check_tensors(weights: dict, path: Path, size: int) -> None:

@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import io
 import os
 import re
 import signal
@@ -88,8 +89,17 @@ def pick(cls: type, values: dict) -> dict:
     return {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values}
 
 
+def let_the_cause_speak_first(error: Exception) -> None:
+    """Wait, if torchrun started several processes, which it ends once one has failed: so what all find wrong is said by
+    the first alone, and who has only lost the connection to another, a RuntimeError, says nothing."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        time.sleep(5 if isinstance(error, RuntimeError) else float(os.environ["RANK"] != "0"))
+
+
 def exit_cleanly(main: typing.Callable[[], None]) -> None:
     """Call main(); a user's mistake, a full disk or too little memory ends with one line on stderr and exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a letter of a sample shows ? in its place
     try:
         main()
         sys.stdout.flush()
@@ -97,11 +107,7 @@ def exit_cleanly(main: typing.Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except (UserError, OSError, MemoryError, RuntimeError) as error:
-        if (
-            "TORCHELASTIC_RUN_ID" in os.environ
-        ):  # torchrun ends all as soon as one has failed: who tells why goes first,
-            lost = isinstance(error, RuntimeError)  # before those that have only lost the connection to it
-            time.sleep(5 if lost else float(os.environ["RANK"] != "0"))
+        let_the_cause_speak_first(error)
         message = str(error).strip().splitlines()[0] if str(error) else "out of memory"
         if isinstance(error, RuntimeError):  # torch's, for CUDA and for the CPU; any other is a bug to be seen whole
             if "memory" not in message:

@@ -7,6 +7,7 @@ of the longest of their micro-batch, which has examples of like length. So no ex
 needs a mask, and little is computed for nothing.
 """
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import torch
 from config import UserError
 from cross_entropy import IGNORE
 from data.prepare import BUILT_IN, DATA
+from files import sha256_of
 from tokenizer import Tokenizer, read_tokenizer
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, (B, T) int64
@@ -35,9 +37,13 @@ def read_meta(dataset: str) -> tuple[Path, dict]:
     try:
         meta = json.loads((folder / "meta.json").read_text())
         assert meta["dtype"] in ("uint16", "uint32")
-        assert all(meta["splits"][split]["tokens"] > 0 for split in ("train", "val", "test"))
-    except (ValueError, TypeError, KeyError, AssertionError):
-        raise UserError(f"{folder}/meta.json is damaged: prepare the data again with --overwrite") from None
+        counts = [meta["splits"][split]["tokens"] for split in ("train", "val", "test")]
+        assert all(type(count) is int and count > 0 for count in counts)
+        assert hashlib.sha256((folder / "tokenizer.model").read_bytes()).hexdigest() == meta["tokenizer_sha256"]
+    except (ValueError, TypeError, KeyError, AssertionError, RecursionError, FileNotFoundError):
+        raise UserError(
+            f"{folder}: meta.json or tokenizer.model is damaged: prepare the data again with --overwrite"
+        ) from None
     return folder, meta
 
 
@@ -54,12 +60,19 @@ def prepared(dataset: str, *flags: str) -> tuple[Path, dict, Tokenizer]:
 
 
 def open_split(folder: Path, meta: dict, split: str) -> np.ndarray:
-    """The token file of a split as a read-only memory map, its size checked against the record."""
+    """The token file of a split as a read-only memory map. Raises UserError if it is not as it was prepared."""
     path, dtype, count = folder / f"{split}.bin", np.dtype(meta["dtype"]), meta["splits"][split]["tokens"]
     size = path.stat().st_size if path.exists() else 0
     if size != count * dtype.itemsize:
         raise UserError(f"{path} has {size:,} bytes, not those of {count:,} tokens: prepare the data with --overwrite")
+    check_unchanged(path, meta["splits"][split].get("sha256"))
     return np.memmap(path, dtype=dtype, mode="r")
+
+
+def check_unchanged(path: Path, sha256: str | None) -> None:
+    """Raise UserError if a file has other bytes than its record says."""
+    if not path.exists() or sha256_of(path) != sha256:
+        raise UserError(f"{path} is missing, or has changed since it was prepared: prepare the data with --overwrite")
 
 
 class Text:
@@ -119,10 +132,9 @@ class Examples:
 
     def __init__(self, folder: Path, meta: dict, split: str, block_size: int):
         self.tokens, path = open_split(folder, meta, split), folder / f"{split}.mask"
-        if not path.exists() or path.stat().st_size != len(self.tokens):
-            raise UserError(f"{path} is missing, or not of {split}.bin: prepare the data with --overwrite")
-        self.mask = np.memmap(path, dtype=np.uint8, mode="r")
         record = meta["splits"][split]
+        check_unchanged(path, record.get("mask_sha256"))
+        self.mask = np.memmap(path, dtype=np.uint8, mode="r")
         ends = np.flatnonzero(self.mask & np.append(self.mask[1:] == 0, True)) + 1  # an answer ends its example
         if len(ends) != record.get("documents") or int(self.mask.sum()) != record.get("answer_tokens"):
             raise UserError(f"{path} is damaged: prepare the data with --overwrite")

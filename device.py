@@ -20,10 +20,14 @@ def pick_device(name: str) -> torch.device:
     """
     here = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     here = ["cuda", *here] if here else []
-    here += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    several = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes that torchrun started on this machine
+    here += ["mps"] * (torch.backends.mps.is_available() and several == 1) + ["cpu"]
     if name not in ["auto", *here]:
         raise UserError(f"--device {name} is not here; this machine has {', '.join(here)}")
     device = torch.device(here[0] if name == "auto" else name)
+    if device.type == "cuda" and several > 1 and (device.index is not None or several > torch.cuda.device_count()):
+        one_each = f"give --nproc_per_node {torch.cuda.device_count()} and --device cuda, or --device cpu"
+        raise UserError(f"{several} processes on --device {device}, and each needs a GPU of its own: {one_each}")
     if device.type == "cpu":
         keep_freed_memory()
     return device

@@ -1,6 +1,5 @@
 """Files from public addresses, whole and as they should be: broken downloads continue, checksums are verified."""
 
-import hashlib
 import http.client
 import sys
 import time
@@ -11,8 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from config import UserError
-
-CHUNK = 1 << 24  # bytes read at a time
+from files import sha256_of
 
 
 def download(url: str, sha256: str, folder: Path) -> Path:
@@ -59,11 +57,3 @@ def fetch_rest(url: str, part: Path) -> None:
                 length = length and length - len(block)
         if length:
             raise EOFError(f"{length:,} bytes are missing")
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(CHUNK):
-            digest.update(block)
-    return digest.hexdigest()

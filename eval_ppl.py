@@ -17,7 +17,6 @@ Perplexities compare between models only with the same tokenizer; bits per byte 
 import hashlib
 import json
 import math
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,14 +27,14 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoint import build, load
+from checkpoint import build, load, trained_on
 from config import UserError, exit_cleanly, parse
 from cross_entropy import widen
 from data.prepare import whole_file
 from dataset import open_split, read_meta
 from device import autocast, pick_device, pick_dtype
 from model import Llama
-from parallel import add_up, in_turn, processes, rank
+from parallel import add_up, in_turn, note, processes, rank
 from tokenizer import Tokenizer
 
 METHODS = ("blocks", "sliding", "block_mean")
@@ -75,8 +74,9 @@ def window_nll(
     starts = [start for start in range(0, last, stride) if start == 0 or start - stride + context < last]
     ends = [min(start + context, last) for start in starts]
     windows = [(start, end, end - max(start, before)) for start, end, before in zip(starts, ends, [0, *ends])]
+    wide = torch.promote_types(model.tok_embeddings.weight.dtype, torch.float32)
     # all losses in one tensor: small ones kept from every batch would pin the heap between the freed logits
-    losses = torch.zeros(sum(new for _, _, new in windows), dtype=widen(model.tok_embeddings.weight[:0]).dtype)
+    losses = torch.zeros(sum(new for _, _, new in windows), dtype=wide)
     result = list(losses.split([new for _, _, new in windows]))
     batch_size = max(1, min(batch_size, MOST_LOGITS // (context * model.config.vocab_size)))
     mine = list(in_turn(math.ceil(len(windows) / batch_size)))
@@ -123,7 +123,7 @@ def split_tokens(
 
     Raises UserError for a data set that is not there, of instructions, or of another tokenizer."""
     name = dataset or checkpoint.get("train", {}).get("dataset")
-    if not name:
+    if not name or not isinstance(name, str):
         raise UserError(f"this checkpoint names no data set: {remedy}")
     folder, meta = read_meta(name)
     if meta.get("kind") == "instructions":
@@ -131,9 +131,8 @@ def split_tokens(
         raise UserError(f"{folder} holds instructions, whose answers alone count ({scored}): {remedy} of text")
     if (folder / "tokenizer.model").read_bytes() != tokenizer.data:
         raise UserError(f"{folder} has another tokenizer than the checkpoint: {remedy}, or prepare it again")
-    trained = checkpoint.get("data", {}).get("splits", {}).get(split, {})
-    if not dataset and trained.get("sha256") != meta["splits"][split]["sha256"]:
-        print(f"note: {folder} was prepared anew since training, which may have seen this text", file=sys.stderr)
+    if not dataset and trained_on(checkpoint, split) != meta["splits"][split]["sha256"]:
+        note(f"{folder} was prepared anew since training, which may have seen this text")
     return open_split(folder, meta, split), f"{name} {split}"
 
 
@@ -185,7 +184,7 @@ def evaluate(config: EvalConfig) -> tuple[dict, str]:
     if config.dtype != "own" and (dtype := pick_dtype(config.dtype, device)) != own:
         model.float()  # autocast rounds the operands of matrix products, and leaves all else in the weights' dtype
     if not tokenizer.is_exact():
-        print("note: the tokenizer does not return every text as it was: bits per byte are not exact", file=sys.stderr)
+        note("the tokenizer does not return every text as it was: bits per byte are not exact")
     context = min(2048, model.config.block_size) if config.context is None else config.context
     stride = max(1, context // 2) if config.stride is None else config.stride
     for name in ("max_tokens", "batch_size"):
@@ -194,7 +193,7 @@ def evaluate(config: EvalConfig) -> tuple[dict, str]:
     if context < 1 or not 1 <= stride <= context:
         raise UserError(f"context {context}, stride {stride}: give --context 1 or more, --stride from 1 to the context")
     if context > model.config.block_size:
-        print(f"note: context {context} is beyond the {model.config.block_size} of the training", file=sys.stderr)
+        note(f"context {context} is beyond the {model.config.block_size} of the training")
     tokens, source = tokens_to_score(config, checkpoint, tokenizer)
     methods, began = list(METHODS) if config.method == "all" else [config.method], time.perf_counter()
     record, nats = perplexities(model, tokens, methods, context, stride, dtype, config.batch_size)

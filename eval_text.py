@@ -28,12 +28,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import build, load, replacing
+from checkpoint import build, load, trained_on
 from config import UserError, exit_cleanly, parse
 from cross_entropy import IGNORE
-from dataset import Batch, Examples, padded, read_meta
+from dataset import Batch, Examples, check_unchanged, padded, read_meta
 from device import autocast, pick_device
 from eval_ppl import MOST_LOGITS
+from files import replacing
 from instruct import FIELDS, Record, encode_answer, encode_prompt, records_of
 from model import Llama
 from parallel import in_turn, total
@@ -171,9 +172,8 @@ def evaluate(model: Llama, tokenizer: Tokenizer, records: list[Record], config: 
 
 def records_to_score(config: AnswerConfig, checkpoint: dict) -> tuple[str, list[Record]]:
     """The data set's name and its records."""
-    train = checkpoint.get("train")
-    trained_on = train.get("dataset") if isinstance(train, dict) else None
-    name = config.dataset or trained_on
+    its_own = checkpoint.get("train", {}).get("dataset")
+    name = config.dataset or its_own
     if not isinstance(name, str):
         raise UserError("this checkpoint names no data set: give --dataset NAME")
     folder, meta = read_meta(name)
@@ -181,11 +181,10 @@ def records_to_score(config: AnswerConfig, checkpoint: dict) -> tuple[str, list[
     if meta.get("kind") != "instructions":
         remedy = "name instruction data with --dataset NAME, or use eval_ppl.py"
         raise UserError(f"{folder} is text, without questions and answers: {remedy}")
+    check_unchanged(path, meta["splits"][config.split].get("jsonl_sha256"))
     records = records_of(path, ",".join(FIELDS), "")
-    if len(records) != meta["splits"][config.split].get("documents"):
-        raise UserError(f"{path} is damaged: prepare the data again with --overwrite")
-    trained = checkpoint.get("data", {}).get("splits", {}).get(config.split, {}) if name == trained_on else {}
-    if trained and trained.get("sha256") != meta["splits"][config.split]["sha256"]:
+    trained = trained_on(checkpoint, config.split) if name == its_own else None
+    if trained and trained != meta["splits"][config.split]["sha256"]:
         print(f"note: {folder} was prepared anew since training, which may have seen these", file=sys.stderr)
     return Path(name).name, records
 

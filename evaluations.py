@@ -10,10 +10,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from checkpoint import replacing
 from config import UserError
 from cross_entropy import widen
 from eval_ppl import MOST_LOGITS
+from files import replacing
 from merging import Maps, Statistics, convert, merged_config, rope_of
 from model import Llama, ModelConfig
 from parallel import gathered, rank, world
@@ -104,7 +104,8 @@ class Evaluations:
         self.how, self.itemsize = how, itemsize  # of refitting; bytes of a number in the cache
         old = path.exists() and path.stat().st_size > 0
         records = read_log(path, original.config, identity) if old else []
-        self.records = {self.key(r["k_groups"], r["v_groups"]): r for r in records}
+        # of all processes: another search may have been writing while they read
+        self.records = gathered({self.key(r["k_groups"], r["v_groups"]): r for r in records})
         self.known = len(self.records)
         path.parent.mkdir(parents=True, exist_ok=True)
         if rank() == 0 and (

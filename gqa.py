@@ -22,10 +22,11 @@ from typing import Literal
 import numpy as np
 import torch
 
-from checkpoint import build_model, load, picture, save, writable
+from checkpoint import build_model, load, picture, save
 from config import UserError, exit_cleanly, parse
 from device import peak_memory_bytes, pick_device
 from eval_ppl import mean_nll, perplexity, split_tokens, window_nll
+from files import writable
 from lora import plain
 from merging import Costs, Maps, Statistics, convert, rope_of, statistics
 from model import Llama, ModelConfig

@@ -1,12 +1,12 @@
 """Several processes at one task, each on a GPU or on a share of a CPU: what `torchrun` starts, on one machine or many.
 
     torchrun --nproc_per_node 4 train.py --n_layer 6                 # the whole model in every process (DDP)
-    torchrun --nproc_per_node 4 train.py --n_layer 6 --fsdp          # a fourth of every matrix in each (FSDP2)
+    torchrun --nproc_per_node 4 train.py --n_layer 6 --fsdp          # a fourth of what is trained in each (FSDP2)
     torchrun --nproc_per_node 4 eval_ppl.py ckpt.pt
 
-All run the same program on the same numbers, and differ in two things alone: in the rows, windows or groupings that
-they compute, and in that the first prints and writes files. A step is divided, not multiplied: its rows are those of
-one process, so a run does the same whatever their number, and may be resumed by another number.
+All run the same program in the same folder, and differ in two things alone: in the rows, windows or groupings that they
+compute, and in that the first prints and writes files. A step is divided, not multiplied: its rows are those of one
+process, so a run does the same whatever their number, but for rounding and dropout, and may be resumed by another.
 
 DDP (arXiv 2006.15704) adds up the gradients while the backward still runs. FSDP2 (arXiv 2304.11277, then torch's
 `fully_shard`) collects the matrices of a block just before it computes, forgets them after, and leaves to each process
@@ -16,8 +16,9 @@ the gradients and the optimizer's state of its own share.
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -45,19 +46,17 @@ def rank() -> int:
 
 @contextmanager
 def processes() -> Iterator[None]:
-    """Be one of those that torchrun started, if it did; all but the first are silent. A decorator of `main`. Raises
-    UserError without a GPU for each."""
+    """Be one of those that torchrun started, if it did; all but the first are silent. A decorator of `main`."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield
         return
-    gpus, local = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
-    if 0 < gpus <= local:
-        raise UserError(f"{os.environ['LOCAL_WORLD_SIZE']} processes and {gpus} GPUs: give --nproc_per_node {gpus}")
+    gpus = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])  # else see pick_device
     if gpus:
-        torch.cuda.set_device(local)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # the others wait while the first downloads and prepares data
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(hours=2))
     if rank():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = open(os.devnull, "w", errors="replace")  # noqa: SIM115
     yield
     dist.destroy_process_group()  # not after an error: it might wait for the others
 
@@ -74,14 +73,24 @@ def total(*numbers: float) -> list[float]:
     return add_up(torch.tensor(numbers, dtype=torch.float64)).tolist()
 
 
+def wait_for_all() -> None:
+    total(0)
+
+
 @contextmanager
 def first_alone() -> Iterator[None]:
     """The first process goes through the block while the others wait; then they do."""
     if rank():
-        total()
+        wait_for_all()
     yield
     if not rank():
-        total()
+        wait_for_all()
+
+
+def note(text: str) -> None:
+    """One line on stderr, from the first process."""
+    if rank() == 0:
+        print(f"note: {text}", file=sys.stderr)
 
 
 def in_turn(count: int) -> Iterator[tuple[int, bool]]:
@@ -108,16 +117,18 @@ def share(batch: Batch) -> Batch:
 # ---- one model in several processes ----
 
 
-def divided(model: nn.Module, fsdp: bool, dtype: torch.dtype) -> nn.Module:
-    """What to call instead of `model` so that gradients become the mean over the processes; `model` keeps its names.
+def divided(model: nn.Module, fsdp: bool, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """What to call instead of `model` so that gradients become the mean over the processes. The names in the state dict
+    of `model` stay.
 
-    With `fsdp` the blocks' weights are collected in `dtype`, which halves what is sent if it is bfloat16; embeddings,
-    output and gradients stay as they are. Raises UserError for float16.
+    With `fsdp` a model on the CPU is moved to `device` share by share; its blocks' weights are collected in `dtype`,
+    which halves what is sent if it is bfloat16, and rounds norms and adapters, too; embeddings, output and gradients
+    stay as they are. Raises UserError for float16.
     """
     if fsdp and dtype == torch.float16:
         raise UserError("--fsdp has no gradient scaler: give --dtype bfloat16 or float32, or drop --fsdp")
     if fsdp:
-        mesh = init_device_mesh(next(model.parameters()).device.type, (world(),))
+        mesh = init_device_mesh(device.type, (world(),))
         half = dtype if dtype == torch.bfloat16 else None
         policy = MixedPrecisionPolicy(half, reduce_dtype=half and torch.float32, cast_forward_inputs=False)
         for layer in model.layers:
@@ -127,8 +138,9 @@ def divided(model: nn.Module, fsdp: bool, dtype: torch.dtype) -> nn.Module:
     return DistributedDataParallel(model, forward_sync_buffers=False) if world() > 1 else model
 
 
-def synchronize(model: nn.Module, now: bool) -> None:
-    """Whether the next backward sends its gradients: not before the last micro-batch of a step."""
+def send_gradients(model: nn.Module, now: bool) -> None:
+    """Whether the next backward sends its gradients: not before the last micro-batch of a step. Until then those of a
+    shared model stand whole in each process."""
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = now
     elif isinstance(model, FSDPModule):
@@ -147,14 +159,17 @@ def whole(state, seen: dict | None = None):
     if isinstance(state, dict):
         return {key: whole(value, seen) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
-        return [whole(value, seen) for value in state]
+        return type(state)(whole(value, seen) for value in state)
     return state.detach() if isinstance(state, torch.Tensor) else state
 
 
-def shard_state(optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Keep of what `load_state_dict` gave to the optimizers of a sharded model only this process's share."""
-    for optimizer in optimizers:
-        for p, state in optimizer.state.items():
-            for name, x in state.items() if isinstance(p, DTensor) else ():
-                if isinstance(x, torch.Tensor) and x.shape == p.shape:
-                    state[name] = distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)
+def shared(moments: dict, params: list[nn.Parameter]) -> dict:
+    """An optimizer's saved moments {number of a parameter: {name: tensor}}, of which this process keeps its share where
+    the parameters are shared."""
+
+    def part(x: torch.Tensor, p: nn.Parameter) -> torch.Tensor:
+        if not isinstance(p, DTensor) or x.shape != p.shape:
+            return x
+        return distribute_tensor(x.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+
+    return {i: {name: part(x, params[i]) for name, x in of_one.items()} for i, of_one in moments.items()}

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import replacing
 from dataset import Examples, Text
 from device import autocast, peak_memory_bytes
 from eval_ppl import bits_per_byte, mean_nll, perplexity, window_nll
 from eval_text import answer_nll
+from files import replacing
 from lora import LoRAConfig
 from model import Llama
-from parallel import rank
+from parallel import rank, world
 from sample import readable
 from settings import TrainConfig
 from tokenizer import Tokenizer
@@ -72,6 +72,8 @@ def describe(model: Llama, config: TrainConfig, lora: LoRAConfig, data: Text | E
         total = f"{steps} = {batch['epochs']} epochs of {config.dataset}'s {len(data.spans):,}, loss on answers alone"
         print(f"note: {data.note}") if data.note else None
     print(f"batch: {arithmetic} a step; {total}")
+    if config.batch_size < world():
+        print(f"note: {world()} processes divide micro-batches of {config.batch_size}, so some have nothing to do")
     if config.teacher:
         print(f"loss: {config.distil_weight:g} x KL divergence from {config.teacher}, the rest cross-entropy")
     if config.warmup_steps >= config.max_steps:

@@ -18,7 +18,6 @@ the same --log, begins with what is known.
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,15 +26,16 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from checkpoint import picture, replacing, writable
+from checkpoint import picture
 from config import UserError, exit_cleanly, parse
 from eval_ppl import perplexity, split_tokens
 from evaluations import MOST_CONTEXT, Evaluations, Judge, grouped
+from files import replacing, writable
 from gqa import Partitioner, calibration_blocks, open_model, predictions
 from merging import Costs, Maps, merged_config, statistics
 from model import Llama
 from objective import Objective
-from parallel import gathered, processes, rank, world
+from parallel import gathered, note, processes, rank, world
 from partition import knapsack
 from tokenizer import read_tokenizer
 
@@ -267,7 +267,8 @@ def judged(search: Search, judge: Judge) -> tuple[dict, list[dict]]:
         loss, divergence = judge(grouped(e.original, *maps, e.found, e.blocks, e.how))
         record = {"name": name, "loss": loss, "kl": divergence, **e.sizes(*maps)}
         mine[key] = {**record, "k_groups": maps[0], "v_groups": maps[1]}
-    judged = gathered(mine)
+    found = gathered(mine)
+    judged = {key: found[key] for key in distinct}
     return min(judged.values(), key=search.value), sorted(judged.values(), key=search.value)
 
 
@@ -345,7 +346,7 @@ def main() -> None:
             getattr(search, config.method)()
         best, rows = judged(search, judge)
     except KeyboardInterrupt:
-        print(f"\nstopped: {config.log} keeps the evaluations; the same command goes on from there", file=sys.stderr)
+        note(f"stopped; {config.log} keeps the evaluations, and the same command goes on from there")
         raise
     original = judge(search.evaluate.original)[0]
     heads, lines = head_report(search)

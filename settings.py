@@ -7,11 +7,10 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from checkpoint import build_model, is_a, load, lora_config, model_config
+from checkpoint import build_model, checked, is_a, load, lora_config, model_config
 from config import UserError, pick
 from dataset import prepared
 from device import check_compiler, compiles_by_itself
-from download import sha256_of
 from lora import LoRAConfig
 from model import Llama, ModelConfig
 from tokenizer import Tokenizer
@@ -95,13 +94,16 @@ def settle(flags: dict) -> tuple[ModelConfig, LoRAConfig, TrainConfig, dict | No
         if not path.exists():
             raise UserError(f"no run in {out_dir.resolve()} to resume: drop --resume, or give another --out_dir")
         checkpoint = load(path)
-        if not set(POSITION) | {"train", "data", "optimizers", "scaler"} <= set(checkpoint):
+        kinds = dict.fromkeys(("step", "tokens"), int) | {"seconds": float, "train": dict, "data": dict}
+        kinds |= {"optimizers": list, "scaler": dict}
+        if not all(type(checkpoint.get(name)) is kind for name, kind in kinds.items()):
             raise UserError(f"{path} has no training state to resume: start a new run with --init_from {path}")
+        checkpoint["train"].setdefault("momentum", 0.95)  # of runs from before it could be chosen
         lora = lora_config(checkpoint)
         saved = {**checkpoint["config"], **asdict(lora), **checkpoint["train"]}
         refuse_changes(flags, saved, set(shape) - {"attention", "pretraining_tp"} | set(adapter) | RUN_FIXED)
         c = model_config(checkpoint, **shape)
-        config = TrainConfig(**{**pick(TrainConfig, checkpoint["train"]), **pick(TrainConfig, flags)})
+        config = checked(TrainConfig, {**pick(TrainConfig, checkpoint["train"]), **pick(TrainConfig, flags)})
         if config.max_steps < checkpoint["step"]:
             raise UserError(f"the run is at step {checkpoint['step']} already: give --max_steps that or more")
     elif path.exists() and not config.overwrite:
@@ -110,9 +112,7 @@ def settle(flags: dict) -> tuple[ModelConfig, LoRAConfig, TrainConfig, dict | No
     elif lora.lora_r and not checkpoint:
         raise UserError(f"--lora_r {lora.lora_r} adapts a trained model: give --init_from ckpt.pt")
     if config.fsdp and not dist.is_initialized():
-        raise UserError(
-            "--fsdp shares a model among processes: start some, torchrun --nproc_per_node 2 train.py --fsdp"
-        )
+        raise UserError("--fsdp shares a model among processes: give --no-fsdp, or start some with torchrun")
     config.out_dir = str(out_dir)
     return c, lora, config, checkpoint
 
@@ -187,12 +187,8 @@ def training_data(config: TrainConfig, flags: dict, checkpoint: dict | None) -> 
         what = "--from FILE" if meta.get("kind") == "instructions" else "--text FILE"
         remedy = f"python data/prepare.py NAME {what} --tokenizer {source}, and give --dataset NAME"
         raise UserError(f"{folder} has another tokenizer than the checkpoint: {remedy}")
-    if config.resume:
-        trained, now = checkpoint["data"]["splits"]["train"], meta["splits"]["train"]
-        if trained != now or sha256_of(folder / "train.bin") != now["sha256"]:  # a record may outlive its file
-            raise UserError(
-                f"{folder}/train.bin is not the data of the run: restore it, or start anew with --overwrite"
-            )
+    if config.resume and checkpoint["data"]["splits"]["train"] != meta["splits"]["train"]:
+        raise UserError(f"{folder}/train.bin is not the data of the run: restore it, or start anew with --overwrite")
     return folder, meta, tokenizer
 
 

@@ -12,6 +12,7 @@ alone, so a resumed run sees what an uninterrupted one would have seen, and ends
 """
 
 import math
+import os
 import signal
 import sys
 import time
@@ -26,18 +27,34 @@ import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from checkpoint import build_model, held, save
+from checkpoint import build_model, load, save
 from config import UserError, exit_cleanly, parse
 from cross_entropy import IGNORE, widen
 from dataset import Batch, Examples, Text, open_data
 from device import autocast, peak_memory_bytes, pick_device, pick_dtype
 from eval_ppl import perplexity
+from files import held
 from lora import LoRAConfig, adapt
 from model import Llama, ModelConfig
-from parallel import divided, first_alone, processes, rank, shard_state, share, synchronize, total, whole, world
+from parallel import (
+    divided,
+    first_alone,
+    processes,
+    rank,
+    send_gradients,
+    share,
+    shared,
+    total,
+    wait_for_all,
+    whole,
+    world,
+)  # fmt: skip
 from progress import Log, describe, report, validate
 from settings import POSITION, TrainConfig, check_sizes, compiling_pays, open_teacher, settle, training_data
 from tokenizer import Tokenizer
+
+# what each optimizer keeps of the past
+MOMENTS = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.Muon: {"momentum_buffer"}}
 
 # ---- one step ----
 
@@ -104,7 +121,7 @@ def forward_backward(
     device = next(model.parameters()).device
     count, summed = targets(batches), torch.zeros((), device=device)
     for i, batch in enumerate(batches):
-        synchronize(model, now=i == len(batches) - 1)
+        send_gradients(model, now=i == len(batches) - 1)
         with autocast(device, dtype):
             x, y = (part.to(device) for part in share(batch))
             loss = (distilled(model, teacher, x, y, distil_weight) if teacher else model(x, y)) / count
@@ -139,12 +156,16 @@ def update(model, optimizers, scaler, config: TrainConfig, lr: float) -> float:
 
 @contextmanager
 def signals_caught() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM are put on a list, for the loop to save and leave; a second one ends the process at once."""
-    caught: list[int] = []
+    """Ctrl-C and SIGTERM are put on a list, for the loop to save and leave; one more than a second later ends the
+    process at once (a batch system may send the first twice)."""
+    caught, first = [], 0.0
 
     def catch(number, frame):
+        nonlocal first
+        first = first or time.monotonic()
+        if time.monotonic() > first + 1:
+            os._exit(128 + number)
         caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
 
     before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -155,13 +176,33 @@ def signals_caught() -> Iterator[list[int]]:
 
 
 def restore(checkpoint: dict, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler) -> dict:
-    """Give the optimizers and the scaler their state back; return the position in the run."""
-    for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-        optimizer.load_state_dict(state)
-    shard_state(optimizers)
-    if scaler.is_enabled() and checkpoint["scaler"]:  # the run may have had another --dtype until now
-        scaler.load_state_dict(checkpoint["scaler"])
-    return {key: checkpoint[key] for key in POSITION}
+    """Give the optimizers and the scaler their state back; return the position in the run. Learning rates and the like
+    are those of the flags. Raises UserError for moments of other parameters."""
+    saved, known = checkpoint["optimizers"], {key: checkpoint[key] for key in POSITION}
+    sound = len(saved) == len(optimizers) and all(0 <= x < math.inf for x in known.values())
+    for optimizer, state in zip(optimizers, saved) if sound else ():
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        moments = state.get("state") if isinstance(state, dict) else None
+        if not (sound := is_moments(moments, params, MOMENTS[type(optimizer)])):
+            break
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": shared(moments, params), "param_groups": groups})
+    if scaler.is_enabled() and (scale := checkpoint["scaler"]):  # the run may have had another --dtype until now
+        sound = sound and {k: type(x) for k, x in scale.items()} == {k: type(x) for k, x in scaler.state_dict().items()}
+        scaler.load_state_dict(scale) if sound else None
+    if not sound:
+        raise UserError("the checkpoint's training state is damaged: start a new run from it with --init_from")
+    return known
+
+
+def is_moments(moments: object, params: list[nn.Parameter], names: set[str]) -> bool:
+    """Whether it has none, or for each parameter those names, tensors of its shape, or a number."""
+    if not isinstance(moments, dict) or len(moments) not in (0, len(params)):
+        return False
+    if not all(i in moments and isinstance(moments[i], dict) and set(moments[i]) == names for i in range(len(moments))):
+        return False
+    named = [(x, () if name == "step" else params[i].shape) for i in moments for name, x in moments[i].items()]
+    return all(isinstance(x, torch.Tensor) and x.is_floating_point() and x.shape == shape for x, shape in named)
 
 
 def starting_model(c: ModelConfig, lora: LoRAConfig, checkpoint: dict | None, device: torch.device) -> Llama:
@@ -216,7 +257,7 @@ def set_up(flags: dict) -> Run:
     data, val_data = open_data(folder, meta, "train", c.block_size), open_data(folder, meta, "val", c.block_size)
 
     torch.manual_seed(config.seed)
-    model = starting_model(c, lora, checkpoint, device)
+    model = starting_model(c, lora, checkpoint, torch.device("cpu") if config.fsdp else device)
     teacher = open_teacher(config, c, tokenizer, device)
     model.checkpoint_activations = config.checkpoint_activations
     tokens = config.max_steps * config.batch_size * config.grad_accum * c.block_size * isinstance(data, Text)
@@ -224,7 +265,7 @@ def set_up(flags: dict) -> Run:
     if config.compile:
         for layer in model.layers:  # those of the same head groups share what the first compiles
             layer.compile()
-    learner = divided(model, config.fsdp, dtype)
+    learner = divided(model, config.fsdp, dtype, device)
     optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     position = restore(checkpoint, optimizers, scaler) if config.resume else dict.fromkeys(POSITION, 0)
@@ -243,6 +284,7 @@ def save_checkpoint(run: Run) -> None:
     state |= {"tokenizer": run.tokenizer.data, "data": run.meta, "scaler": run.scaler.state_dict()}
     if rank() == 0:
         save(run.path, state)
+    wait_for_all()  # one that left before would have torchrun end the first while it writes
     run.kept = run.position["step"]
 
 
@@ -283,8 +325,12 @@ def train_step(run: Run, batches: list[Batch], step: int) -> dict:
 
 
 def start(run: Run) -> Log:
-    """Write the first checkpoint of a new run, open the log, say what begins."""
+    """Write the first checkpoint of a new run, open the log, say what begins. Raises UserError if another run has been
+    in the folder since this one looked."""
     config, kept = run.config, run.kept
+    there = load(run.path).get("step") if rank() == 0 and run.path.exists() else None
+    if rank() == 0 and not config.overwrite and there != (kept if config.resume else None):
+        raise UserError(f"another run has just written {run.path}: give --resume to continue it")
     if not config.resume:
         save_checkpoint(run)  # a run that is killed early can be resumed too
     log = Log(run.path.with_name("log.jsonl"), kept if config.resume else None)
@@ -293,7 +339,8 @@ def start(run: Run) -> Log:
     how = str(run.dtype).removeprefix("torch.") + (", compiled" if config.compile else "")
     how += f", {world()} processes" + (" that share the weights" if config.fsdp else "") if world() > 1 else ""
     print(f"on {run.device}, {how} -> {run.path.parent}{since}", flush=True)
-    if 0 < kept < config.max_steps and kept % config.eval_every == 0 and kept not in log.evaluated:
+    missing = 0 < kept < config.max_steps and kept % config.eval_every == 0 and kept not in log.evaluated
+    if any(total(missing and rank() == 0)):
         evaluate(run, log)  # the run was killed after it saved and before it evaluated
     return log
 
@@ -336,7 +383,8 @@ def main() -> None:
         log = start(run)
         if number := train(run, log):
             stopped = f"{signal.Signals(number).name}: saved step {run.kept}"
-            print(f"{stopped}; continue with: python train.py --resume --out_dir {run.path.parent}", flush=True)
+            how = f"torchrun --nproc_per_node {world()}" if world() > 1 else "python"
+            print(f"{stopped}; continue with: {how} train.py --resume --out_dir {run.path.parent}", flush=True)
             sys.exit(128 + number)
         dtype = run.dtype if run.config.fsdp else torch.float32  # a shared model's weights are collected in run.dtype
         log.write({"step": run.kept, **report(run.model, run.tokenizer, run.val_data, dtype, run.position, run.path)})

@@ -35,7 +35,8 @@ DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))  # run as a script, Python looks for modules beside this file only
 
 from config import POSITIONAL, UserError, exit_cleanly, parse
-from download import CHUNK, download, sha256_of
+from download import download
+from files import CHUNK, held, sha256_of
 from instruct import Record, prompt_text, read_files, write_examples
 from tokenizer import SETTINGS, Tokenizer, read_tokenizer
 from tokenizer_files import find_tokenizer
@@ -346,8 +347,17 @@ def prepare(config: PrepareConfig) -> Path:
     tokenizer, records = given_tokenizer(config), instructions(config)
     splits = records or corpus(config)
     partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    with held(partial):
+        for left in partial.iterdir():  # by one that was killed
+            left.unlink()
+        write_folder(config, tokenizer, splits, bool(records), partial, folder)
+    return folder
+
+
+def write_folder(
+    config: PrepareConfig, tokenizer: Tokenizer | None, splits: dict, records: bool, partial: Path, folder: Path
+) -> None:
+    """Fill the folder `partial`, then let it take the place of `folder`."""
     try:
         tokenizer = tokenizer or learn_tokenizer(splits["train"], config.vocab_size or 4096)
         (partial / "tokenizer.model").write_bytes(tokenizer.data)
@@ -356,6 +366,9 @@ def prepare(config: PrepareConfig) -> Path:
             path = partial / f"{name}.bin"
             write = write_examples if records else write_split
             counts[name] = {**write(splits[name], tokenizer, path, seen, dtype), "sha256": sha256_of(path)}
+            if records:
+                of = {f"{kind}_sha256": sha256_of(path.with_suffix(f".{kind}")) for kind in ("mask", "jsonl")}
+                counts[name] |= of
         meta = {
             "name": config.name,
             "kind": "instructions" if records else "text",
@@ -368,13 +381,13 @@ def prepare(config: PrepareConfig) -> Path:
             "python": sys.version.split()[0],
         }
         (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+        (folder / "meta.json").unlink(missing_ok=True)  # first: what is left of a folder without it is not taken
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     except OSError as error:
-        raise UserError(f"cannot write {folder}: {error}; nothing was changed") from None
+        raise UserError(f"cannot write {folder}: {error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return folder
 
 
 def source_of(name: str) -> str:

@@ -4,6 +4,7 @@ torchrun --nproc_per_node 2 tests/divided_steps.py OUT.pt
 """
 
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -13,7 +14,7 @@ import torch
 from cross_entropy import IGNORE
 from lora import LoRAConfig, adapt
 from model import Llama, ModelConfig
-from parallel import divided, processes, rank, whole, world
+from parallel import divided, first_alone, processes, rank, whole, world
 from settings import TrainConfig
 from train import forward_backward, learning_rate, make_optimizers, update
 
@@ -45,7 +46,7 @@ def steps(r: int, optimizer: str, dtype: torch.dtype, recompute: bool, fsdp: boo
             p.data.normal_(std=0.02)  # at 0 the first step would leave lora_A alone
     model.checkpoint_activations = recompute
     config = TrainConfig(optimizer=optimizer, lr=0.01, max_steps=20, warmup_steps=5)
-    learner = divided(model, fsdp, dtype)
+    learner = divided(model, fsdp, dtype, torch.device("cpu"))
     optimizers, losses = make_optimizers(model, config), []
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     for step in range(config.max_steps):
@@ -57,6 +58,11 @@ def steps(r: int, optimizer: str, dtype: torch.dtype, recompute: bool, fsdp: boo
 @processes()
 def main() -> None:
     torch.set_num_threads(1)
+    mark = Path(sys.argv[1] + ".mark")
+    with first_alone():
+        time.sleep(0 if rank() else 0.5)
+        assert rank() == 0 or mark.exists(), "the others did not wait for the first"
+        mark.touch()
     few = VARIANTS if world() <= 2 else VARIANTS[:2]  # Muon on four shares of such small matrices takes its time
     found = [[steps(*variant, fsdp) for variant in few] for fsdp in ((False, True) if world() > 1 else (False,))]
     if rank() == 0:

@@ -8,17 +8,20 @@ import pytest
 import torch
 from conftest import ONE_THREAD, ROOT, command, quick, refused, sharp_model, small_run
 
-from checkpoint import held, load
+from checkpoint import load
 from config import UserError
+from files import held
 from parallel import divided
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 
 
-def together(count: int, script: str, *args, **how) -> subprocess.CompletedProcess:
-    """Run one of the project's programs in `count` processes."""
+def together(count: int, script: str, *args, gpus: str = "") -> subprocess.CompletedProcess:
+    """Run one of the project's programs in `count` processes, without GPUs unless some are named."""
     line = [*TORCHRUN, str(count), str(ROOT / script), *map(str, args)]
-    return subprocess.run(line, capture_output=True, text=True, timeout=240, env=ONE_THREAD, **{"cwd": ROOT, **how})
+    return subprocess.run(
+        line, capture_output=True, text=True, timeout=240, env={**ONE_THREAD, "CUDA_VISIBLE_DEVICES": gpus}, cwd=ROOT
+    )
 
 
 def largest_difference(a: dict, b: dict) -> float:
@@ -43,7 +46,7 @@ def test_steps_equal_those_of_one_process(alone, tmp_path, count):
     for fsdp, variants in enumerate(torch.load(tmp_path / "steps.pt")):
         for one, many in zip(alone, variants):
             double = one["tok_embeddings.weight"].dtype == torch.float64
-            # Muon rounds to bfloat16, so that rounding before it can come out as 2^-9 of an update of 0.01 a step
+            # Muon computes in bfloat16 and magnifies what is small in a gradient, rounding too: seen are 4e-3
             worst, tolerance = largest_difference(one, many), 1e-10 if double else 0.01
             assert worst < tolerance, f"{count} processes, fsdp {fsdp}: weights differ by {worst:.1e}"
             assert one["losses"][-1] < one["losses"][0] - 0.01, "nothing was learned"
@@ -113,16 +116,19 @@ def test_a_failure_of_one_process_ends_all_with_its_message(tiny_data, tmp_path)
 
 
 def test_what_cannot_be_shared_is_refused(tiny_data, tmp_path):
-    refused(quick("train.py", *small_run(tiny_data, tmp_path), "--fsdp"), "torchrun --nproc_per_node 2")
+    refused(quick("train.py", *small_run(tiny_data, tmp_path), "--fsdp"), "--no-fsdp", "torchrun")
     with pytest.raises(UserError, match="--dtype bfloat16"):
-        divided(sharp_model(), True, torch.float16)
+        divided(sharp_model(), True, torch.float16, torch.device("cpu"))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("how", [[], ["--fsdp"]])
 def test_two_gpus_train_as_one_process_does(tiny_data, tmp_path, how):
     losses = []
-    for name, run in (("one", lambda *line: command(*line)), ("two", lambda *line: together(2, *line, *how))):
+    for name, run in (
+        ("one", lambda *line: command(*line)),
+        ("two", lambda *line: together(2, *line, *how, gpus="0,1")),
+    ):
         flags = [*small_run(tiny_data, tmp_path / name), "--dtype", "float32", "--max_steps", 8]
         done = run("train.py", *flags)
         assert done.returncode == 0, done.stderr

@@ -76,16 +76,29 @@ def test_decay_is_on_matrices_only_and_every_parameter_is_stepped_once(optimizer
     assert all(group["weight_decay"] == (0.3 if p.dim() == 2 else 0) for group in groups for p in group["params"])
 
 
+HERE = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+DEVICES = [
+    pytest.param(name, marks=pytest.mark.skipif(not here, reason=f"needs {name}")) for name, here in HERE.items()
+]
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_overfits_one_batch(optimizer):
-    model, config = Llama(ModelConfig(**TINY, novel=True)), TrainConfig(optimizer=optimizer, weight_decay=0.0)
-    optimizers = make_optimizers(model, config)
-    x = torch.randint(64, (4, 33), generator=torch.Generator().manual_seed(0))
-    batches = [(x[:, :-1], x[:, 1:])]
-    for _ in range(150):
-        loss = forward_backward(model, batches, torch.float32, NO_SCALER)
-        update(model, optimizers, NO_SCALER, config, 0.01)
-    assert loss < 0.01, f"loss is still {loss:.3f}"
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("where", DEVICES)
+def test_overfits_one_batch_and_again_with_the_same_bits(where, dtype, optimizer):
+    x, runs = torch.randint(64, (4, 33), generator=torch.Generator().manual_seed(0)), []
+    for _ in range(2 if where == "cpu" else 1):
+        torch.manual_seed(0)
+        model = Llama(ModelConfig(**TINY, novel=True)).to(where).train()
+        config = TrainConfig(optimizer=optimizer, weight_decay=0.0)
+        optimizers, scaler = make_optimizers(model, config), torch.amp.GradScaler(where, enabled=dtype == torch.float16)
+        losses = []
+        for _ in range(150):
+            losses.append(forward_backward(model, [(x[:, :-1], x[:, 1:])], dtype, scaler))
+            update(model, optimizers, scaler, config, 0.01)
+        assert losses[-1] < 0.01, f"loss is still {losses[-1]:.3f}"
+        runs.append(losses)
+    assert runs[0] == runs[-1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
