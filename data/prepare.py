@@ -384,10 +384,11 @@ def write_folder(
         (folder / "meta.json").unlink(missing_ok=True)  # first: what is left of a folder without it is not taken
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error}") from None
-    finally:
+    except BaseException as error:  # Ctrl-C, too
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write {folder}: {error}") from None
+        raise
 
 
 def source_of(name: str) -> str:
