@@ -277,11 +277,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         found = trials(Path(root), config.inputs, config.seed, config.keep)
     columns = ("refused", "accepted, same", "accepted, other", "traceback", "hang", "memory")
-    print(f"{'':26}" + "".join(f"{column:>17}" for column in columns) + "   most memory")
+    print(f"{'':30}" + "".join(f"{column:>17}" for column in columns) + "   most memory")
     for name, reader in found.items():
-        print(f"{name:26}" + "".join(f"{reader.counts[c]:>17}" for c in columns) + f"{reader.most / 2**20:>10.1f} MiB")
+        print(f"{name:30}" + "".join(f"{reader.counts[c]:>17}" for c in columns) + f"{reader.most / 2**20:>10.1f} MiB")
     total = sum((reader.counts for reader in found.values()), Counter())
-    print(f"{'all':26}" + "".join(f"{total[c]:>17}" for c in columns))
+    print(f"{'all':30}" + "".join(f"{total[c]:>17}" for c in columns))
     sys.exit(any(total[fault] for fault in columns[3:]))
 
 
