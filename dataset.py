@@ -39,6 +39,7 @@ def read_meta(dataset: str) -> tuple[Path, dict]:
         assert meta["dtype"] in ("uint16", "uint32")
         counts = [meta["splits"][split]["tokens"] for split in ("train", "val", "test")]
         assert all(type(count) is int and count > 0 for count in counts)
+        assert all(isinstance(meta["splits"][split]["sha256"], str) for split in ("train", "val", "test"))
         assert hashlib.sha256((folder / "tokenizer.model").read_bytes()).hexdigest() == meta["tokenizer_sha256"]
     except (ValueError, TypeError, KeyError, AssertionError, RecursionError, FileNotFoundError):
         raise UserError(
@@ -65,13 +66,13 @@ def open_split(folder: Path, meta: dict, split: str) -> np.ndarray:
     size = path.stat().st_size if path.exists() else 0
     if size != count * dtype.itemsize:
         raise UserError(f"{path} has {size:,} bytes, not those of {count:,} tokens: prepare the data with --overwrite")
-    check_unchanged(path, meta["splits"][split].get("sha256"))
+    check_unchanged(path, meta["splits"][split]["sha256"])
     return np.memmap(path, dtype=dtype, mode="r")
 
 
 def check_unchanged(path: Path, sha256: str | None) -> None:
-    """Raise UserError if a file has other bytes than its record says."""
-    if not path.exists() or sha256_of(path) != sha256:
+    """Raise UserError if a file has other bytes than its record says; older records do not say it of all."""
+    if not path.exists() or (sha256 is not None and sha256_of(path) != sha256):
         raise UserError(f"{path} is missing, or has changed since it was prepared: prepare the data with --overwrite")
 
 

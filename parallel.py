@@ -1,7 +1,7 @@
 """Several processes at one task, each on a GPU or on a share of a CPU: what `torchrun` starts, on one machine or many.
 
     torchrun --nproc_per_node 4 train.py --n_layer 6                 # the whole model in every process (DDP)
-    torchrun --nproc_per_node 4 train.py --n_layer 6 --fsdp          # a fourth of what is trained in each (FSDP2)
+    torchrun --nproc_per_node 4 train.py --n_layer 6 --fsdp          # a fourth of the weights in each (FSDP2)
     torchrun --nproc_per_node 4 eval_ppl.py ckpt.pt
 
 All run the same program in the same folder, and differ in two things alone: in the rows, windows or groupings that they
@@ -30,8 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from config import UserError
 from cross_entropy import IGNORE
-
-Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, (B, T) int64
+from dataset import Batch
 
 
 def world() -> int:

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from checkpoint import build_model, checked, is_a, load, lora_config, model_config
+from checkpoint import build_model, checked, is_a, load, lora_config, model_config, trained_on
 from config import UserError, pick
 from dataset import prepared
 from device import check_compiler, compiles_by_itself
@@ -94,9 +94,8 @@ def settle(flags: dict) -> tuple[ModelConfig, LoRAConfig, TrainConfig, dict | No
         if not path.exists():
             raise UserError(f"no run in {out_dir.resolve()} to resume: drop --resume, or give another --out_dir")
         checkpoint = load(path)
-        kinds = dict.fromkeys(("step", "tokens"), int) | {"seconds": float, "train": dict, "data": dict}
-        kinds |= {"optimizers": list, "scaler": dict}
-        if not all(type(checkpoint.get(name)) is kind for name, kind in kinds.items()):
+        kinds = {"step": int, "tokens": int, "seconds": float, "train": dict, "optimizers": list, "scaler": dict}
+        if not all(is_a(checkpoint.get(name), kind) for name, kind in kinds.items()):
             raise UserError(f"{path} has no training state to resume: start a new run with --init_from {path}")
         checkpoint["train"].setdefault("momentum", 0.95)  # of runs from before it could be chosen
         lora = lora_config(checkpoint)
@@ -187,7 +186,7 @@ def training_data(config: TrainConfig, flags: dict, checkpoint: dict | None) -> 
         what = "--from FILE" if meta.get("kind") == "instructions" else "--text FILE"
         remedy = f"python data/prepare.py NAME {what} --tokenizer {source}, and give --dataset NAME"
         raise UserError(f"{folder} has another tokenizer than the checkpoint: {remedy}")
-    if config.resume and checkpoint["data"]["splits"]["train"] != meta["splits"]["train"]:
+    if config.resume and trained_on(checkpoint, "train") != meta["splits"]["train"].get("sha256"):
         raise UserError(f"{folder}/train.bin is not the data of the run: restore it, or start anew with --overwrite")
     return folder, meta, tokenizer
 

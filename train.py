@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
@@ -328,9 +329,10 @@ def start(run: Run) -> Log:
     """Write the first checkpoint of a new run, open the log, say what begins. Raises UserError if another run has been
     in the folder since this one looked."""
     config, kept = run.config, run.kept
-    there = load(run.path).get("step") if rank() == 0 and run.path.exists() else None
-    if rank() == 0 and not config.overwrite and there != (kept if config.resume else None):
-        raise UserError(f"another run has just written {run.path}: give --resume to continue it")
+    if rank() == 0 and not config.overwrite:
+        there = load(run.path).get("step") if run.path.exists() else None
+        if there != (kept if config.resume else None):
+            raise UserError(f"another run has just written {run.path}: give --resume to continue it")
     if not config.resume:
         save_checkpoint(run)  # a run that is killed early can be resumed too
     log = Log(run.path.with_name("log.jsonl"), kept if config.resume else None)
@@ -383,7 +385,7 @@ def main() -> None:
         log = start(run)
         if number := train(run, log):
             stopped = f"{signal.Signals(number).name}: saved step {run.kept}"
-            how = f"torchrun --nproc_per_node {world()}" if world() > 1 else "python"
+            how = "torchrun, as before," if dist.is_initialized() else "python"
             print(f"{stopped}; continue with: {how} train.py --resume --out_dir {run.path.parent}", flush=True)
             sys.exit(128 + number)
         dtype = run.dtype if run.config.fsdp else torch.float32  # a shared model's weights are collected in run.dtype

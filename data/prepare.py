@@ -336,11 +336,15 @@ def write_split(pieces: list[Piece], tokenizer: Tokenizer, path: Path, seen: set
     return record
 
 
+def refuse_prepared(folder: Path, config: PrepareConfig) -> None:
+    if (folder / "meta.json").exists() and not config.overwrite:
+        raise UserError(f"{folder} is already prepared: use it, or give --overwrite")
+
+
 def prepare(config: PrepareConfig) -> Path:
     """Write the folder of a data set and return it. It appears whole or not at all."""
     folder = Path(config.out) if config.out else DATA / config.name
-    if (folder / "meta.json").exists() and not config.overwrite:
-        raise UserError(f"{folder} is already prepared: use it, or give --overwrite")
+    refuse_prepared(folder, config)
     ours = {"meta.json", "tokenizer.model", *(f"{name}.{kind}" for name in SPLITS for kind in ("bin", "mask", "jsonl"))}
     if folder.exists() and not {path.name for path in folder.iterdir()} <= ours:
         raise UserError(f"{folder} holds something else than a prepared data set: choose another name or --out")
@@ -348,6 +352,7 @@ def prepare(config: PrepareConfig) -> Path:
     splits = records or corpus(config)
     partial = folder.with_name(folder.name + ".partial")
     with held(partial):
+        refuse_prepared(folder, config)  # by another, while this one was reading
         for left in partial.iterdir():  # by one that was killed
             left.unlink()
         write_folder(config, tokenizer, splits, bool(records), partial, folder)

@@ -5,7 +5,7 @@
 Each input is a good file in which bytes were cut, flipped, doubled or added, or a value put in the place of another. A
 command reads it, inside this process. It must refuse it in one line (exit code 2), or accept it: the result is then
 that of the undamaged file, or else the damage made another valid file, such as another text. Anything else is a fault:
-a traceback, more than a minute, memory of more than three times the input. --keep FOLDER keeps what was at fault.
+a traceback, more than a minute, memory of more than three times the input and 24 MiB. --keep FOLDER keeps those.
 """
 
 import argparse

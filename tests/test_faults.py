@@ -84,6 +84,28 @@ def test_neither_locale_nor_hash_seed_nor_folder_change_a_run(tiny_data, tmp_pat
     assert found[0]["tokenizer"] == found[1]["tokenizer"]
 
 
+LIES = {  # each of these was once a traceback, or worse
+    "train.lr": "x", "train.seed": -1, "train": [], "data": [], "data.splits": None,
+    "step": -1, "tokens": None, "seconds": float("nan"),
+    "optimizers": [], "optimizers.0": 3, "optimizers.0.state": {0: 3}, "optimizers.0.state.0": {},
+    "optimizers.0.state.0.momentum_buffer": torch.zeros(3), "optimizers.1.state.0.step": torch.zeros(2, 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", LIES)
+def test_training_state_that_lies_is_refused(tiny_run, tmp_path, place):
+    checkpoint = load(tiny_run)
+    *path, last = (int(key) if key.isdigit() else key for key in place.split("."))
+    part = checkpoint
+    for key in path:
+        part = part[key]
+    part[last] = LIES[place]
+    save(tmp_path / "ckpt.pt", checkpoint)
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    refused(quick("train.py", "--resume", "--out_dir", tmp_path, "--max_steps", 31))
+    assert (tmp_path / "ckpt.pt").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_lost_folder_is_made_again(tmp_path):
     save(tmp_path / "run" / "ckpt.pt", {"a": 1})
     shutil.rmtree(tmp_path / "run")

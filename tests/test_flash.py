@@ -107,7 +107,7 @@ def test_kernel_errs_at_most_twice_as_much_as_pytorch(seed, monkeypatch):
         assert x.dtype == q.dtype and error <= 2 * allowed + luck, f"{name}: {error:.2e}, PyTorch's {allowed:.2e}"
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(9))
 def test_decoding_equals_float64_for_texts_of_several_lengths(seed):
     rng = random.Random(seed)
     torch.manual_seed(seed)

@@ -171,6 +171,18 @@ def test_resume_after_kill_equals_uninterrupted(tiny_data, tmp_path, dtype, opti
     assert_same_run(tmp_path / "straight", tmp_path / "killed")
 
 
+def test_a_run_killed_before_its_second_checkpoint_begins_again(tiny_data, tmp_path):
+    flags = [*small_run(tiny_data, tmp_path / "run"), "--eval_every", 1000, "--max_steps"]
+    process = start_command("train.py", *flags, 100_000)
+    log = tmp_path / "run" / "log.jsonl"
+    while process.poll() is None and not (log.exists() and '"step": 3,' in log.read_text()):
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    done = command("train.py", *flags, 2, "--resume")
+    assert done.returncode == 0 and load(tmp_path / "run" / "ckpt.pt")["step"] == 2, done.stderr
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_the_run_can_go_on(tiny_data, tmp_path, number, code):
     flags = [*small_run(tiny_data, tmp_path / "run"), "--eval_every", 1000]
