@@ -269,7 +269,7 @@ def training_position(checkpoint: dict) -> str:
 
 
 def show(path: str) -> None:
-    """Print what a checkpoint is; its weights are not read."""
+    """Print what a checkpoint is; of its weights only the checksums are looked at."""
     checkpoint = load(path)
     c, weights = model_config(checkpoint), checkpoint["model"]
     lora = lora_config(checkpoint)
