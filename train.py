@@ -7,8 +7,9 @@
     python train.py --init_from grouped.pt --teacher ckpt.pt --max_steps 40               # heal after gqa.py
     torchrun --nproc_per_node 2 train.py --n_layer 6 --novel          # the same run, divided among two processes
 
-A run leaves out/RUN/ckpt.pt and out/RUN/log.jsonl. The batch and the dropout of a step are functions of (seed, step)
-alone, so a resumed run sees what an uninterrupted one would have seen, and ends with the same bits on a CPU.
+A run leaves out/RUN/ckpt.pt and out/RUN/log.jsonl. The batch of a step is a function of (seed, step) alone, and the
+dropout of a process's part of it one of (seed, step, process), so a resumed run sees what an uninterrupted one would
+have seen, and ends with the same bits on a CPU.
 """
 
 import math
@@ -49,7 +50,7 @@ from parallel import (
     wait_for_all,
     whole,
     world,
-)  # fmt: skip
+)
 from progress import Log, describe, report, validate
 from settings import POSITION, TrainConfig, check_sizes, compiling_pays, open_teacher, settle, training_data
 from tokenizer import Tokenizer
@@ -375,6 +376,7 @@ def train(run: Run, log: Log) -> int | None:
                 evaluate(run, log)
         if run.position["step"] > run.kept:
             save_if_healthy(run, batches)
+        stop = stop or any(total(len(caught)))  # while the last was saved
     return (caught or [signal.SIGTERM])[0] if stop else None
 
 
