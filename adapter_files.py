@@ -125,8 +125,8 @@ def read_adapter(source: Path, base: dict) -> tuple[LoRAConfig, dict[str, torch.
 def check_order(c: ModelConfig) -> None:
     """Raise UserError for a model whose heads Hugging Face's format would lay out otherwise."""
     even = [[head * c.n_kv_head // c.n_head for head in range(c.n_head)]] * c.n_layer
-    if c.novel or c.k_groups != even or c.v_groups != even:
-        kind = "has the novel layer" if c.novel else "has uneven head groups"
+    if c.novel or c.gated or c.k_groups != even or c.v_groups != even:
+        kind = "has the novel layer" if c.novel else "has gates" if c.gated else "has uneven head groups"
         raise UserError(f"this model {kind}, PEFT's none: merge the adapter instead, or export it to a .pt")
 
 

@@ -7,6 +7,7 @@
     python bench.py kernel                                         # the Triton kernels by themselves; needs a GPU
     python bench.py train                                          # speed of training and evaluation, and its limits
     python bench.py generate --batch 16                            # speed of writing
+    python bench.py latency --ckpts a/ckpt.pt b/ckpt.pt --steps 20 # how long a text takes, checkpoints in turns
 
 `memory` trains a model of random weights for some steps, each row in a process of its own and with the same number of
 tokens a step: everything in float32; an adapter alone; the adapter with one saver more at a time; the base in 4 bits;
@@ -23,7 +24,8 @@ them, up to `steps` tokens before block_size, and then adds a token at a time to
 
 `train` takes some steps on random tokens, in the number format and compiled as train.py would for a long run, and says
 which part of a step takes how long, from the profiler, and how near the whole comes to the rate of its largest product.
-`generate` writes greedy texts with the KV cache and counts the tokens that they have together.
+`generate` writes greedy texts with the KV cache and counts the tokens that they have together. `latency` writes 64
+tokens `steps` times with each of some checkpoints.
 
 `attention` fine-tunes a checkpoint with train.py, each row from the same seed and in a process of its own, and then
 times 20 greedy texts of 100 tokens. It fails if another attention than the row's was computed even once.
@@ -45,7 +47,7 @@ import torch
 from tqdm import tqdm
 
 from bench_attention import alone, attention_table, kernel_table, print_attention, print_kernel
-from bench_speed import generate_speed, print_generate, print_train, train_speed
+from bench_speed import generate_speed, latencies, print_generate, print_latencies, print_train, train_speed
 from checkpoint import load, save
 from config import UserError, exit_cleanly, parse, pick
 from device import autocast, memory_bytes, peak_memory_bytes, pick_device, pick_dtype, reset_peak_memory
@@ -70,12 +72,13 @@ ROWS = {  # what is measured, and the savers that it has
 class BenchConfig:
     """benchmark"""
 
-    action: Literal["memory", "decode", "attention", "kernel", "train", "generate"]  # the table to print
-    batch: int = 1  # generate: texts that are written at a time
+    action: Literal["memory", "decode", "attention", "kernel", "train", "generate", "latency"]  # the table to print
+    batch: int = 1  # generate, latency: texts that are written at a time
     batch_size: int = 16  # sequences of a step, of block_size tokens each
     grad_accum: int = 4  # memory: micro-batches of a step, where a row accumulates
-    steps: int = 5  # steps, or decoded tokens, that are timed; one more comes before them; attention: 10 times as many
+    steps: int = 5  # steps, decoded tokens or texts that are timed, after one more; attention: 10 times as many steps
     init_from: str | None = None  # attention: the ckpt.pt to fine-tune
+    ckpts: list[str] | None = None  # latency: the checkpoints that take turns
     dataset: str | None = None  # attention: the data to fine-tune on (default: the checkpoint's own)
     optimizer: Literal["adamw", "muon"] = "adamw"  # train: as for train.py
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # train, generate: as for train.py
@@ -202,6 +205,7 @@ def main() -> None:
         "kernel": {"batch_size", "n_head", "head_dim"},
         "train": {"batch_size", "steps", "optimizer", "dtype", "compile", *model},
         "generate": {"batch", "steps", "dtype", "compile", *model},
+        "latency": {"ckpts", "batch", "steps"},
     }
     if surplus := sorted(set(flags) - used[config.action] - {"action", "device", "json"}):
         raise UserError(f"{config.action} does not use --{surplus[0]}: leave it out")
@@ -218,6 +222,9 @@ def main() -> None:
         found = (train_speed if training else generate_speed)(ModelConfig(**model), config)
         show = print_train if training else print_generate
         print(json.dumps(found)) if config.json else show(found)
+    elif config.action == "latency":
+        rows = latencies(config)
+        print(json.dumps({"bench": asdict(config), "rows": rows})) if config.json else print_latencies(rows)
     elif config.action == "attention":
         rows = attention_table(config, lora)
         found = {"lora": asdict(lora), "bench": asdict(config), "rows": rows}

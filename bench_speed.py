@@ -1,12 +1,16 @@
 """How fast a model of random weights trains, evaluates and writes here, and where a training step spends its time:
-`bench.py train` and `bench.py generate`."""
+`bench.py train` and `bench.py generate`; and how long checkpoints take to write: `bench.py latency`."""
 
 import statistics
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from tqdm import tqdm
 
+from checkpoint import build_model, load
+from config import UserError
 from dataset import Batch
 from device import autocast, check_compiler, compiles_by_itself, peak_memory_bytes, pick_device, pick_dtype
 from model import Llama, ModelConfig
@@ -135,3 +139,32 @@ def print_generate(found: dict) -> None:
     how = found["dtype"] + (", compiled" if found["compiled"] else "")
     print(f"{found['tok_s']:,.0f} tokens/s, {found['batch']} texts at a time, {how}")
     print(f"the first took {found['first_text_s']:.1f} s")
+
+
+def latencies(config) -> list[dict]:
+    """{ckpt, params, layers, median, p5, p95, tokens} of each checkpoint: milliseconds of a greedy text of 64 tokens,
+    or as many as all contexts have room for, in the checkpoint's number format. They take turns, since a machine has
+    its moods."""
+    if not config.ckpts:
+        raise UserError("latency is of trained models: give --ckpts a/ckpt.pt b/ckpt.pt ...")
+    device, seconds = pick_device(config.device), {path: [] for path in config.ckpts}
+    models = {path: build_model(load(path)).to(device).eval() for path in config.ckpts}
+    new = min(64, *(model.config.block_size - 1 for model in models.values()))
+    for turn in tqdm(range(config.steps + 1), desc="writing", disable=None, leave=False):
+        for path, model in models.items():
+            spent = timed(lambda model=model: model.generate([[1]] * config.batch, new))
+            seconds[path] += [spent] if turn else []  # the first sets things up
+    rows = []
+    for path, model in models.items():
+        p5, median, p95 = (1000 * np.percentile(seconds[path], (5, 50, 95))).tolist()
+        sizes = {"params": model.num_params(), "layers": model.config.n_layer}
+        rows.append({"ckpt": path, **sizes, "median": median, "p5": p5, "p95": p95, "tokens": new})
+    return rows
+
+
+def print_latencies(rows: list[dict]) -> None:
+    width = max(len(row["ckpt"]) for row in rows)
+    print(f"{'':{width}}{'layers':>8}{'parameters':>14}{'median':>12}{'p5':>12}{'p95':>12}")
+    for row in rows:
+        times = "".join(f"{row[key]:>9.1f} ms" for key in ("median", "p5", "p95"))
+        print(f"{row['ckpt']:{width}}{row['layers']:>8}{row['params']:>14,}{times}")

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from checkpoint import build, load, trained_on
 from config import UserError, exit_cleanly, parse
 from cross_entropy import widen
-from data.prepare import whole_file
+from data.corpora import whole_file
 from dataset import open_split, read_meta
 from device import autocast, pick_device, pick_dtype
 from model import Llama

@@ -175,8 +175,8 @@ def export(path: str, folder: Path) -> str:
     c, weights = model_config(checkpoint), dict(checkpoint["model"])
     if checkpoint.get("lora"):
         raise UserError(f"{path} has an adapter: merge it first, python lora.py merge {path} --out merged.pt")
-    if c.novel:
-        raise UserError("a --novel model has a layer that no other Llama has: it cannot be exported")
+    if c.novel or c.gated:
+        raise UserError("a --novel or --gated model has a layer that no other Llama has: it cannot be exported")
     if c.dim % c.n_head:
         raise UserError(f"dim {c.dim} is no multiple of n_head {c.n_head}, which transformers asks for")
     empty_model(c, weights, path)

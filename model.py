@@ -3,9 +3,10 @@
 Llama (arXiv 2302.13971) is a stack of pre-norm residual blocks, x + attention(norm(x)) then x + feed_forward(norm(x)),
 without biases. Modules carry Meta's names, so public Llama checkpoints load by name.
 
-Two things are not in the paper. Query heads read key and value *groups* of any size, given for K and for V by one list
+Some things are not in the paper. Query heads read key and value *groups* of any size, given for K and for V by one list
 a layer: multi-head, grouped-query, multi-query and uneven grouping are one path (`HeadGroups`). And `novel` gives every
-attention layer one small linear + SiLU, shared by its heads, on each head's output.
+attention layer one small linear + SiLU, shared by its heads, on each head's output; `gated` is another such layer, from
+the literature, to compare it with.
 
 Shapes are written with: B batch, T time (tokens), S cached time, C model width, H query heads, G key/value groups,
 D head width, V vocabulary.
@@ -53,6 +54,7 @@ class ModelConfig:
     norm_eps: float = 1e-5  # keeps RMSNorm from dividing by zero
     tie_embeddings: bool = True  # one matrix for the token embeddings and the output
     novel: bool = False  # the per-head layer: head_dim x head_dim linear + SiLU on each head's attention output
+    gated: bool = False  # a sigmoid of the layer's input, one number a head, multiplies each head's output
     dropout: float = 0.0  # on the embeddings and on both residual branches
     attention: Literal["auto", "naive", "blocks", "sdpa", "triton"] = "auto"  # see attention.py; auto is the fastest
     pretraining_tp: int = 1  # slices of each matrix, multiplied one by one, as on so many tensor-parallel ranks
@@ -181,6 +183,7 @@ class Attention(nn.Module):
         self.wv = Projection(config.dim, self.v_groups.n_group * config.head_dim)
         self.wo = Projection(heads, config.dim)
         self.novel = nn.Linear(config.head_dim, config.head_dim) if config.novel else None
+        self.gate = Projection(config.dim, config.n_head) if config.gated else None  # arXiv 2505.06708, head-wise
 
     def forward(self, x, cos, sin, mask: torch.Tensor | None = None, cache: KVCache | None = None) -> torch.Tensor:
         """x (B, T, C) -> (B, T, C). `mask`, broadcast to (B, H, T, S), is True where a query looks; None is causal."""
@@ -200,6 +203,8 @@ class Attention(nn.Module):
         y = attend(q, k, v, self.k_groups, self.v_groups, mask, self.backend)
         if self.novel is not None:
             y = F.silu(self.novel(y))
+        if self.gate is not None:
+            y = y * self.gate(x).transpose(1, 2)[..., None].sigmoid()  # (B, H, T, 1)
         return y.transpose(1, 2).flatten(2)
 
 

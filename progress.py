@@ -49,7 +49,7 @@ class Log:
 def describe(model: Llama, config: TrainConfig, lora: LoRAConfig, data: Text | Examples) -> dict:
     """Print what is about to be trained, and how much; return it for the log."""
     c, params = model.config, model.num_params()
-    heads = f"{c.n_head} heads of {c.head_dim}" + (", novel" if c.novel else "")
+    heads = f"{c.n_head} heads of {c.head_dim}" + ", novel" * c.novel + ", gated" * c.gated
     print(f"model: {params:,} parameters | {c.n_layer} layers | width {c.dim} | {heads}")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if lora.lora_r:

@@ -173,7 +173,9 @@ def default_out_dir(c: ModelConfig, lora: LoRAConfig, config: TrainConfig) -> Pa
     parts = [Path(config.dataset).name, f"{c.n_layer}x{c.dim}"] + [f"kv{c.n_kv_head}"] * (c.n_kv_head != c.n_head)
     tuned = [f"lora{lora.lora_r}"] * (lora.lora_r > 0) + [lora.quantize] * (lora.quantize != "none") or ["tuned"]
     tuned += ["healed"] * (config.teacher is not None)
-    return Path("out") / "-".join(parts + ["novel"] * c.novel + (tuned if config.init_from else []))
+    return Path("out") / "-".join(
+        parts + ["novel"] * c.novel + ["gated"] * c.gated + (tuned if config.init_from else [])
+    )
 
 
 def training_data(config: TrainConfig, flags: dict, checkpoint: dict | None) -> tuple[Path, dict, Tokenizer]:

@@ -13,10 +13,8 @@ import attention
 from attention import HeadGroups
 from bench_attention import kernel_rows, only
 from bench_speed import operations
-from config import UserError
 from device import memory_bytes, peak_memory_bytes, reset_peak_memory
 from model import Llama, ModelConfig
-from plot import curve
 
 SHAPE = ["--n_layer", 2, "--dim", 32, "--n_head", 4, "--vocab_size", 64, "--block_size", 16]
 
@@ -154,14 +152,10 @@ def test_operations_are_those_of_the_products():
     assert counter.get_total_flops() == 16 * (operations(c, model) + attention_twice)
 
 
-def test_a_curve_is_read_from_a_log_that_is_still_written(tmp_path):
-    lines = [
-        {"step": 0},
-        {"step": 1, "loss": 5.0, "seconds": 2.5},
-        {"step": 1, "val_loss": 4.5},
-        {"step": 2, "loss": 4.0},
-    ]
-    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 2, "val_lo')
-    assert curve(str(tmp_path), "seconds") == ([2.5], [4.5])
-    with pytest.raises(UserError, match="out/RUN"):
-        curve(str(tmp_path / "none"), "seconds")
+def test_latencies_are_of_each_checkpoint(tiny_run):
+    done = quick("bench.py", "latency", "--ckpts", tiny_run, "--steps", 3, "--json")
+    assert done.returncode == 0, done.stderr
+    [row] = json.loads(done.stdout)["rows"]
+    assert 0 < row["p5"] <= row["median"] <= row["p95"] and row["layers"] == 2
+    assert f"{row['params']:,}" in quick("bench.py", "latency", "--ckpts", tiny_run, "--steps", 1).stdout
+    refused(quick("bench.py", "latency"), "--ckpts")

@@ -1,5 +1,6 @@
 """Text in, tokens out: exact round trips, splits that do not leak, downloads that are whole or absent."""
 
+import ast
 import hashlib
 import http.server
 import json
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 
 import data.prepare as module
 from config import UserError
-from data.prepare import Piece, PrepareConfig, prepare, split, whole_file
+from data.corpora import Piece, docstrings, functions, split, whole_file
+from data.prepare import PrepareConfig, prepare
 from dataset import open_split, read_meta
 from download import download
 from eval_ppl import bits_per_byte
@@ -121,6 +123,52 @@ def test_standard_library_is_real_code_without_tests():
     assert not [name for name in names if "/test" in name or "site-packages" in name or "encodings/" in name]
 
 
+def test_functions_come_without_what_their_docstrings_say(tmp_path):
+    source = '''
+class A:
+    @property
+    def size(self):
+        """The size,
+        in bytes.
+
+        And more.
+        """
+        return 3
+
+    async def wait(self): "Wait."; return 4
+
+    def empty(self):
+        """Nothing to do."""
+
+def plain(x):
+    return x
+
+def outer():
+    """Outer one."""
+    def inner(y):
+        """Inner one."""
+        return y
+    return inner
+'''
+    (tmp_path / "a.py").write_text(source)
+    (tmp_path / "b.py").write_text("a template, not a program")
+    found = {record["output"]: record["input"] for record in functions(whole_file(tmp_path / "a.py"))}
+    assert set(found) == {"The size, in bytes.", "Outer one.", "Inner one."}
+    assert found["The size, in bytes."] == "def size(self):\n    return 3"
+    assert found["Inner one."] == "def inner(y):\n    return y"
+    for said, code in found.items():
+        assert ast.parse(code).body[0].name in ("size", "outer", "inner") and f'"{said}' not in code
+    assert not list(functions(whole_file(tmp_path / "b.py")))
+
+
+def test_no_function_of_val_or_test_stands_in_train():
+    """Also where several files hold the same."""
+    records = docstrings()
+    train = {record["input"] for record in records["train"]}
+    assert len(train) > 1000 and len(records["test"]) > 50
+    assert not any(record["input"] in train for name in ("val", "test") for record in records[name])
+
+
 def test_large_vocabularies_get_uint32(tmp_path, tiny_data):
     class Large(Tokenizer):
         def __init__(self, model):
@@ -137,7 +185,7 @@ def test_large_vocabularies_get_uint32(tmp_path, tiny_data):
 def test_separated_documents_are_found_across_chunks(tmp_path, monkeypatch):
     stories = [f"story {i} " + "é" * (i % 7) for i in range(50)]
     (tmp_path / "s.txt").write_text("\n<|endoftext|>\n".join(stories))
-    monkeypatch.setattr(module, "CHUNK", 13)
+    monkeypatch.setattr("data.corpora.CHUNK", 13)
     piece = whole_file(tmp_path / "s.txt", separator=b"<|endoftext|>")
     assert list(piece.documents()) == [story.strip() for story in stories]
 

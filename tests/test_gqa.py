@@ -2,6 +2,7 @@
 
 import math
 from itertools import combinations
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -11,16 +12,19 @@ from conftest import assert_close, sharp_model, to_hugging_face
 import merging
 from attention import scores
 from config import UserError
-from gqa import Partitioner, in_order, neighbours, predictions
+from gqa import GroupConfig, Partitioner, in_order, neighbours, predictions
 from merging import Costs, convert, mean, merge_keys, merge_values, rope_of, statistics
 from model import KVCache, Llama, ModelConfig
 from partition import best_partitions, exact_partitions, greedy_partitions, interpolated, knapsack
 from refit import refit, refit_attention, refit_output
 
+MERGES = get_args(get_type_hints(GroupConfig)["merge"])  # with one of your own, if you have added it
+GROUPINGS = get_args(get_type_hints(GroupConfig)["grouping"])
 SHAPES = {
     "mha": {},
     "gqa": {"n_kv_head": 2},
     "uneven": {"k_groups": [[0, 1, 1, 2], [0, 0, 1, 2]], "v_groups": [[0, 1, 2, 2], [0, 1, 0, 1]]},
+    "gated": {"gated": True},  # a gate multiplies what a head has made of its values: their symmetry stays
 }
 
 
@@ -103,7 +107,7 @@ def test_heads_equal_up_to_the_symmetries_merge_at_no_cost(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("merge", ["closed", "mean"])
+@pytest.mark.parametrize("merge", MERGES)
 def test_singletons_change_nothing_bit_for_bit(shape, merge):
     model = sharp_model(**SHAPES[shape]).requires_grad_(False)
     tokens, c = some_tokens(model), model.config
@@ -113,10 +117,35 @@ def test_singletons_change_nothing_bit_for_bit(shape, merge):
         assert torch.equal(result.state_dict()[name], x), name
 
 
+@pytest.mark.parametrize("merge", MERGES)
+def test_equal_heads_merge_to_themselves(merge):
+    """Two heads of the same weights share one at no cost, however it is made."""
+    model = double()
+    for layer in model.layers:
+        for w in (layer.attention.wq, layer.attention.wk, layer.attention.wv):
+            w.weight[8:16] = w.weight[:8]
+    tokens, maps = some_tokens(model), [[0, 0, 1, 2]] * 2
+    result = convert(model, maps, maps, statistics(model, tokens), merge)
+    assert_close(result(tokens), model(tokens), 1e-7, merge)
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("joint", [False, True])
+def test_every_grouping_parts_all_heads(grouping, joint):
+    model = double()
+    partition = Partitioner(model, statistics(model, some_tokens(model)), grouping, joint)
+    for layer, kind in partition.slots():
+        for g in range(1, 5):
+            groups = partition(layer, kind, g)[1]
+            assert len(groups) == g and all(groups)
+            assert sorted(head for group in groups for head in group) == [0, 1, 2, 3]
+            assert partition(layer, kind, g)[1] == groups
+
+
 def test_merging_leaves_the_original_alone():
     model = sharp_model().requires_grad_(False)
     tokens, before = some_tokens(model), {name: x.clone() for name, x in model.state_dict().items()}
-    for merge in ("closed", "mean"):
+    for merge in MERGES:
         one = [[0] * 4] * 2
         refit(convert(model, one, one, statistics(model, tokens), merge), model, tokens, rope_of(model, tokens))
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())

@@ -330,7 +330,7 @@ def test_mistakes_about_instructions_get_one_line(tmp_path, source, data, tuned,
     refused(prepared("--from", source, "--text", tmp_path / "a.txt"), "one of them")
     alpaca = ["data/prepare.py", "alpaca", "--out", tmp_path / "out"]
     refused(quick(*alpaca, "--text", tmp_path / "a.txt"), "alpaca is not your text")
-    refused(quick("data/prepare.py", "stdlib", "--from", source, "--out", tmp_path / "out"), "stdlib is text")
+    refused(quick("data/prepare.py", "stdlib", "--from", source, "--out", tmp_path / "out"), "stdlib is made")
     (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b"x" * 1000)[:-20] + b"0" * 20)
     refused(prepared("--from", tmp_path / "d.jsonl.gz"), "is not UTF-8 text")
     refused(quick("eval_text.py", tiny_run), "is text", "eval_ppl.py")

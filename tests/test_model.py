@@ -12,7 +12,7 @@ import cross_entropy as cross_entropy_file
 from config import UserError
 from cross_entropy import IGNORE, cross_entropy, widen
 from device import compiler_missing
-from model import HeadGroups, KVCache, Llama, ModelConfig, RMSNorm, pick_token
+from model import HeadGroups, KVCache, Llama, ModelConfig, RMSNorm, pick_token, rope_angles
 
 UNEVEN = {"k_groups": [[0, 1, 1, 1], [0, 1, 0, 2]], "v_groups": [[0, 0, 0, 0], [2, 1, 0, 2]]}
 SHAPES = {
@@ -22,6 +22,7 @@ SHAPES = {
     "uneven": UNEVEN,
     "novel": {"novel": True},
     "novel uneven": {"novel": True, **UNEVEN},
+    "gated": {"gated": True},
 }
 # Both implementations round every product to float32, eps = 6e-8, in another order. Sums of up to 64 terms through 2
 # layers leave a relative error of some 10 eps; 1e-5 of the largest value is an order above it, and far below a fault.
@@ -177,8 +178,22 @@ def test_novel_adds_head_dim_squared_plus_head_dim_parameters_a_layer():
         assert sizes[0] - sizes[1] == n_layer * (8 * 8 + 8)
 
 
-def test_later_tokens_do_not_change_earlier_logits():
-    model, x = sharp_model(**UNEVEN, novel=True), tokens_of((1, 30))
+def test_a_gate_is_one_number_a_head_and_of_the_layers_input():
+    """By hand, in the basis of heads: wo of head h times the head's output times sigmoid of row h of the gate."""
+    plain, gated = sharp_model(n_layer=1).double(), sharp_model(n_layer=1, gated=True).double()
+    gated.load_state_dict(plain.state_dict(), strict=False)
+    assert gated.num_params() - plain.num_params() == 4 * 32
+    attention, ours = plain.layers[0].attention, gated.layers[0].attention
+    x = torch.randn(2, 9, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    angles = rope_angles(torch.arange(9), 8, 10000.0)
+    heads = attention.heads(x, *angles).unflatten(-1, (4, 8))
+    strength = 1 / (1 + torch.exp(-(x @ ours.gate.weight.T)))
+    assert_close(ours(x, *angles), (heads * strength[..., None]).flatten(2) @ attention.wo.weight.T, 1e-12)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_later_tokens_do_not_change_earlier_logits(name):
+    model, x = sharp_model(**SHAPES[name]), tokens_of((1, 30))
     changed = x.clone()
     changed[0, 20:] = (x[0, 20:] + 1) % TINY["vocab_size"]
     assert torch.equal(model(x)[:, :20], model(changed)[:, :20])

@@ -1,0 +1,133 @@
+"""Figures and the study: what can be known of them without looking."""
+
+import json
+import math
+import shlex
+
+import pytest
+import torch
+from conftest import quick, refused, sharp_model, to_hugging_face
+from PIL import Image
+
+import study
+import study_report
+from bench import BenchConfig
+from checkpoint import CheckpointConfig
+from compare_groups import CompareConfig
+from config import UserError, parse
+from data.prepare import PrepareConfig
+from eval_ppl import EvalConfig
+from eval_text import AnswerConfig
+from gqa import GroupConfig
+from lora import LoRAConfig
+from model import ModelConfig
+from plot import attention_weights, curve
+from search_groups import SearchConfig
+from settings import TrainConfig
+
+FLAGS = {
+    "train.py": [TrainConfig, ModelConfig, LoRAConfig], "bench.py": [BenchConfig, ModelConfig, LoRAConfig],
+    "eval_ppl.py": [EvalConfig], "eval_text.py": [AnswerConfig], "gqa.py": [GroupConfig],
+    "search_groups.py": [SearchConfig], "checkpoint.py": [CheckpointConfig], "data/prepare.py": [PrepareConfig],
+    "compare_groups.py": [CompareConfig],
+}  # fmt: skip
+
+
+def test_a_curve_is_read_from_a_log_that_is_still_written(tmp_path):
+    lines = [
+        {"step": 0},
+        {"step": 1, "loss": 5.0, "seconds": 2.5},
+        {"step": 1, "val_loss": 4.5},
+        {"step": 2, "loss": 4.0},
+    ]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 2, "val_lo')
+    assert curve(str(tmp_path), "seconds") == ([2.5], [4.5])
+    with pytest.raises(UserError, match="out/RUN"):
+        curve(str(tmp_path / "none"), "seconds")
+
+
+@pytest.mark.parametrize("settings", [{}, {"n_kv_head": 2}])
+def test_attention_maps_are_hugging_faces(settings):
+    model = sharp_model(**settings)
+    ids = [1, 5, 9, 33, 2, 60, 7]
+    theirs = to_hugging_face(model)(torch.tensor([ids]), output_attentions=True).attentions
+    assert torch.allclose(attention_weights(model, ids), torch.cat(theirs), atol=1e-5)
+
+
+def test_every_figure_is_drawn(tiny_run, tmp_path):
+    for action, of in (
+        ("loss", tiny_run.parent),
+        *((name, tiny_run) for name in ("attention", "similarity", "groups")),
+    ):
+        for dark in ([], ["--dark"]):
+            out = tmp_path / f"{action}{len(dark)}.png"
+            done = quick("plot.py", action, of, "--out", out, *dark)
+            assert done.returncode == 0, done.stderr
+            picture = Image.open(out).convert("RGB")
+            assert picture.getpixel((0, 0)) == ((13, 17, 23) if dark else (255, 255, 255))
+            assert len(picture.resize((64, 64)).getcolors(4096)) > 20, "it is nearly empty"
+    assert quick("plot.py", "architecture", tiny_run, "--out", tmp_path / "a.svg").returncode == 0
+    refused(quick("plot.py", "attention", tiny_run, "--text", "x" * 999), "--text has")
+    refused(quick("plot.py", "attention", tiny_run, tiny_run), "one checkpoint")
+    refused(quick("plot.py", "loss", tiny_run.parent, "--out", tmp_path / "a.jpg"), "a.jpg", ".png")
+
+
+@pytest.mark.parametrize("size", [study.Size(), study.FAST])
+def test_every_step_of_the_study_has_flags_that_exist(size, tmp_path):
+    steps = {name: step for part in study.PARTS.values() for name, step in part(size, tmp_path).items()}
+    for line in filter(lambda step: isinstance(step, str), steps.values()):
+        script, *words = shlex.split(line)
+        assert shlex.split(line) == line.split(), "the study cuts at spaces"
+        if script in FLAGS:
+            parse("", *FLAGS[script], argv=words)
+    assert len(steps) > 40
+
+
+def test_a_done_step_is_skipped_and_a_failed_one_says_how_to_try(tmp_path, tiny_run):
+    (tmp_path / "logs").mkdir()
+    study.run("show", f"checkpoint.py show {tiny_run}", tmp_path)
+    log = tmp_path / "logs" / "show.txt"
+    assert "parameters by part" in log.read_text()
+    log.write_text(log.read_text().splitlines()[0] + "\nkept")
+    study.run("show", f"checkpoint.py show {tiny_run}", tmp_path)
+    assert log.read_text().endswith("kept")
+    with pytest.raises(UserError, match="another command"):
+        study.run("show", "checkpoint.py show other.pt", tmp_path)
+    with pytest.raises(UserError, match=r"step bad failed: .*nosuch.pt.* python checkpoint.py show nosuch.pt"):
+        study.run("bad", "checkpoint.py show nosuch.pt", tmp_path)
+    assert not (tmp_path / "logs" / "bad.txt").exists()
+
+
+def test_an_interrupted_run_of_the_study_goes_on(tmp_path, tiny_data):
+    (tmp_path / "logs").mkdir()
+    shape = "--n_layer 1 --n_head 2 --dim 16 --block_size 16 --batch_size 2 --eval_tokens 64"
+    line = f"train.py --dataset {tiny_data} {shape} --max_steps 3 --out_dir {tmp_path}/run"
+    study.run("run", line, tmp_path)
+    weights = (tmp_path / "run" / "ckpt.pt").read_bytes()
+    (tmp_path / "logs" / "run.txt").unlink()  # as if it had been killed between the last checkpoint and its words
+    study.run("run", line, tmp_path)
+    assert "continued from step 3" in (tmp_path / "logs" / "run.txt").read_text()
+    assert len((tmp_path / "run" / "ckpt.pt").read_bytes()) == len(weights)
+
+
+def test_tables_hold_ratios_of_each_seed(tmp_path):
+    """Two seeds at 5 layers: novel's perplexity is 1.1 and 0.9 of plain's."""
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "figures").mkdir()
+    rows = []
+    for kind, perplexities in (("", (10.0, 20.0)), ("-novel", (11.0, 18.0))):
+        for seed, perplexity in enumerate(perplexities):
+            name = f"depth-5{kind}-{seed}"
+            (tmp_path / name).mkdir()
+            test = {"blocks": perplexity, "bits_per_byte": 1.25}
+            (tmp_path / "logs" / f"{name}-test.txt").write_text("python ...\n" + json.dumps(test))
+            records = [{"step": 0, "params": 1000}, {"step": 1, "loss": 3.0, "ms": 60e3, "tokens": 9}]
+            records += [{"step": 1, "val_loss": math.log(2 * perplexity), "bits_per_byte": 1.5}]
+            (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        rows += [{"ckpt": f"x/depth-5{kind}-0/ckpt.pt", "median": 9.0, "p5": 8.0, "p95": 11.0}]
+    (tmp_path / "logs" / "depth-latency.txt").write_text(json.dumps({"rows": rows}))
+    study_report.report(tmp_path)
+    text = (tmp_path / "tables.md").read_text()
+    assert "| 5 | plain | 1,000 | 1.0 (1.0, 1.0) | 30.00 (20.00, 40.00) | 15.00 (10.00, 20.00) | 1.2500 |" in text
+    assert "5 layers 1.1000, 0.9000" in text and "Mean 1.0000, standard deviation 0.1000" in text
+    assert (tmp_path / "figures" / "depth.png").exists() and (tmp_path / "figures" / "depth-dark.png").exists()
