@@ -167,6 +167,11 @@ def draw_similarity(found: dict[str, list]):
     return figure
 
 
+def pale(group: int) -> tuple[float, ...]:
+    """A group's colour, light enough for black letters."""
+    return tuple(0.4 + 0.6 * int(COLOURS[group % 8][i : i + 2], 16) / 255 for i in (1, 3, 5))
+
+
 def draw_groups(models: dict[str, ModelConfig]):
     """A row of two maps, K and V, for each; a cell is a query head, its colour and letter the group that it reads."""
     most = max(c.n_layer for c in models.values())
@@ -174,8 +179,7 @@ def draw_groups(models: dict[str, ModelConfig]):
     for row, (name, c) in enumerate(models.items()):
         for column, (kind, maps) in enumerate((("K", c.k_groups), ("V", c.v_groups))):
             place, kept = axes[row][column], sum(max(of_head) + 1 for of_head in maps)
-            rgb = [[[int(COLOURS[g % 8][i : i + 2], 16) / 255 for i in (1, 3, 5)] for g in of_head] for of_head in maps]
-            place.imshow(rgb, aspect="auto")
+            place.imshow([[pale(group) for group in of_head] for of_head in maps], aspect="auto")
             for layer, of_head in enumerate(maps):
                 for head, group in enumerate(of_head):
                     letter = chr(65 + group) if group < 26 else str(group)
@@ -199,14 +203,14 @@ def draw_architecture(c: ModelConfig):
     axes.set(xlim=(0, 18), ylim=(0, 10.6))
     axes.axis("off")
 
-    def box(x: float, y: float, text: str, width: float = 3.6, colour: str = "none", height: float = 0.7) -> None:
+    def box(x: float, y: float, text: str, width: float = 4.0, colour="none", height: float = 0.7) -> None:
         edge = axes.title.get_color()
         shape = FancyBboxPatch((x - width / 2, y - height / 2), width, height, "round,pad=0.06", ec=edge, fc=colour)
         axes.add_patch(shape)
         axes.text(x, y, text, ha="center", va="center", fontsize=8, color="black" if colour != "none" else edge)
 
-    def arrow(x: float, y: float, to_x: float, to_y: float, bend: float = 0.0) -> None:
-        how = {"arrowstyle": "-|>", "color": axes.title.get_color(), "connectionstyle": f"arc3,rad={bend}", "lw": 1}
+    def arrow(x: float, y: float, to_x: float, to_y: float) -> None:
+        how = {"arrowstyle": "-|>", "color": axes.title.get_color(), "lw": 1}
         axes.annotate("", (to_x, to_y), (x, y), arrowprops=how)
 
     blue, orange, green = "#9ecae1", "#fdd0a2", "#a1d99b"
@@ -220,21 +224,22 @@ def draw_architecture(c: ModelConfig):
         if following:
             arrow(3.4, y + 0.42, 3.4, following[0] - 0.42)
     for below, above in ((2.45, 5.05), (5.5, 8.1)):  # the residual stream
-        arrow(3.4, below, 3.4, above, bend=1.7)
-    axes.add_patch(FancyBboxPatch((0.9, 2.75), 5.1, 5.05, "round,pad=0.1", ec="#888888", fc="none", ls="--"))
+        axes.plot([3.4, 5.65, 5.65], [below, below, above], color=axes.title.get_color(), lw=1)
+        arrow(5.65, above, 3.4, above)
+    axes.add_patch(FancyBboxPatch((0.9, 2.4), 5.1, 5.8, "round,pad=0.1", ec="#888888", fc="none", ls="--"))
     axes.text(6.3, 7.6, f"x {c.n_layer}", fontsize=10)
 
     layer, shown = c.n_layer // 2, min(c.n_head, 16)
     step = 9.6 / max(4, shown)
     for name, y, of_head in (("query head", 3.2, range(c.n_head)), ("key group", 5.2, c.k_groups[layer]),
                              ("value group", 7.0, c.v_groups[layer])):  # fmt: skip
-        axes.text(7.9, y, name, ha="right", va="center", fontsize=8)
+        axes.text(8.1, y, name, ha="right", va="center", fontsize=8)
         for head in range(shown):
-            colour = "none" if name == "query head" else COLOURS[of_head[head] % 8]
-            box(8.5 + step * head, y, str(of_head[head]), step * 0.55, colour)
+            colour = "none" if name == "query head" else pale(of_head[head])
+            box(8.3 + step * (head + 0.5), y, str(of_head[head]), step * 0.55, colour)
     for head in range(shown):
-        arrow(8.5 + step * head, 3.65, 8.5 + step * head, 4.75)
-        arrow(8.5 + step * head, 5.65, 8.5 + step * head, 6.55)
+        arrow(8.3 + step * (head + 0.5), 3.65, 8.3 + step * (head + 0.5), 4.75)
+        arrow(8.3 + step * (head + 0.5), 5.65, 8.3 + step * (head + 0.5), 6.55)
     extra = [f"SiLU(linear {c.head_dim} x {c.head_dim})"] * c.novel + ["sigmoid gate"] * c.gated
     lines = ["softmax(q k) v" + " | on each head: " * bool(extra) + ", ".join(extra) + " | wo adds the heads up"]
     cached = sum(max(groups[layer]) + 1 for groups in (c.k_groups, c.v_groups))

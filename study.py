@@ -248,12 +248,12 @@ def write_texts(ckpt: str, folder: Path, tokens: int) -> None:
     each, as long as its context allows."""
     model, tokenizer = build(load(ckpt))
     folder.mkdir(parents=True, exist_ok=True)
-    generator, bar = torch.Generator().manual_seed(0), tqdm(total=tokens, desc="writing", disable=None, leave=False)
-    how = {"temperature": 1.0, "stop": tokenizer.stop, "generator": generator}
-    while bar.n < tokens:
+    how = {"temperature": 1.0, "stop": tokenizer.stop, "generator": torch.Generator().manual_seed(0)}
+    written = 0
+    while written < tokens:
         for ids in model.eval().generate([tokenizer.prompt("")] * 64, model.config.block_size, **how):
-            (folder / f"{bar.n:08}.txt").write_text(tokenizer.decode(ids).strip())
-            bar.update(len(ids) + 1)
+            (folder / f"{written:08}.txt").write_text(tokenizer.decode(ids).strip())
+            written += len(ids) + 1
 
 
 def run(name: str, step: str | Callable[[], None], out: Path) -> None:

@@ -200,9 +200,9 @@ def draw_ratios(x: list[float], panels: dict[str, dict[str, list[float]]]):
         place.set(
             xlabel="share of the KV cache", ylabel="perplexity, ratio to the original's", title=title, yscale="log"
         )
-        ticks = [
-            t for t in (1, 1.02, 1.05, 1.1, 1.2, 1.5, 2, 3, 4, 5) if t < 1.05 * max(max(y) for y in lines.values())
-        ]
+        most = max(max(y) for y in lines.values())
+        marks = (1, 1.02, 1.05, 1.1, 1.2, 1.3) if most < 1.4 else (1, 1.2, 1.5, 2, 3, 5, 10, 20, 40)
+        ticks = [mark for mark in marks if mark < 1.1 * most]
         place.set_yticks(ticks, [f"{t:g}" for t in ticks])
         place.minorticks_off()
         place.grid()
@@ -251,11 +251,13 @@ def tuning(out: Path) -> Iterator[str]:
 
 def draw_bars(panels: dict[str, dict[str, float]]):
     figure, axes = grid(1, len(panels), 9, 1 + 0.32 * max(map(len, panels.values())))
+    same = len({tuple(bars) for bars in panels.values()}) == 1
     for number, (place, (title, bars)) in enumerate(zip(axes[0], panels.items())):
         shown = place.barh(list(bars), list(bars.values()), color=COLOURS[number])
         place.bar_label(shown, fmt="{:,.0f}", padding=3, fontsize=8)
-        place.set(title=title, xlim=(0, 1.2 * max(bars.values())))
+        place.set(title=title, xlim=(0, 1.25 * max(bars.values())))
         place.invert_yaxis()
+        place.tick_params(labelleft=number == 0 or not same)
     return figure
 
 

@@ -19,26 +19,30 @@ from model import Llama, ModelConfig
 SHAPE = ["--n_layer", 2, "--dim", 32, "--n_head", 4, "--vocab_size", 64, "--block_size", 16]
 
 
-def test_each_memory_saver_changes_what_it_should():
-    done = quick("bench.py", "memory", *SHAPE, "--steps", 1, "--lora_r", 2, "--batch_size", 8, "--json")
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)["rows"]
-    full, lora, both = rows["full fine-tune"], rows["LoRA"], rows["all together"]
-    assert full["optimizer"] == 8 * full["trainable"] and lora["optimizer"] == 8 * lora["trainable"]
-    assert lora["trainable"] == 2 * 4 * 2 * (32 + 32) == both["trainable"]
-    assert lora["weights"] == full["weights"] + 4 * lora["trainable"]
-    blocks = 2 * (4 * 32 * 32 + 3 * 32 * 96)  # weights that 4 bits hold in "QLoRA"
-    saved = lora["weights"] - rows["QLoRA"]["weights"]
-    assert saved == pytest.approx(blocks * (4 - 4.127 / 8), rel=0.01)
-    assert all(row["tokens_per_s"] > 0 for row in rows.values()) and len(rows) == 7
-
-
-def test_accumulation_and_checkpointing_lower_the_peak():
-    """A shape whose activations are most of the memory: four times fewer rows, or one block's instead of eight."""
+@pytest.fixture(scope="module")
+def memory_rows() -> dict:
+    """Of a shape whose activations are most of the memory."""
     shape = ["--n_layer", 8, "--dim", 64, "--n_head", 4, "--vocab_size", 64, "--block_size", 128, "--batch_size", 32]
-    rows = json.loads(quick("bench.py", "memory", *shape, "--steps", 1, "--json").stdout)["rows"]
-    whole = rows["LoRA"]["peak"]
-    peaks = {name: row["peak"] / whole for name, row in rows.items()}
+    done = quick("bench.py", "memory", *shape, "--steps", 1, "--lora_r", 2, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)["rows"]
+
+
+def test_each_memory_saver_changes_what_it_should(memory_rows):
+    full, lora, both = memory_rows["full fine-tune"], memory_rows["LoRA"], memory_rows["all together"]
+    assert full["optimizer"] == 8 * full["trainable"] and lora["optimizer"] == 8 * lora["trainable"]
+    assert lora["trainable"] == 8 * 4 * 2 * (64 + 64) == both["trainable"]
+    assert lora["weights"] == full["weights"] + 4 * lora["trainable"]
+    blocks = 8 * (4 * 64 * 64 + 3 * 64 * 192)  # weights that 4 bits hold in "QLoRA"
+    saved = lora["weights"] - memory_rows["QLoRA"]["weights"]
+    assert saved == pytest.approx(blocks * (4 - 4.127 / 8), rel=0.01)
+    assert all(row["tokens_per_s"] > 0 for row in memory_rows.values()) and len(memory_rows) == 7
+
+
+def test_accumulation_and_checkpointing_lower_the_peak(memory_rows):
+    """Four times fewer rows, or one block's activations instead of eight."""
+    whole = memory_rows["LoRA"]["peak"]
+    peaks = {name: row["peak"] / whole for name, row in memory_rows.items()}
     assert peaks["LoRA + accumulation"] < 0.8 and peaks["LoRA + activation checkpointing"] < 0.8, peaks
     assert peaks["all together"] < 0.5, peaks
 
