@@ -32,6 +32,7 @@ def read_meta(dataset: str) -> tuple[Path, dict]:
     folder = next((f for f in (Path(dataset), DATA / dataset) if (f / "meta.json").exists()), None)
     if folder is None:
         remedy = f"python data/prepare.py {Path(dataset).name}"
+        remedy += " --tokenizer CKPT" if dataset in ("docstrings", "alpaca") else ""
         remedy += "" if dataset in BUILT_IN else " --text FILE, or --from RECORDS.json"
         raise UserError(f"no prepared data set {dataset!r}: make it with {remedy}")
     try:

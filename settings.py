@@ -173,9 +173,8 @@ def default_out_dir(c: ModelConfig, lora: LoRAConfig, config: TrainConfig) -> Pa
     parts = [Path(config.dataset).name, f"{c.n_layer}x{c.dim}"] + [f"kv{c.n_kv_head}"] * (c.n_kv_head != c.n_head)
     tuned = [f"lora{lora.lora_r}"] * (lora.lora_r > 0) + [lora.quantize] * (lora.quantize != "none") or ["tuned"]
     tuned += ["healed"] * (config.teacher is not None)
-    return Path("out") / "-".join(
-        parts + ["novel"] * c.novel + ["gated"] * c.gated + (tuned if config.init_from else [])
-    )
+    parts += ["novel"] * c.novel + ["gated"] * c.gated + (tuned if config.init_from else [])
+    return Path("out") / "-".join(parts)
 
 
 def training_data(config: TrainConfig, flags: dict, checkpoint: dict | None) -> tuple[Path, dict, Tokenizer]:
@@ -185,8 +184,9 @@ def training_data(config: TrainConfig, flags: dict, checkpoint: dict | None) -> 
     how = ["--vocab_size", str(flags["vocab_size"])] if "vocab_size" in flags else []
     folder, meta, tokenizer = prepared(config.dataset, *(["--tokenizer", source] if source else how))
     if source and tokenizer.data != checkpoint["tokenizer"]:
-        what = "--from FILE" if meta.get("kind") == "instructions" else "--text FILE"
-        remedy = f"python data/prepare.py NAME {what} --tokenizer {source}, and give --dataset NAME"
+        what = "NAME --from FILE" if meta.get("kind") == "instructions" else "NAME --text FILE"
+        what = f"{config.dataset} --overwrite" if config.dataset == "docstrings" else what
+        remedy = f"python data/prepare.py {what} --tokenizer {source}, and give --dataset with that name"
         raise UserError(f"{folder} has another tokenizer than the checkpoint: {remedy}")
     if config.resume and trained_on(checkpoint, "train") != meta["splits"]["train"].get("sha256"):
         raise UserError(f"{folder}/train.bin is not the data of the run: restore it, or start anew with --overwrite")

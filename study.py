@@ -256,6 +256,18 @@ def write_texts(ckpt: str, folder: Path, tokens: int) -> None:
             written += len(ids) + 1
 
 
+def command(words: list[str]) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command of this project. Ctrl-C reaches it, too: let it save."""
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, str(HERE / words[0]), *words[1:]], **how) as child:
+        try:
+            printed, said = child.communicate()
+        except KeyboardInterrupt:
+            child.communicate()
+            raise
+    return child.returncode, printed, said
+
+
 def run(name: str, step: str | Callable[[], None], out: Path) -> None:
     """Run a step unless it is done: its log is there, and appears when all has gone well. Raises UserError if the step
     fails, or if the log is of another command."""
@@ -270,11 +282,11 @@ def run(name: str, step: str | Callable[[], None], out: Path) -> None:
         if words[0] == "train.py":
             folder = words[words.index("--out_dir") + 1]
             words = ["train.py", "--resume", "--out_dir", folder] if Path(folder, "ckpt.pt").exists() else words
-        done = subprocess.run([sys.executable, str(HERE / words[0]), *words[1:]], capture_output=True, text=True)
-        if done.returncode:
-            said = (done.stderr.strip() or "nothing").splitlines()[-1]
-            raise UserError(f"step {name} failed: {said} | try by hand: python {' '.join(words)}")
-        printed = done.stdout
+        code, printed, said = command(words)
+        if code:
+            log.with_suffix(".err").write_text(said)
+            last = (said.strip() or "nothing").splitlines()[-1]
+            raise UserError(f"step {name} failed: {last} | try by hand: python {' '.join(words)}")
     else:
         step()
     with replacing(log, "w") as file:

@@ -91,13 +91,11 @@ def instructions(config: PrepareConfig) -> dict[str, list[Record]] | None:
     files = [Path(name) for name in config.parallel or config.from_ or []]
     if config.name == "alpaca" and not (files or config.text):
         files = [download(*DOWNLOADS["alpaca"][0], DATA / "downloads")]
-    if config.name == "docstrings" and not (files or config.text):
-        return docstrings()
     is_records = [path.name.removesuffix(".gz").endswith((".json", ".jsonl")) for path in files]
     if not config.parallel and not (files and all(is_records)):
         if config.fields or config.instruction:
             raise UserError("--fields and --instruction are of records: give --from FILE.json or --parallel")
-        return None
+        return docstrings() if config.name == "docstrings" and not (files or config.text) else None
     if config.name in BUILT_IN and config.name != "alpaca":
         raise UserError(f"{config.name} is made of this Python's library or downloaded: name your records otherwise")
     return read_files(files, bool(config.parallel), config.fields, config.instruction)
