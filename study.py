@@ -138,10 +138,11 @@ def depth(s: Size, out: Path) -> Steps:
             train = f"train.py {flags} {s.flags} --seed {seed} --batch_size 8 --max_steps {s.depth_steps} {how}"
             steps[name] = f"{train} --out_dir {out}/{name}"
             steps[f"{name}-test"] = f"eval_ppl.py {out}/{name}/ckpt.pt --split test --max_tokens {s.scored} --json"
-    models = [f"{out}/depth-{variant}-{s.seeds[0]}/ckpt.pt" for variant in variants]
-    steps["depth-latency"] = f"bench.py latency --steps {s.timed} --json --ckpts {' '.join(models)}"
-    for variant, model in zip(variants, models):
-        steps |= answering(f"depth-{variant}", model, "", s, out)
+        if seed == s.seeds[0]:
+            models = [f"{out}/depth-{variant}-{seed}/ckpt.pt" for variant in variants]
+            steps["depth-latency"] = f"bench.py latency --steps {s.timed} --json --ckpts {' '.join(models)}"
+            for variant, model in zip(variants, models):
+                steps |= answering(f"depth-{variant}", model, "", s, out)
     return steps
 
 
