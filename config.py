@@ -92,8 +92,8 @@ def pick(cls: type, values: dict) -> dict:
 def let_the_cause_speak_first(error: Exception) -> None:
     """Wait, if torchrun started several processes, which it ends once one has failed: so what all find wrong is said by
     the first alone, and who has only lost the connection to another, a RuntimeError, says nothing."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        time.sleep(5 if isinstance(error, RuntimeError) else float(os.environ["RANK"] != "0"))
+    if "TORCHELASTIC_RUN_ID" in os.environ and (isinstance(error, RuntimeError) or os.environ["RANK"] != "0"):
+        time.sleep(5)
 
 
 def exit_cleanly(main: typing.Callable[[], None]) -> None:

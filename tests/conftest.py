@@ -14,6 +14,7 @@ import sentencepiece as spm
 import torch
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # the products of tiny models are too small to share
+ONE_THREAD.pop("TRITON_INTERPRET", None)  # of pytest's first process, whose workers this file is read in again
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton; what `command` starts does not get it
 
