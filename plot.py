@@ -194,24 +194,23 @@ def draw_groups(models: dict[str, ModelConfig]):
 # ---- architecture ----
 
 
-def draw_architecture(c: ModelConfig):
-    """A block and what stands around it on the left; its attention on the right, the groups those of the middle
-    layer."""
+def box(axes, x: float, y: float, text: str, width: float = 4.0, colour="none") -> None:
     from matplotlib.patches import FancyBboxPatch
 
-    figure, [[axes]] = grid(1, 1, 9, 5.2)
-    axes.set(xlim=(0, 18), ylim=(0, 10.6))
-    axes.axis("off")
+    edge, height = axes.title.get_color(), 0.7
+    shape = FancyBboxPatch((x - width / 2, y - height / 2), width, height, "round,pad=0.06", ec=edge, fc=colour)
+    axes.add_patch(shape)
+    axes.text(x, y, text, ha="center", va="center", fontsize=8, color="black" if colour != "none" else edge)
 
-    def box(x: float, y: float, text: str, width: float = 4.0, colour="none", height: float = 0.7) -> None:
-        edge = axes.title.get_color()
-        shape = FancyBboxPatch((x - width / 2, y - height / 2), width, height, "round,pad=0.06", ec=edge, fc=colour)
-        axes.add_patch(shape)
-        axes.text(x, y, text, ha="center", va="center", fontsize=8, color="black" if colour != "none" else edge)
 
-    def arrow(x: float, y: float, to_x: float, to_y: float) -> None:
-        how = {"arrowstyle": "-|>", "color": axes.title.get_color(), "lw": 1}
-        axes.annotate("", (to_x, to_y), (x, y), arrowprops=how)
+def arrow(axes, x: float, y: float, to_x: float, to_y: float) -> None:
+    how = {"arrowstyle": "-|>", "color": axes.title.get_color(), "lw": 1}
+    axes.annotate("", (to_x, to_y), (x, y), arrowprops=how)
+
+
+def draw_stack(axes, c: ModelConfig) -> None:
+    """A block, and what stands around it."""
+    from matplotlib.patches import FancyBboxPatch
 
     blue, orange, green = "#9ecae1", "#fdd0a2", "#a1d99b"
     stack = [
@@ -220,33 +219,46 @@ def draw_architecture(c: ModelConfig):
         (8.9, "RMSNorm, output" + " = embedding" * c.tie_embeddings, blue), (10.1, "next token", "none"),
     ]  # fmt: skip
     for (y, text, colour), following in zip(stack, [*stack[1:], None]):
-        box(3.4, y, text, colour=colour)
+        box(axes, 3.4, y, text, colour=colour)
         if following:
-            arrow(3.4, y + 0.42, 3.4, following[0] - 0.42)
+            arrow(axes, 3.4, y + 0.42, 3.4, following[0] - 0.42)
     for below, above in ((2.45, 5.05), (5.5, 8.1)):  # the residual stream
         axes.plot([3.4, 5.65, 5.65], [below, below, above], color=axes.title.get_color(), lw=1)
-        arrow(5.65, above, 3.4, above)
+        arrow(axes, 5.65, above, 3.4, above)
     axes.add_patch(FancyBboxPatch((0.9, 2.4), 5.1, 5.8, "round,pad=0.1", ec="#888888", fc="none", ls="--"))
     axes.text(6.3, 7.6, f"x {c.n_layer}", fontsize=10)
 
-    layer, shown = c.n_layer // 2, min(c.n_head, 16)
+
+def draw_layer(axes, c: ModelConfig, layer: int) -> None:
+    """Which key and value group each of its heads reads."""
+    shown = min(c.n_head, 16)
     step = 9.6 / max(4, shown)
     for name, y, of_head in (("query head", 3.2, range(c.n_head)), ("key group", 5.2, c.k_groups[layer]),
                              ("value group", 7.0, c.v_groups[layer])):  # fmt: skip
         axes.text(8.1, y, name, ha="right", va="center", fontsize=8)
         for head in range(shown):
             colour = "none" if name == "query head" else pale(of_head[head])
-            box(8.3 + step * (head + 0.5), y, str(of_head[head]), step * 0.55, colour)
+            box(axes, 8.3 + step * (head + 0.5), y, str(of_head[head]), step * 0.55, colour)
     for head in range(shown):
-        arrow(8.3 + step * (head + 0.5), 3.65, 8.3 + step * (head + 0.5), 4.75)
-        arrow(8.3 + step * (head + 0.5), 5.65, 8.3 + step * (head + 0.5), 6.55)
+        x = 8.3 + step * (head + 0.5)
+        arrow(axes, x, 3.65, x, 4.75)
+        arrow(axes, x, 5.65, x, 6.55)
     extra = [f"SiLU(linear {c.head_dim} x {c.head_dim})"] * c.novel + ["sigmoid gate"] * c.gated
-    lines = ["softmax(q k) v" + " | on each head: " * bool(extra) + ", ".join(extra) + " | wo adds the heads up"]
+    outputs = "softmax(q k) v" + " | on each head: " * bool(extra) + ", ".join(extra) + " | wo adds the heads up"
     cached = sum(max(groups[layer]) + 1 for groups in (c.k_groups, c.v_groups))
-    lines += [f"the KV cache keeps {cached} of {2 * c.n_head} heads of width {c.head_dim} in this layer"]
-    axes.text(13.0, 8.5, lines[0], ha="center", fontsize=8)
+    cache = f"the KV cache keeps {cached} of {2 * c.n_head} heads of width {c.head_dim} in this layer"
+    axes.text(13.0, 8.5, outputs, ha="center", fontsize=8)
     axes.text(13.0, 1.9, f"layer {layer}: which keys and values each head reads", ha="center", fontsize=9)
-    axes.text(13.0, 1.2, lines[1], ha="center", fontsize=8)
+    axes.text(13.0, 1.2, cache, ha="center", fontsize=8)
+
+
+def draw_architecture(c: ModelConfig):
+    """The stack on the left, the attention of its middle layer on the right."""
+    figure, [[axes]] = grid(1, 1, 9, 5.2)
+    axes.set(xlim=(0, 18), ylim=(0, 10.6))
+    axes.axis("off")
+    draw_stack(axes, c)
+    draw_layer(axes, c, c.n_layer // 2)
     return figure
 
 

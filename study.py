@@ -202,11 +202,12 @@ def foreign(s: Size, out: Path) -> Steps:
 
 def tuning(s: Size, out: Path) -> Steps:
     steps, model = base(s, out), f"{out}/base/ckpt.pt"
-    steps["tuning-before"] = f"eval_text.py {model} --dataset docstrings {s.answers} --max_new_tokens 48 --json"
     for name, flags in TUNINGS.items():
         steps |= answering(f"tuning-{name}", model, flags, s, out)
-    first = steps.pop("tuning-before")  # it needs the data, which the first tuning prepares
-    return {**steps, "tuning-before": first, "tuning-memory": f"bench.py memory {s.flags} --json"}
+    # after them, for it needs the data, which the first tuning prepares
+    steps["tuning-before"] = f"eval_text.py {model} --dataset docstrings {s.answers} --max_new_tokens 48 --json"
+    steps["tuning-memory"] = f"bench.py memory {s.flags} --json"
+    return steps
 
 
 def attention(s: Size, out: Path) -> Steps:
