@@ -64,6 +64,7 @@ ROWS = {  # what is measured, and the savers that it has
     "LoRA + accumulation": ("lora", "accumulation"),
     "LoRA + activation checkpointing": ("lora", "checkpointing"),
     "QLoRA": ("lora", "nf4"),
+    "LoRA + AMP + accumulation + checkpointing": SAVERS[:4],
     "all together": SAVERS,
 }
 
@@ -82,7 +83,7 @@ class BenchConfig:
     dataset: str | None = None  # attention: the data to fine-tune on (default: the checkpoint's own)
     optimizer: Literal["adamw", "muon"] = "adamw"  # train: as for train.py
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # train, generate: as for train.py
-    compile: bool | None = None  # train, generate: compile (default: as train.py does for a long run)
+    compile: bool | None = None  # train, generate (default: as train.py in a long run), latency (default: no)
     device: str = "auto"  # cuda, mps, cpu or auto
     json: bool = False  # print one JSON object and nothing else
 
@@ -205,7 +206,7 @@ def main() -> None:
         "kernel": {"batch_size", "n_head", "head_dim"},
         "train": {"batch_size", "steps", "optimizer", "dtype", "compile", *model},
         "generate": {"batch", "steps", "dtype", "compile", *model},
-        "latency": {"ckpts", "batch", "steps"},
+        "latency": {"ckpts", "batch", "steps", "compile"},
     }
     if surplus := sorted(set(flags) - used[config.action] - {"action", "device", "json"}):
         raise UserError(f"{config.action} does not use --{surplus[0]}: leave it out")

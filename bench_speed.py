@@ -143,12 +143,16 @@ def print_generate(found: dict) -> None:
 
 def latencies(config) -> list[dict]:
     """{ckpt, params, layers, median, p5, p95, tokens} of each checkpoint: milliseconds of a greedy text of 64 tokens,
-    or as many as all contexts have room for, in the checkpoint's number format. They take turns, since a machine has
-    its moods."""
+    or as many as all contexts have room for, in the checkpoint's number format, compiled with --compile. They take
+    turns, since a machine has its moods."""
     if not config.ckpts:
         raise UserError("latency is of trained models: give --ckpts a/ckpt.pt b/ckpt.pt ...")
     device, seconds = pick_device(config.device), {path: [] for path in config.ckpts}
     models = {path: build_model(load(path)).to(device).eval() for path in config.ckpts}
+    if config.compile:
+        check_compiler(device)
+        for model in models.values():
+            model.compile_step()
     new = min(64, *(model.config.block_size - 1 for model in models.values()))
     for turn in tqdm(range(config.steps + 1), desc="writing", disable=None, leave=False):
         for path, model in models.items():

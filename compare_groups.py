@@ -136,8 +136,9 @@ def main() -> None:
     print("| --- |" + " --- |" * len(config.shares))
     for name in dict.fromkeys(name for name, _ in cells):
         print(f"| {name} | " + " | ".join(f"{np.mean(cells[name, share]):.3f}" for share in config.shares) + " |")
-    spread = max(np.ptp(values) for (name, _), values in cells.items() if not name.startswith("random"))
-    print(f"largest difference between seeds, random groups aside: {spread:.3f}")
+    if config.seeds > 1:
+        spread = max(np.ptp(values) for (name, _), values in cells.items() if not name.startswith("random"))
+        print(f"largest difference between seeds, random groups aside: {spread:.3f}")
 
 
 if __name__ == "__main__":

@@ -351,7 +351,8 @@ def main() -> None:
     original = judge(search.evaluate.original)[0]
     heads, lines = head_report(search)
     share = best["kv_bytes"] / search.evaluate.sizes(*search.partition.maps(search.heads))["kv_bytes"]
-    record = {"share": share, **best, "original_loss": original, "search": asdict(config), "judged": rows, **heads}
+    record = {"share": share, **best, "original_loss": original, "judged": rows, **heads}
+    record |= {"search": asdict(config), "evals": search.evals}
     if rank() == 0:
         with replacing(Path(config.out), "w") as file:
             file.write(json.dumps(record) + "\n")

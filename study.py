@@ -18,6 +18,7 @@ OUT/figures.
 
 import importlib.util
 import math
+import signal
 import subprocess
 import sys
 import time
@@ -85,7 +86,7 @@ class StudyConfig:
             raise UserError(f"--parts {min(unknown)} is none of the parts: {' '.join(PARTS)}")
         if len(self.out.split()) != 1:
             raise UserError(f"--out {self.out!r} would be cut at its spaces: give a name without")
-        self.out += "-fast" * self.fast
+        self.out = self.out.rstrip("/") + "-fast" * self.fast
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,15 @@ class Size:
     evals: int = 40  # of a search
     calibration: int = 65536  # tokens
     heal_steps: int = 20
-    tune_steps: int = 150
+    tune_steps: int = 100
     scored: int = 65536  # tokens of the test split
     answers: str = ""  # flags that leave some out
     written: int = 330_000  # tokens by each foreign model
     rounds: int = 3  # of the speed table
     timed: int = 30  # texts of each model
+    compiled: bool = True  # where this machine's torch does
+    attention_steps: int = 50
+    decoded: int = 1024  # tokens in the cache
 
     @property
     def flags(self) -> str:
@@ -114,9 +118,9 @@ class Size:
 
 
 FAST = Size(
-    shape={"dim": 64, "n_head": 4, "block_size": 128}, layers=(5, 6), seeds=(0,), depth_steps=20, base_steps=60,
+    shape={"dim": 64, "n_head": 4, "block_size": 128}, layers=(6,), seeds=(0,), depth_steps=20, base_steps=60,
     shares=("1of2",), evals=14, calibration=8192, heal_steps=5, tune_steps=10, scored=4096, answers="--limit 8",
-    written=40_000, rounds=1, timed=3,
+    written=40_000, rounds=1, timed=3, compiled=False, attention_steps=10, decoded=256,
 )  # fmt: skip
 
 
@@ -125,7 +129,8 @@ FAST = Size(
 
 def depth(s: Size, out: Path) -> Steps:
     steps: Steps = {}
-    how = "--compile" if compiles_by_itself(torch.device("cpu")) and not s.shape else "--no-compile"
+    compiling = s.compiled and compiles_by_itself(torch.device("cpu"))
+    how = "--compile" if compiling else "--no-compile"
     how += f" --warmup_steps {s.depth_steps // 15} --eval_every {s.depth_steps // 6} --eval_tokens 16384"
     kinds = {"": "", "-novel": " --novel"}
     variants = {f"{n}{kind}": f"--n_layer {n}{flag}" for n in s.layers for kind, flag in kinds.items()}
@@ -138,11 +143,12 @@ def depth(s: Size, out: Path) -> Steps:
             train = f"train.py {flags} {s.flags} --seed {seed} --batch_size 8 --max_steps {s.depth_steps} {how}"
             steps[name] = f"{train} --out_dir {out}/{name}"
             steps[f"{name}-test"] = f"eval_ppl.py {out}/{name}/ckpt.pt --split test --max_tokens {s.scored} --json"
-        if seed == s.seeds[0]:
-            models = [f"{out}/depth-{variant}-{seed}/ckpt.pt" for variant in variants]
-            steps["depth-latency"] = f"bench.py latency --steps {s.timed} --json --ckpts {' '.join(models)}"
-            for variant, model in zip(variants, models):
-                steps |= answering(f"depth-{variant}", model, "", s, out)
+    models = [f"{out}/depth-{variant}-{s.seeds[0]}/ckpt.pt" for variant in variants]
+    for way in ("eager", "compiled") if compiling else ("eager",):
+        wait = f"bench.py latency --steps {s.timed} --json" + " --compile" * (way == "compiled")
+        steps[f"depth-latency-{way}"] = f"{wait} --ckpts {' '.join(models)}"
+    for variant, model in zip(variants, models):
+        steps |= answering(f"depth-{variant}", model, "", s, out)
     return steps
 
 
@@ -190,7 +196,7 @@ def foreign(s: Size, out: Path) -> Steps:
         model, text = f"{out}/{name}.pt", f"{out}/{name}-text"
         read = f"checkpoint.py import {out}/{name}.bin {model} --tokenizer {out}/{name}-tok.bin --overwrite"
         steps[f"{name}-import"] = read
-        steps[f"{name}-write"] = lambda model=model, text=text: write_texts(model, Path(text), s.written)
+        steps[f"{name}-write-{s.written}"] = lambda model=model, text=text: write_texts(model, Path(text), s.written)
         prepare = f"data/prepare.py {name} --text {text} --tokenizer {model} --out {out}/{name}-data --overwrite"
         steps[f"{name}-prepare"] = prepare
         compare = (
@@ -211,7 +217,7 @@ def tuning(s: Size, out: Path) -> Steps:
 
 
 def attention(s: Size, out: Path) -> Steps:
-    compare = f"bench.py attention --init_from {out}/base/ckpt.pt --steps {1 if s.shape else 5} --json"
+    compare = f"bench.py attention --init_from {out}/base/ckpt.pt --steps {s.attention_steps // 10} --json"
     return {**base(s, out), "attention": compare}
 
 
@@ -219,7 +225,7 @@ def speed(s: Size, out: Path) -> Steps:
     shape = s.flags or SMALL
     return {
         "speed-parts": f"bench.py train {shape} --json",
-        "speed-decode": f"bench.py decode --block_size {256 if s.shape else 1024} --steps 20 --json",
+        "speed-decode": f"bench.py decode --block_size {s.decoded} --steps 20 --json",
         "speed-peers": f"tests/compare_speed.py {out}/speed.jsonl {shape} --rounds {s.rounds}",
     }
 
@@ -238,6 +244,8 @@ def fetch_foreign(models: str | None, out: Path) -> None:
     for name, (*files, _) in FOREIGN.items():
         for (address, sha256), kind in zip(files, ("", "-tok")):
             target = out / f"{name}{kind}.bin"
+            if target.exists() and sha256_of(target) == sha256:
+                continue
             source = Path(models) / target.name if models else download(address, sha256, out / name)
             if not source.exists() or sha256_of(source) != sha256:
                 raise UserError(f"{source} is missing, or not the one of {address}")
@@ -259,44 +267,52 @@ def write_texts(ckpt: str, folder: Path, tokens: int) -> None:
 
 
 def command(words: list[str]) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a command of this project. Ctrl-C reaches it, too: let it save."""
+    """Exit code, stdout and stderr of a command of this project. Interrupted, let it save."""
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, str(HERE / words[0]), *words[1:]], **how) as child:
         try:
-            printed, said = child.communicate()
+            printed, errors = child.communicate()
         except KeyboardInterrupt:
+            child.terminate()  # Ctrl-C has reached it before, SIGTERM has not
             child.communicate()
             raise
-    return child.returncode, printed, said
+    return child.returncode, printed, errors
 
 
 def run(name: str, step: str | Callable[[], None], out: Path) -> None:
-    """Run a step unless it is done: its log is there, and appears when all has gone well. Raises UserError if the step
-    fails, or if the log is of another command."""
+    """Run a step unless it is done: its log is there, and appears when all has gone well. What it noted of its numbers
+    comes before them. Raises UserError if the step fails, or if it was done or begun as another command."""
     log, line = out / "logs" / f"{name}.txt", step if isinstance(step, str) else name
+    begun = log.with_suffix(".begun")
+    for path in (log, begun):
+        if path.exists() and path.read_text().splitlines()[0] != f"python {line}":
+            remedy = "give another --out, or delete it, what it made, and the logs of what was made of that"
+            raise UserError(f"{path} is of another command: {remedy}")
     if log.exists():
-        if log.read_text().splitlines()[0] != f"python {line}":
-            raise UserError(f"{log} is of another command: give another --out, or delete it and what it made")
         return
-    printed = ""
+    begun.write_text(f"python {line}\n")
+    notes = printed = ""
     if isinstance(step, str):
         words = line.split()
         if words[0] == "train.py":
             folder = words[words.index("--out_dir") + 1]
             words = ["train.py", "--resume", "--out_dir", folder] if Path(folder, "ckpt.pt").exists() else words
-        code, printed, said = command(words)
+        code, printed, errors = command(words)
         if code:
-            log.with_suffix(".err").write_text(said)
-            last = (said.strip() or "nothing").splitlines()[-1]
+            log.with_suffix(".err").write_text(errors)
+            last = (errors.strip() or "nothing").splitlines()[-1]
             raise UserError(f"step {name} failed: {last} | try by hand: python {' '.join(words)}")
+        notes = "".join(said + "\n" for said in errors.splitlines() if said.startswith("note:"))
     else:
         step()
     with replacing(log, "w") as file:
-        file.write(f"python {line}\n{printed}")
+        file.write(f"python {line}\n{notes}{printed}")
+    begun.unlink()
 
 
 def main() -> None:
     config = StudyConfig(**parse(__doc__, StudyConfig))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that the running step ends, too
     if missing := [name for name in LIBRARIES if importlib.util.find_spec(name) is None]:
         raise UserError(f"the study needs {', '.join(missing)}: pip install -r requirements-dev.txt")
     out, size = Path(config.out), FAST if config.fast else Size()
@@ -307,11 +323,12 @@ def main() -> None:
             if "foreign" in parts:
                 fetch_foreign(config.models, out)
         except UserError as error:
-            if config.parts:
+            if config.parts or config.models:
                 raise
             print(f"note: no part `foreign`: {error}", file=sys.stderr)
             parts.remove("foreign")
         steps = {name: step for part in parts for name, step in PARTS[part](size, out).items()}
+        failed = None
         try:
             with tqdm(steps.items(), desc="study", unit="step") as bar:
                 for name, step in bar:
@@ -320,8 +337,11 @@ def main() -> None:
                     run(name, step, out)
                     if (spent := time.time() - began) > 1:
                         tqdm.write(f"{time.strftime('%H:%M:%S')} {spent:6.0f} s  {name}")
-        finally:
-            report(out)
+        except UserError as error:
+            failed = error
+        report(out)
+        if failed:
+            raise failed
     print(f"wrote {out}/tables.md and {out}/figures")
 
 

@@ -2,11 +2,15 @@
 
 import json
 import math
+import platform
 import re
 import statistics
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+
+import torch
 
 from checkpoint import build, load, model_config
 from files import replacing
@@ -22,7 +26,7 @@ from plot import (
     similarities,
 )
 
-CODE = "def add(first, second):\n    return first + second\n"  # what the attention maps read
+CODE = "def add(a, b): return a + b"  # what the attention maps read
 KINDS = {"": "plain", "-novel": "novel", "-wide": "plain, wider", "-gated": "gated"}
 MERGES = {  # the names of study.py
     "random-mean": "random joint groups, mean (one draw)",
@@ -33,19 +37,18 @@ MERGES = {  # the names of study.py
 }
 
 
-def said(out: Path, name: str) -> dict | None:
-    """The JSON object that a step printed; None if it has not run."""
+def result(out: Path, name: str) -> dict | None:
+    """The JSON object that a step printed in the end; None if it has not run."""
     path = out / "logs" / f"{name}.txt"
     return json.loads(path.read_text().splitlines()[-1]) if path.exists() else None
 
 
 def trained(folder: Path) -> dict:
-    """What a run's log says in the end: params, trainable, the last evaluation's keys; and `minutes` of its steps, each
-    as long as the median, so that compiling and the machine's moods do not count."""
+    """What a run's log says in the end: its settings, the last evaluation's keys; and the median `step_ms`."""
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     last = {key: value for record in records for key, value in record.items()}
-    times = [record["ms"] for record in records if "ms" in record]
-    return {**last, "minutes": last["step"] * statistics.median(times) / 60e3, "folder": str(folder)}
+    step_ms = statistics.median(record["ms"] for record in records if "ms" in record)
+    return {**last, "step_ms": step_ms, "folder": str(folder)}
 
 
 def scores(found: dict | None) -> list[str]:
@@ -61,10 +64,10 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
 
-def several(values: list[float], digits: int = 2) -> str:
+def several(values: list[float]) -> str:
     """31.20 (31.01, 31.39)"""
-    each = ", ".join(f"{value:.{digits}f}" for value in values)
-    return f"{statistics.mean(values):.{digits}f}" + f" ({each})" * (len(values) > 1)
+    each = ", ".join(f"{value:.2f}" for value in values)
+    return f"{statistics.mean(values):.2f}" + f" ({each})" * (len(values) > 1)
 
 
 def both(draw, path: Path) -> None:
@@ -81,32 +84,47 @@ def depth_runs(out: Path) -> dict[tuple[int, str], list[dict]]:
     found = defaultdict(list)
     for log in sorted((out / "logs").glob("depth-*-test.txt")):
         layers, kind, _ = re.fullmatch(r"depth-(\d+)(-[a-z]+)?-(\d+)-test", log.stem).groups()
-        run = {**trained(out / log.stem.removesuffix("-test")), "test": said(out, log.stem)}
+        run = {**trained(out / log.stem.removesuffix("-test")), "test": result(out, log.stem)}
         found[int(layers), kind or ""].append(run)
     return dict(sorted(found.items(), key=lambda item: (item[0][0], list(KINDS).index(item[0][1]))))
 
 
+def latency(out: Path, way: str) -> dict[str, dict]:
+    """{run, without its seed: how long its texts took}; way: eager, or compiled."""
+    rows = (result(out, f"depth-latency-{way}") or {"rows": []})["rows"]
+    return {Path(row["ckpt"]).parent.name.rpartition("-")[0]: row for row in rows}
+
+
 def depth(out: Path) -> Iterator[str]:
-    runs, times = depth_runs(out), said(out, "depth-latency")
-    if not times:
+    runs, ways = depth_runs(out), {way: found for way in ("eager", "compiled") if (found := latency(out, way))}
+    if not ways:
         return
-    of, rows = {Path(row["ckpt"]).parent.name.rpartition("-")[0]: row for row in times["rows"]}, []
+    rows, answers = [], []
     for (layers, kind), each in runs.items():
-        time = of[f"depth-{layers}{kind}"]
+        name = f"depth-{layers}{kind}"
+        times = [found[name] for found in ways.values()]
         rows.append([
             str(layers), KINDS[kind], f"{each[0]['params']:,}",
-            several([run["minutes"] for run in each], 1),
+            f"{statistics.mean(run['seconds'] for run in each) / 60:.1f} min",
             several([math.exp(run["val_loss"]) for run in each]),
             several([run["test"]["blocks"] for run in each]),
             f"{statistics.mean(run['test']['bits_per_byte'] for run in each):.4f}",
-            f"{time['median']:.0f} ({time['p5']:.0f} to {time['p95']:.0f})",
-            *scores(said(out, f"depth-{layers}{kind}-score")),
+            *(f"{time['median']:.1f} ({time['p5']:.1f} to {time['p95']:.1f})" for time in times),
         ])  # fmt: skip
+        answers.append([str(layers), KINDS[kind], *scores(result(out, f"{name}-score"))])
     yield "### Fewer, richer layers\n"
-    yield table(
-        ["layers", "variant", "parameters", "training, min", "val perplexity", "test perplexity", "test bits per byte",
-         "64 tokens, ms, median (p5 to p95)", "answers: loss", "BLEU", "ROUGE-1 / 2 / L"], rows,
-    )  # fmt: skip
+    first = next(iter(runs.values()))[0]
+    yield f"{first['step']} steps, {first['tokens']:,} tokens, one run after the other, compiling counted; the mean and"
+    yield f"each seed; all of val, of test {first['test']['tokens']:,} tokens; milliseconds for 64 tokens of one text,"
+    yield "float32, all models in turns, first seed: median (p5 to p95). Answers: first seed, too, tuned alike.\n"
+    head = ["layers", "variant", "parameters", "training", "val perplexity", "test perplexity", "test bits per byte"]
+    yield table([*head, *(f"ms, {way}" for way in ways)], rows)
+    yield table(["layers", "variant", "answers: test loss", "BLEU", "ROUGE-1 / 2 / L"], answers)
+    yield from ratios_to_plain(runs)
+    both(lambda: draw_depth(runs, list(ways.items())[-1]), out / "figures" / "depth.png")
+
+
+def ratios_to_plain(runs: dict) -> Iterator[str]:
     for kind in ("-novel", "-wide", "-gated"):
         ratios = {
             n: [a["test"]["blocks"] / b["test"]["blocks"] for a, b in zip(runs[n, kind], runs[n, ""])]
@@ -116,12 +134,13 @@ def depth(out: Path) -> Iterator[str]:
         if every:
             each = "; ".join(f"{n} layers {', '.join(f'{r:.4f}' for r in found)}" for n, found in ratios.items())
             yield f"Test perplexity of {KINDS[kind]} by that of plain, each seed: {each}."
-            yield f"Mean {statistics.mean(every):.4f}, standard deviation {statistics.pstdev(every):.4f}.\n"
-    both(lambda: draw_depth(runs, of), out / "figures" / "depth.png")
+            spread = f", standard deviation {statistics.stdev(every):.4f}" * (len(every) > 1)
+            yield f"Mean {statistics.mean(every):.4f}{spread}, over {len(every)} pairs.\n"
 
 
-def draw_depth(runs: dict, times: dict):
-    figure, [[left, right]] = grid(1, 2, 9, 4)
+def draw_depth(runs: dict, latency: tuple[str, dict]):
+    figure, [[left, right]] = grid(1, 2, 8, 4)
+    way, times = latency
     for number, (kind, label) in enumerate(KINDS.items()):
         points = [(times[f"depth-{n}{k}"]["median"], [r["test"]["blocks"] for r in each], n)
                   for (n, k), each in runs.items() if k == kind]  # fmt: skip
@@ -131,14 +150,20 @@ def draw_depth(runs: dict, times: dict):
             left.errorbar(x, y, spread, marker="o", capsize=3, label=label, color=COLOURS[number])
             for ms, mean, (_, _, n) in zip(x, y, points):
                 left.annotate(str(n), (ms, mean), textcoords="offset points", xytext=(5, 4), fontsize=8)
-    left.set(xlabel="milliseconds for 64 tokens", ylabel="test perplexity (bars: seeds)", title="numbers are layers")
-    for number, ((n, kind), each) in enumerate((key, each) for key, each in runs.items() if key[1] in ("", "-novel")):
-        style = {"color": COLOURS[number // 2], "ls": "--" if kind else "-", "label": f"{n} layers, {KINDS[kind]}"}
-        right.plot(*curve(each[0]["folder"], "tokens"), **style, lw=1.2)
-    right.set(xlabel="tokens", ylabel="loss on the val split, nats a token", title="the first seed")
+    label = f"milliseconds for 64 tokens, {way}"
+    left.set(xlabel=label, ylabel="test perplexity (bars: seeds)", title="numbers are layers")
+    layers = sorted({n for n, _ in runs})
+    for (n, kind), each in runs.items():
+        if kind in ("", "-novel"):
+            style = {"color": COLOURS[list(KINDS).index(kind)], "lw": 0.6 + 0.6 * layers.index(n), "alpha": 0.7}
+            tokens, loss = curve(each[0]["folder"], "tokens")
+            right.plot([count / 1000 for count in tokens], loss, **style)
+    right.set(
+        xlabel="thousand tokens", ylabel="val loss, nats a token", title="first seed; the more layers, the thicker"
+    )
     for axes in (left, right):
         axes.grid()
-        axes.legend(fontsize=8)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(KINDS), fontsize=9)
     return figure
 
 
@@ -146,13 +171,15 @@ def draw_depth(runs: dict, times: dict):
 
 
 def groups(out: Path) -> Iterator[str]:
-    original = {when: said(out, f"{when}-base") for when in ("before", "after")}
-    shares = [share for share in ("3of4", "2of3", "1of2", "1of3", "1of4") if said(out, f"after-ours-{share}")]
+    original = {when: result(out, f"{when}-base") for when in ("before", "after")}
+    shares = [share for share in ("3of4", "2of3", "1of2", "1of3", "1of4") if result(out, f"after-ours-{share}")]
     if not shares or None in original.values():
         return
-    cells = {(m, when, s): said(out, f"{when}-{m}-{s}") for m in MERGES for when in original for s in shares}
+    cells = {(m, when, s): result(out, f"{when}-{m}-{s}") for m in MERGES for when in original for s in shares}
     ratios = {key: cell["blocks"] / original[key[1]]["blocks"] for key, cell in cells.items() if cell}
     kept = {s: cells["ours", "before", s]["kv_bytes_per_token"] for s in shares}
+    for (merge, when, share), cell in cells.items():
+        assert cell["kv_bytes_per_token"] == kept[share], f"{merge} at {share} {when} healing keeps another cache"
     whole = original["before"]["kv_bytes_per_token"]
     yield "### Uneven groups\n"
     before, after = (original[when]["blocks"] for when in original)
@@ -164,9 +191,10 @@ def groups(out: Path) -> Iterator[str]:
     ]
     yield table(head, rows)
     yield from objectives(out)
-    titles = {"before": "before healing", "after": "after, original healed alike"}
-    lines = {titles[when]: {MERGES[m]: [ratios[m, when, s] for s in shares] for m in MERGES} for when in original}
-    both(lambda: draw_ratios([kept[s] / whole for s in shares], lines), out / "figures" / "groups.png")
+    titles = {"before": "before healing", "after": "after, original healed alike (other scale)"}
+    x = [kept[s] / whole for s in shares]
+    panels = {titles[when]: (x, {MERGES[m]: [ratios[m, when, s] for s in shares] for m in MERGES}) for when in original}
+    both(lambda: draw_ratios(panels), out / "figures" / "groups.png")
     models = {f"{s.replace('of', '/')} of the cache": model_config(load(out / f"ours-{s}.pt")) for s in shares}
     both(lambda: draw_groups(models), out / "figures" / "heads.png")
     found = similarities(str(out / "base" / "ckpt.pt"))
@@ -185,18 +213,18 @@ def objectives(out: Path) -> Iterator[str]:
             found = [row for row in record["judged"] if row["name"].startswith("found")]
             value, best = min((math.exp(row["loss"]) * row["groups"] ** 2, i) for i, row in enumerate(found))
             cells = f"{found[best]['groups']:g}", f"{math.exp(found[best]['loss'] - record['original_loss']):.4f}"
-            rows.append([label, str(record["search"]["max_evals"]), *cells, f"{value:,.0f}"])
+            rows.append([label, str(record["evals"]), *cells, f"{value:,.0f}"])
     if rows:
-        head = ["search for the least ppl x groups^2", "evaluations", "K/V heads", "ppl, ratio, before healing"]
+        head = ["search for the least ppl x groups^2", "groupings looked at", "K/V heads", "ppl, ratio, before healing"]
         yield table([*head, "ppl x groups^2"], rows)
 
 
-def draw_ratios(x: list[float], panels: dict[str, dict[str, list[float]]]):
-    """A panel for each title; lines of perplexity ratios against the share of the cache."""
-    figure, axes = grid(1, len(panels), 9, 4)
-    for place, (title, lines) in zip(axes[0], panels.items()):
-        for label, y in lines.items():
-            place.plot(x, y, marker="o", markersize=4, label=label)
+def draw_ratios(panels: dict[str, tuple[list[float], dict[str, list[float]]]]):
+    """{title: (shares of the cache, {label: perplexity ratios})}, a panel for each title."""
+    figure, axes = grid(1, len(panels), 8, 5)
+    for place, (title, (x, lines)) in zip(axes[0], panels.items()):
+        for (label, y), marker in zip(lines.items(), "os^vDPX*+x"):
+            place.plot(x, y, marker=marker, markersize=5, label=label)
         place.set(
             xlabel="share of the KV cache", ylabel="perplexity, ratio to the original's", title=title, yscale="log"
         )
@@ -206,24 +234,26 @@ def draw_ratios(x: list[float], panels: dict[str, dict[str, list[float]]]):
         place.set_yticks(ticks, [f"{t:g}" for t in ticks])
         place.minorticks_off()
         place.grid()
-    axes[0][0].legend(fontsize=7)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 
 def foreign(out: Path) -> Iterator[str]:
     """compare_groups.py's tables as they are, and as figures."""
-    panels, x = {}, []
+    panels = {}
     for name in ("stories260K", "aidreams260K"):
         if not (log := out / "logs" / f"{name}-compare.txt").exists():
             continue
         lines = log.read_text().splitlines()
         rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
-        yield f"### {name}\n\n" + next(line for line in lines if line.startswith("perplexity")) + "\n"
+        yield f"### {name}\n"
+        yield "On text that it wrote itself, at temperature 1; random groups are one draw; no healing."
+        yield next(line for line in lines if line.startswith("perplexity")) + "\n"
         yield "\n".join(line for line in lines if line.startswith("|")) + "\n"
-        x = [float(share) for share in rows[0][1:]]  # those of the two differ by a hundredth
-        panels[name] = {row[0]: [float(cell) for cell in row[1:]] for row in rows[2:]}
+        shares = [float(share) for share in rows[0][1:]]
+        panels[f"{name}, on its own text"] = shares, {row[0]: [float(cell) for cell in row[1:]] for row in rows[2:]}
     if panels:
-        both(lambda: draw_ratios(x, panels), out / "figures" / "foreign.png")
+        both(lambda: draw_ratios(panels), out / "figures" / "foreign.png")
 
 
 # ---- tuning, attention, speed ----
@@ -234,15 +264,15 @@ def tuning(out: Path) -> Iterator[str]:
     for log in (out / "logs").glob("tuning-*-score.txt"):
         name = log.stem.removesuffix("-score")
         run, size = trained(out / f"{name}-answers"), (out / f"{name}-answers" / "ckpt.pt").stat().st_size / 1e6
-        sizes = [f"{run['trainable']:,}", f"{size:.1f} MB", f"{run['minutes']:.1f} min"]
+        sizes = [f"{run['trainable']:,}", f"{size:.1f} MB", f"{run['seconds'] / 60:.1f} min"]
         peak = f"{run['peak_memory_bytes'] / 2**30:.2f} GiB"
-        rows.append([name.removeprefix("tuning-"), *sizes, peak, *scores(said(out, log.stem))])
+        rows.append([name.removeprefix("tuning-"), *sizes, peak, *scores(result(out, log.stem))])
     if rows:
         yield "### Tuning\n"
-        head = ["", "trainable", "checkpoint", "training", "peak memory", "test loss", "BLEU", "ROUGE-1 / 2 / L"]
+        head = ["", "trainable", "checkpoint", "training", "process's peak", "test loss", "BLEU", "ROUGE-1 / 2 / L"]
         rows.sort(key=lambda row: (-int(row[1].replace(",", "")), row[0]))
-        yield table(head, [["before", "", "", "", "", *scores(said(out, "tuning-before"))], *rows])
-    if memory := said(out, "tuning-memory"):
+        yield table(head, [["before", "", "", "", "", *scores(result(out, "tuning-before"))], *rows])
+    if memory := result(out, "tuning-memory"):
         peaks = {name: row["peak"] / 2**20 for name, row in memory["rows"].items()}
         rate = {name: row["tokens_per_s"] for name, row in memory["rows"].items()}
         yield table(["", "peak, MiB", "tokens/s"], [[n, f"{peaks[n]:,.1f}", f"{rate[n]:,.0f}"] for n in peaks])
@@ -250,7 +280,7 @@ def tuning(out: Path) -> Iterator[str]:
 
 
 def draw_bars(panels: dict[str, dict[str, float]]):
-    figure, axes = grid(1, len(panels), 9, 1 + 0.32 * max(map(len, panels.values())))
+    figure, axes = grid(1, len(panels), 8, 1 + 0.32 * max(map(len, panels.values())))
     same = len({tuple(bars) for bars in panels.values()}) == 1
     for number, (place, (title, bars)) in enumerate(zip(axes[0], panels.items())):
         shown = place.barh(list(bars), list(bars.values()), color=COLOURS[number])
@@ -262,8 +292,9 @@ def draw_bars(panels: dict[str, dict[str, float]]):
 
 
 def attention(out: Path) -> Iterator[str]:
-    if found := said(out, "attention"):
+    if found := result(out, "attention"):
         yield "### Attention\n"
+        yield f"A QLoRA run each, one after the other, {found['bench']['steps'] * 10} steps; texts in turns.\n"
         yield table(["attention", "pretraining_tp", "val loss", "training", "a step", "peak", "100 tokens"], [
             [row["attention"], str(row["pretraining_tp"]), f"{row['val_loss']:.6f}", f"{row['training_s']:.1f} s",
              f"{row['step_ms']:.0f} ms", f"{row['peak'] / 2**20:.0f} MiB", f"{row['generation_s']:.3f} s"]
@@ -277,10 +308,10 @@ def speed(out: Path) -> Iterator[str]:
     yield "### Speed\n"
     lines = (out / "logs" / "speed-peers.txt").read_text().splitlines()
     yield "\n".join(line for line in lines if line.startswith("|")) + "\n"
-    shares = said(out, "speed-parts")["shares"]
-    yield table(list(shares), [[f"{100 * share:.1f}%" for share in shares.values()]])
-    decoded = said(out, "speed-decode")["rows"]
-    yield table(["K/V heads", "KV cache", "a token", "speed"], [
+    if shares := result(out, "speed-parts").get("shares"):
+        yield table(list(shares), [[f"{100 * share:.1f}%" for share in shares.values()]])
+    decoded = result(out, "speed-decode")["rows"]
+    yield table(["K/V heads", "KV cache", "a token of all texts", "speed"], [
         [str(row["heads"]), f"{row['cache_bytes'] / 2**20:.1f} MiB", f"{row['ms']:.1f} ms", f"{row['ratio']:.2f} x"]
         for row in decoded
     ])  # fmt: skip
@@ -303,6 +334,9 @@ def draw_speed(records: dict[str, list[dict]]):
 def report(out: Path) -> None:
     """Write OUT/tables.md and OUT/figures of all that has run."""
     (out / "figures").mkdir(exist_ok=True)
-    text = [part for section in (depth, groups, foreign, tuning, attention, speed) for part in section(out)]
-    with replacing(out / "tables.md", "w") as file:
-        file.write("\n".join(text))
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    text = [f"{time.strftime('%Y-%m-%d')} | {platform.processor() or platform.machine()} | {versions}\n"]
+    for section in (depth, groups, foreign, tuning, attention, speed):
+        text += section(out)
+        with replacing(out / "tables.md", "w") as file:
+            file.write("\n".join(text))

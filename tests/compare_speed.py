@@ -187,8 +187,8 @@ def rows(c: ModelConfig, config: CompareConfig) -> dict[str, tuple]:
             if path is not None:
                 found[f"{peer}, {how}"] = (train_other, peer, path, compiled, c, config)
     for texts in (1, 16):
-        found[f"herd, texts: {texts}"] = (generate_speed, c, replace(ours, action="generate", batch=texts))
-        found[f"transformers, texts: {texts}"] = (generate_hf, texts, c)
+        found[f"herd, compiled, texts: {texts}"] = (generate_speed, c, replace(ours, action="generate", batch=texts))
+        found[f"transformers, eager, texts: {texts}"] = (generate_hf, texts, c)
     if config.run_c:
         found["llama2.c's C program, float32, texts: 1"] = (generate_run_c, config.run_c, c)
     if config.gguf:

@@ -3,6 +3,7 @@
 import json
 import math
 import shlex
+import shutil
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from PIL import Image  # matplotlib needs it, too
 import study
 import study_report
 from bench import BenchConfig
-from checkpoint import CheckpointConfig
+from checkpoint import CheckpointConfig, load
 from compare_groups import CompareConfig
 from config import UserError, parse
 from data.prepare import PrepareConfig
@@ -98,11 +99,13 @@ def test_an_interrupted_run_of_the_study_goes_on(tmp_path, tiny_data):
     shape = "--n_layer 1 --n_head 2 --dim 16 --block_size 16 --batch_size 2 --eval_tokens 64"
     line = f"train.py --dataset {tiny_data} {shape} --max_steps 3 --out_dir {tmp_path}/run"
     study.run("run", line, tmp_path)
-    weights = (tmp_path / "run" / "ckpt.pt").read_bytes()
-    (tmp_path / "logs" / "run.txt").unlink()  # as if it had been killed between the last checkpoint and its words
+    weights = load(tmp_path / "run" / "ckpt.pt")["model"]
+    (tmp_path / "logs" / "run.txt").rename(tmp_path / "logs" / "run.begun")  # as if killed before its last words
+    with pytest.raises(UserError, match="another command"):
+        study.run("run", line.replace("--max_steps 3", "--max_steps 4"), tmp_path)
     study.run("run", line, tmp_path)
     assert "continued from step 3" in (tmp_path / "logs" / "run.txt").read_text()
-    assert len((tmp_path / "run" / "ckpt.pt").read_bytes()) == len(weights)
+    assert all(torch.equal(weights[name], p) for name, p in load(tmp_path / "run" / "ckpt.pt")["model"].items())
 
 
 def test_tables_hold_ratios_of_each_seed(tmp_path):
@@ -114,15 +117,61 @@ def test_tables_hold_ratios_of_each_seed(tmp_path):
         for seed, perplexity in enumerate(perplexities):
             name = f"depth-5{kind}-{seed}"
             (tmp_path / name).mkdir()
-            test = {"blocks": perplexity, "bits_per_byte": 1.25}
+            test = {"blocks": perplexity, "bits_per_byte": 1.25, "tokens": 9}
             (tmp_path / "logs" / f"{name}-test.txt").write_text("python ...\n" + json.dumps(test))
-            records = [{"step": 0, "params": 1000}, {"step": 1, "loss": 3.0, "ms": 60e3, "tokens": 9}]
+            records = [{"step": 0, "params": 1000}, {"step": 1, "loss": 3.0, "ms": 9.0, "seconds": 60.0, "tokens": 9}]
             records += [{"step": 1, "val_loss": math.log(2 * perplexity), "bits_per_byte": 1.5}]
             (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         rows += [{"ckpt": f"x/depth-5{kind}-0/ckpt.pt", "median": 9.0, "p5": 8.0, "p95": 11.0}]
-    (tmp_path / "logs" / "depth-latency.txt").write_text(json.dumps({"rows": rows}))
+    (tmp_path / "logs" / "depth-latency-eager.txt").write_text(json.dumps({"rows": rows}))
     study_report.report(tmp_path)
     text = (tmp_path / "tables.md").read_text()
-    assert "| 5 | plain | 1,000 | 1.0 (1.0, 1.0) | 30.00 (20.00, 40.00) | 15.00 (10.00, 20.00) | 1.2500 |" in text
-    assert "5 layers 1.1000, 0.9000" in text and "Mean 1.0000, standard deviation 0.1000" in text
+    assert "| 5 | plain | 1,000 | 1.0 min | 30.00 (20.00, 40.00) | 15.00 (10.00, 20.00) | 1.2500 |" in text
+    assert "5 layers 1.1000, 0.9000" in text and "Mean 1.0000, standard deviation 0.1414, over 2 pairs" in text
     assert (tmp_path / "figures" / "depth.png").exists() and (tmp_path / "figures" / "depth-dark.png").exists()
+
+
+def test_tables_of_groups_hold_ratios_to_the_original_treated_alike(tmp_path, tiny_run):
+    """A perplexity of 10, 8 when healed; grouped 20, 12 when healed: ratios of 2 and 1.5."""
+    for folder in ("logs", "base", "figures"):
+        (tmp_path / folder).mkdir()
+    shutil.copy(tiny_run, tmp_path / "base" / "ckpt.pt")
+    shutil.copy(tiny_run, tmp_path / "ours-1of2.pt")
+    for name in ("base", *(f"{merge}-1of2" for merge in study.MERGES)):
+        for when, perplexity in (
+            (("before", 10.0), ("after", 8.0)) if name == "base" else (("before", 20.0), ("after", 12.0))
+        ):
+            found = {"blocks": perplexity, "tokens": 9, "kv_bytes_per_token": 64 if name == "base" else 32}
+            (tmp_path / "logs" / f"{when}-{name}.txt").write_text("python ...\n" + json.dumps(found))
+    study_report.report(tmp_path)
+    text = (tmp_path / "tables.md").read_text()
+    assert "| bytes a token of the cache | 32 (0.500) |" in text
+    assert text.count(" | 2.000 -> 1.500 |") == len(study.MERGES)
+    for name in ("groups", "heads", "similarity", "attention", "architecture"):
+        assert (tmp_path / "figures" / f"{name}-dark.png").exists()
+
+
+def test_tables_of_tuning_and_attention_hold_what_was_printed(tmp_path):
+    for folder in ("logs", "tuning-lora8-answers", "figures"):
+        (tmp_path / folder).mkdir()
+    score = {"ckpt": {"loss": 3.25, "bleu": 4.5, "rouge1": 30.0, "rouge2": 10.0, "rougeL": 29.0}}
+    rows = [{"attention": "naive", "pretraining_tp": 2, "val_loss": 3.3, "training_s": 5.0, "step_ms": 90.0,
+             "peak": 2**30, "generation_s": 0.5}]  # fmt: skip
+    memory = {"full fine-tune": {"peak": 3 * 2**20, "tokens_per_s": 700.0}}
+    logs = {
+        "tuning-lora8-score": score,
+        "attention": {"rows": rows, "bench": {"steps": 5}},
+        "tuning-memory": {"rows": memory},
+    }
+    for name, found in logs.items():
+        (tmp_path / "logs" / f"{name}.txt").write_text("python ...\nnote: of what\n" + json.dumps(found))
+    records = [{"step": 0, "trainable": 1000}, {"step": 1, "loss": 3.0, "ms": 9.0, "seconds": 90.0}]
+    records += [{"step": 1, "val_loss": 3.5, "peak_memory_bytes": 2**29}]
+    folder = tmp_path / "tuning-lora8-answers"
+    (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "ckpt.pt").write_bytes(b"0" * 200_000)
+    study_report.report(tmp_path)
+    text = (tmp_path / "tables.md").read_text()
+    assert "| lora8 | 1,000 | 0.2 MB | 1.5 min | 0.50 GiB | 3.250 | 4.50 | 30.0 / 10.0 / 29.0 |" in text
+    assert "| naive | 2 | 3.300000 | 5.0 s | 90 ms | 1024 MiB | 0.500 s |" in text
+    assert "50 steps" in text and "| full fine-tune | 3.0 | 700 |" in text
