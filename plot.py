@@ -138,10 +138,11 @@ def draw_attention(model: Llama, tokenizer: Tokenizer, text: str):
         place.imshow(square.sqrt(), vmin=0, vmax=1, cmap="viridis")  # the square root: to see small weights, too
         place.set(xticks=[], yticks=[], title=f"head {head}" * (layer == 0), ylabel=f"layer {layer}" * (head == 0))
     if len(ids) <= 24:
-        axes[-1][0].set_xticks(range(len(ids)), words, rotation=90, fontsize=5, parse_math=False)
-        axes[-1][-1].set_yticks(range(len(ids)), words, fontsize=5, parse_math=False)
+        size = 7 if len(ids) <= 12 else 5
+        axes[-1][0].set_xticks(range(len(ids)), words, rotation=90, fontsize=size, parse_math=False)
+        axes[-1][-1].set_yticks(range(len(ids)), words, fontsize=size, parse_math=False)
         axes[-1][-1].yaxis.tick_right()
-    figure.suptitle("what each query (row) looks at (column)")
+    figure.suptitle("what each query (row) looks at (column); colour: square root of the weight")
     return figure
 
 

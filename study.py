@@ -1,6 +1,6 @@
 """The study: every experiment of the README, from nothing to tables and figures (pip install -r requirements-dev.txt).
 
-    python study.py                          # all of it, about two hours and a half on 2 cores
+    python study.py                          # all of it, about three hours on 2 cores
     python study.py --fast                   # a quarter of an hour: tiny models, few steps; its numbers say nothing
     python study.py --parts depth groups     # some of it
 
@@ -168,7 +168,8 @@ def base(s: Size, out: Path) -> Steps:
 def groups(s: Size, out: Path) -> Steps:
     steps, model, few = base(s, out), f"{out}/base/ckpt.pt", f"--calibration_tokens {s.calibration}"
     score = f"--split test --max_tokens {s.scored} --json"
-    look = f"search_groups.py {model} --max_evals {s.evals} --search_tokens {min(16384, s.scored)} {few} --overwrite"
+    look = f"search_groups.py {model} --max_evals {s.evals} --search_tokens {min(16384, s.scored)} --overwrite"
+    look += f" --calibration_tokens {s.calibration // 2}"  # for its refits are most of the time of a search
     heal = f"--teacher {model} --lora_r 8 --max_steps {s.heal_steps} --warmup_steps {s.heal_steps // 5}"
     steps["before-base"] = f"eval_ppl.py {model} {score}"
     steps["heal-base"] = f"train.py --init_from {model} {heal} --out_dir {out}/heal-base"
