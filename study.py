@@ -286,7 +286,7 @@ def run(name: str, step: str | Callable[[], None], out: Path) -> None:
     log, line = out / "logs" / f"{name}.txt", step if isinstance(step, str) else name
     begun = log.with_suffix(".begun")
     for path in (log, begun):
-        if path.exists() and path.read_text().splitlines()[0] != f"python {line}":
+        if path.exists() and path.read_text().splitlines()[:1] != [f"python {line}"]:
             remedy = "give another --out, or delete it, what it made, and the logs of what was made of that"
             raise UserError(f"{path} is of another command: {remedy}")
     if log.exists():
