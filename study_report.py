@@ -44,11 +44,9 @@ def result(out: Path, name: str) -> dict | None:
 
 
 def trained(folder: Path) -> dict:
-    """What a run's log says in the end: its settings, the last evaluation's keys; and the median `step_ms`."""
+    """What a run's log says in the end: its settings, its last step and its last evaluation."""
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    last = {key: value for record in records for key, value in record.items()}
-    step_ms = statistics.median(record["ms"] for record in records if "ms" in record)
-    return {**last, "step_ms": step_ms, "folder": str(folder)}
+    return {key: value for record in records for key, value in record.items()} | {"folder": str(folder)}
 
 
 def scores(found: dict | None) -> list[str]:
