@@ -99,16 +99,10 @@ def validate(model: Llama, data: Text | Examples, dtype: torch.dtype, most: int 
     return loss, count
 
 
-def report(
-    model: Llama, tokenizer: Tokenizer, data: Text | Examples, dtype: torch.dtype, position: dict, path: Path
-) -> dict:
-    """Print the loss on the whole val split, as the evaluations do, a sample, and what to run next."""
-    device = model.tok_embeddings.weight.device
-    (loss, count), peak = validate(model, data, dtype), peak_memory_bytes(device)
-    record = {"val_loss": loss, "val_tokens": count, "peak_memory_bytes": peak}
-    products = str(dtype).removeprefix("torch.")
-    prompt, generator = tokenizer.prompt("") or [0], torch.Generator(device).manual_seed(0)
-    following = f"python eval_ppl.py {path} --split test\npython sample.py {path}"
+def last_evaluation(model: Llama, tokenizer: Tokenizer, data: Text | Examples, dtype: torch.dtype) -> dict:
+    """Print the loss on the whole val split, as the evaluations do; return it for the log."""
+    loss, count = validate(model, data, dtype)
+    record, products = {"val_loss": loss, "val_tokens": count}, str(dtype).removeprefix("torch.")
     if isinstance(data, Text):
         record["bits_per_byte"] = bits_per_byte(loss, data.tokens, tokenizer)
         protocol = f"blocks | {count:,} tokens, context {model.config.block_size}, {products}"
@@ -116,15 +110,29 @@ def report(
     else:
         what = f"{count:,} tokens of the answers of {len(data.spans):,} examples"
         print(f"val loss {loss:.4f} nats a token | {what}, {products}")
-        prompt = data.parts(0)[0].tolist()
-        following = f"python eval_text.py {path}"
+    return record
+
+
+def report(
+    model: Llama, tokenizer: Tokenizer, data: Text | Examples, dtype: torch.dtype, position: dict, path: Path,
+    evaluates: bool,
+) -> dict:  # fmt: skip
+    """Print the last evaluation if there is to be one, what the run took, a sample, and what to run next."""
+    record = last_evaluation(model, tokenizer, data, dtype) if evaluates else {}
+    device = model.tok_embeddings.weight.device
+    peak = peak_memory_bytes(device)
     minutes = position["seconds"] / 60
     print(f"{position['tokens']:,} tokens in {minutes:.1f} min of training | peak memory {peak / 2**30:.2f} GiB")
+    prompt, generator = tokenizer.prompt("") or [0], torch.Generator(device).manual_seed(0)
+    begins, following = "a sample:", f"python eval_ppl.py {path} --split test\npython sample.py {path}"
+    if isinstance(data, Examples):
+        prompt = data.parts(0)[0].tolist()
+        begins = f"an example of the val split:\n{tokenizer.decode(prompt)}"
+        following = f"python eval_text.py {path}"
     settings = {"temperature": 0.8, "top_p": 0.95, "stop": tokenizer.stop, "generator": generator}
-    begins = "a sample:" if isinstance(data, Text) else f"an example of the val split:\n{tokenizer.decode(prompt)}"
     print(f"--- {begins}")
     model.eval()
     with torch.compiler.set_stance("force_eager"), autocast(device, dtype):
         print("".join(readable(prompt, (row[0] for row in model.stream([prompt], 160, **settings)), tokenizer)))
     print(f"--- next:\n{following}")
-    return record
+    return {**record, "peak_memory_bytes": peak}

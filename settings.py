@@ -45,7 +45,7 @@ class TrainConfig:
     momentum: float = 0.8  # share of its past that Muon's step keeps; the usual 0.95 learns less in some hundred steps
     optimizer: Literal["adamw", "muon"] = "muon"  # muon takes the matrices of the blocks, AdamW the rest; LoRA: adamw
     eval_every: int = 100  # steps between checkpoints, each followed by an evaluation
-    eval_tokens: int = 32768  # tokens of the val split, evenly spread, that an evaluation reads; the last reads all
+    eval_tokens: int = 32768  # of the val split, evenly spread, in an evaluation; the last reads all; 0: no evaluation
     seed: int = 0  # of weights, batches and dropout
     device: str = "auto"  # cuda, mps, cpu or auto
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; weights stay in float32
@@ -54,10 +54,10 @@ class TrainConfig:
     compile: bool | None = None  # torch.compile each block (default: where a run on a CPU is long enough to gain by it)
 
     def __post_init__(self):
-        for name in ("batch_size", "grad_accum", "max_steps", "eval_every", "eval_tokens"):
+        for name in ("batch_size", "grad_accum", "max_steps", "eval_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: give --{name} 1 or more")
-        for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip"):
+        for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "eval_tokens"):
             if not 0 <= (getattr(self, name) or 0) < 1e9:  # false for nan, too
                 raise UserError(f"{name} is {getattr(self, name)}: give --{name} 0 or more, below 1e9")
         if not 0 <= self.distil_weight <= 1:

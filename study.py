@@ -170,7 +170,7 @@ def groups(s: Size, out: Path) -> Steps:
     score = f"--split test --max_tokens {s.scored} --json"
     look = f"search_groups.py {model} --max_evals {s.evals} --search_tokens {min(16384, s.scored)} --overwrite"
     look += f" --calibration_tokens {s.calibration // 2}"  # for its refits are most of the time of a search
-    heal = f"--teacher {model} --lora_r 8 --max_steps {s.heal_steps} --warmup_steps {s.heal_steps // 5}"
+    heal = f"--teacher {model} --lora_r 8 --max_steps {s.heal_steps} --warmup_steps {s.heal_steps // 5} --eval_tokens 0"
     steps["before-base"] = f"eval_ppl.py {model} {score}"
     steps["heal-base"] = f"train.py --init_from {model} {heal} --out_dir {out}/heal-base"
     steps["after-base"] = f"eval_ppl.py {out}/heal-base/ckpt.pt {score}"

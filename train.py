@@ -308,6 +308,8 @@ def check_health(loss: float, norm: float | None, run: Run, where: str) -> None:
 
 
 def evaluate(run: Run, log: Log) -> None:
+    if not run.config.eval_tokens:
+        return
     val_loss, count = validate(run.model, run.val_data, run.dtype, most=run.config.eval_tokens)
     record = {"val_loss": val_loss, "val_tokens": count, "peak_memory_bytes": peak_memory_bytes(run.device)}
     log.write({"step": run.position["step"], **record})
@@ -391,7 +393,8 @@ def main() -> None:
             print(f"{stopped}; continue with: {how} train.py --resume --out_dir {run.path.parent}", flush=True)
             sys.exit(128 + number)
         dtype = run.dtype if run.config.fsdp else torch.float32  # a shared model's weights are collected in run.dtype
-        log.write({"step": run.kept, **report(run.model, run.tokenizer, run.val_data, dtype, run.position, run.path)})
+        last = run.model, run.tokenizer, run.val_data, dtype, run.position, run.path, run.config.eval_tokens > 0
+        log.write({"step": run.kept, **report(*last)})
 
 
 if __name__ == "__main__":

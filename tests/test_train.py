@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, command, sharp_model, small_run, start_command
+from conftest import TINY, command, quick, sharp_model, small_run, start_command
 
 import device
 import settings
@@ -169,6 +169,17 @@ def test_resume_after_kill_equals_uninterrupted(tiny_data, tmp_path, dtype, opti
     done = command("train.py", *killed, "--resume")
     assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path / "straight", tmp_path / "killed")
+
+
+def test_a_run_without_evaluations_learns_the_same(tiny_data, tmp_path):
+    for name, tokens in (("with", 512), ("without", 0)):
+        flags = ["--max_steps", 4, "--eval_every", 2, "--eval_tokens", tokens]
+        done = quick("train.py", *small_run(tiny_data, tmp_path / name), *flags)
+        assert done.returncode == 0, done.stderr
+    one, two = (load(tmp_path / name / "ckpt.pt")["model"] for name in ("with", "without"))
+    assert all(torch.equal(p, two[name]) for name, p in one.items())
+    assert len(records(tmp_path / "with", "val_loss")) == 2 and not records(tmp_path / "without", "val_loss")
+    assert "perplexity" not in done.stdout and records(tmp_path / "without", "peak_memory_bytes")
 
 
 def test_a_run_killed_before_its_second_checkpoint_begins_again(tiny_data, tmp_path):
