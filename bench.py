@@ -148,10 +148,10 @@ def print_memory(c: ModelConfig, lora: LoRAConfig, config: BenchConfig) -> None:
         return
     count = Llama(c).num_params()
     print(f"{count:,} parameters, {config.batch_size} x {c.block_size} tokens a step, LoRA of rank {lora.lora_r}")
-    print(f"{'':32}{'trainable':>13}{'weights':>12}{'optimizer':>12}{'peak':>12}{'tokens/s':>12}")
+    print(f"{'':42}{'trainable':>13}{'weights':>12}{'optimizer':>12}{'peak':>12}{'tokens/s':>12}")
     for name, row in found.items():
         sizes = "".join(f"{row[key] / 2**20:8.1f} MiB" for key in ("weights", "optimizer", "peak"))
-        print(f"{name:32}{row['trainable']:>13,}{sizes}{row['tokens_per_s']:>12,.0f}")
+        print(f"{name:42}{row['trainable']:>13,}{sizes}{row['tokens_per_s']:>12,.0f}")
 
 
 @torch.no_grad()
