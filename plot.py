@@ -87,7 +87,7 @@ def curve(folder: str, against: str) -> tuple[list[float], list[float]]:
     reached = {record["step"]: record.get(against, 0) for record in records if "loss" in record}
     points = {record["step"]: record["val_loss"] for record in records if "val_loss" in record}
     if not points.keys() & reached.keys():
-        raise UserError(f"{path} has no loss on the val split: let the run come to --eval_every steps")
+        raise UserError(f"{path} has no loss on the val split: it comes every --eval_every steps, with --eval_tokens")
     steps = sorted(points.keys() & reached.keys())
     return [reached[step] for step in steps], [points[step] for step in steps]
 
