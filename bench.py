@@ -28,7 +28,7 @@ which part of a step takes how long, from the profiler, and how near the whole c
 tokens `steps` times with each of some checkpoints.
 
 `attention` fine-tunes a checkpoint with train.py, each row from the same seed and in a process of its own, and then
-times 20 greedy texts of 100 tokens. It fails if another attention than the row's was computed even once.
+times greedy texts of 100 tokens. It fails if another attention than the row's was computed even once.
 
 `kernel` compares the fused kernels with PyTorch's and with the textbook, for as many K/V heads as query heads, for
 equal groups, and for uneven ones, K and V apart. The last column is the share of what this GPU does in a large product
@@ -77,7 +77,7 @@ class BenchConfig:
     batch: int = 1  # generate, latency: texts that are written at a time
     batch_size: int = 16  # sequences of a step, of block_size tokens each
     grad_accum: int = 4  # memory: micro-batches of a step, where a row accumulates
-    steps: int = 5  # steps, decoded tokens or texts that are timed, after one more; attention: 10 times as many steps
+    steps: int = 5  # steps, decoded tokens or texts that are timed, after one more; attention: 10 x steps, 4 x texts
     init_from: str | None = None  # attention: the ckpt.pt to fine-tune
     ckpts: list[str] | None = None  # latency: the checkpoints that take turns
     dataset: str | None = None  # attention: the data to fine-tune on (default: the checkpoint's own)

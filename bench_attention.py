@@ -30,7 +30,7 @@ from config import UserError
 from device import pick_device
 from lora import LoRAConfig
 
-GENERATIONS, NEW_TOKENS, PROMPT = 20, 100, 16
+NEW_TOKENS, PROMPT = 100, 16
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 
 
@@ -91,12 +91,12 @@ def finetune(init_from: str, flags: list[str], lora: LoRAConfig, backend: str, s
     }  # fmt: skip
 
 
-def generation_seconds(paths: list[Path], backends: list[str], device: torch.device) -> list[float]:
+def generation_seconds(paths: list[Path], backends: list[str], device: torch.device, texts: int) -> list[float]:
     """The median seconds of a greedy text by each checkpoint, which take turns, since a machine has its moods."""
     models = [build_model(load(path)).to(device).eval() for path in paths]
     seconds, generator = [[] for _ in models], torch.Generator().manual_seed(0)
     c = models[0].config
-    for _ in range(GENERATIONS):
+    for _ in range(texts):
         prompt = torch.randint(c.vocab_size, (PROMPT,), generator=generator).tolist()
         for model, backend, own in zip(models, backends, seconds):
             with only(backend):
@@ -125,7 +125,7 @@ def attention_table(config, lora: LoRAConfig) -> list[dict]:
             how = (config.init_from, [str(flag) for flag in flags], lora, backend, slices, f"{folder}/{len(rows)}")
             rows.append(alone(name, finetune, *how))
         paths = [Path(folder) / str(i) / "ckpt.pt" for i in range(len(rows))]
-        times = generation_seconds(paths, [row["attention"] for row in rows], device)
+        times = generation_seconds(paths, [row["attention"] for row in rows], device, 4 * config.steps)
     return [{**row, "generation_s": seconds} for row, seconds in zip(rows, times)]
 
 

@@ -132,7 +132,7 @@ def ratios_to_plain(runs: dict) -> Iterator[str]:
         if every:
             each = "; ".join(f"{n} layers {', '.join(f'{r:.4f}' for r in found)}" for n, found in ratios.items())
             yield f"Test perplexity of {KINDS[kind]} by that of plain, each seed: {each}."
-            spread = f", standard deviation {statistics.stdev(every):.4f}" * (len(every) > 1)
+            spread = f", standard deviation {statistics.stdev(every):.4f}" if len(every) > 1 else ""
             yield f"Mean {statistics.mean(every):.4f}{spread}, over {len(every)} pairs.\n"
 
 
