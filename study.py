@@ -109,7 +109,7 @@ class Size:
     rounds: int = 3  # of the speed table
     timed: int = 30  # texts of each model
     compiled: bool = True  # where this machine's torch does
-    attention_steps: int = 50
+    bench_steps: int = 5  # --steps of bench.py
     decoded: int = 1024  # tokens in the cache
 
     @property
@@ -120,7 +120,7 @@ class Size:
 FAST = Size(
     shape={"dim": 64, "n_head": 4, "block_size": 128}, layers=(6,), seeds=(0,), depth_steps=20, base_steps=60,
     shares=("1of2",), evals=14, calibration=8192, heal_steps=5, tune_steps=10, scored=4096, answers="--limit 8",
-    written=40_000, rounds=1, timed=3, compiled=False, attention_steps=10, decoded=256,
+    written=40_000, rounds=1, timed=3, compiled=False, bench_steps=1, decoded=256,
 )  # fmt: skip
 
 
@@ -203,7 +203,8 @@ def foreign(s: Size, out: Path) -> Steps:
         compare = (
             f"compare_groups.py {model} --dataset {out}/{name}-data --calibration_tokens {s.calibration} --seeds 1"
         )
-        steps[f"{name}-compare"] = f"{compare} --eval_tokens {min(16384, s.scored)} --shares {shares}"
+        few = " ".join(shares.split()[: len(s.shares)])
+        steps[f"{name}-compare"] = f"{compare} --eval_tokens {min(16384, s.scored)} --shares {few}"
     return steps
 
 
@@ -213,19 +214,19 @@ def tuning(s: Size, out: Path) -> Steps:
         steps |= answering(f"tuning-{name}", model, flags, s, out)
     # after them, for it needs the data, which the first tuning prepares
     steps["tuning-before"] = f"eval_text.py {model} --dataset docstrings {s.answers} --max_new_tokens 48 --json"
-    steps["tuning-memory"] = f"bench.py memory {s.flags} --json"
+    steps["tuning-memory"] = f"bench.py memory {s.flags} --steps {s.bench_steps} --json"
     return steps
 
 
 def attention(s: Size, out: Path) -> Steps:
-    compare = f"bench.py attention --init_from {out}/base/ckpt.pt --steps {s.attention_steps // 10} --json"
+    compare = f"bench.py attention --init_from {out}/base/ckpt.pt --steps {s.bench_steps} --json"
     return {**base(s, out), "attention": compare}
 
 
 def speed(s: Size, out: Path) -> Steps:
     shape = s.flags or SMALL
     return {
-        "speed-parts": f"bench.py train {shape} --json",
+        "speed-parts": f"bench.py train {shape} --steps {s.bench_steps} --json",
         "speed-decode": f"bench.py decode --block_size {s.decoded} --steps 20 --json",
         "speed-peers": f"tests/compare_speed.py {out}/speed.jsonl {shape} --rounds {s.rounds}",
     }
