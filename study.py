@@ -1,7 +1,7 @@
 """The study: every experiment of the README, from nothing to tables and figures (pip install -r requirements-dev.txt).
 
-    python study.py                          # all of it, about three hours on 2 cores
-    python study.py --fast                   # a quarter of an hour: tiny models, few steps; its numbers say nothing
+    python study.py                          # all of it, under three hours on 2 cores
+    python study.py --fast                   # ten minutes: tiny models, few steps; its numbers say nothing
     python study.py --parts depth groups     # some of it
 
     depth      fewer, richer layers: 5 to 8 of them, plain and novel, and two controls
