@@ -203,7 +203,7 @@ def foreign(s: Size, out: Path) -> Steps:
         compare = (
             f"compare_groups.py {model} --dataset {out}/{name}-data --calibration_tokens {s.calibration} --seeds 1"
         )
-        few = " ".join(shares.split()[: len(s.shares)])
+        few = " ".join(shares.split()[: len(s.shares)])  # one in a fast study, which has one budget
         steps[f"{name}-compare"] = f"{compare} --eval_tokens {min(16384, s.scored)} --shares {few}"
     return steps
 
