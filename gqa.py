@@ -1,161 +1,354 @@
 """Merge the key and value heads of a trained model into groups of any size: a smaller KV cache.
 
-    python gqa.py ckpt.pt --out grouped.pt --kv_budget 0.5            # half the KV cache, spread evenly over the layers
-    python gqa.py ckpt.pt --out grouped.pt --groups groups.json       # spent as search_groups.py found best
-    python gqa.py ckpt.pt --out mean.pt --n_kv_head 4 --merge mean --grouping neighbour --refit none     # GQA's paper
+    python gqa.py ckpt.pt --out grouped.pt --kv_budget 0.5           # half the cache, spread over the layers
+    python gqa.py ckpt.pt --out grouped.pt --groups groups.json      # as search_groups.py found best
+    python gqa.py ckpt.pt --out mean.pt --n_kv_head 4 --merge mean --grouping neighbour --refit none
 
-The cache holds one key and one value head a group. The paper on grouped-query attention (GQA, arXiv 2305.13245) takes
-the mean of neighbouring heads' weights and trains on. Here the heads that can share one are found by what it costs
-(partition.py), keys and values apart; a group's shared head is the best there is (merging.py); then each layer is
-refitted to what it did before (refit.py). What is lost after that, training gets back:
+    stats = statistics(model, blocks)                                # one pass over calibration text
+    groups = choose(model, stats, counts)                            # which heads share one
+    small = refit(merge(model, groups, stats), model, blocks)        # then heal it: train.py --teacher
 
-    python train.py --init_from grouped.pt --teacher ckpt.pt --max_steps 40
+An attention layer has two symmetries, under which its weights change and its function does not:
+
+    values  W_v^h may be multiplied by any invertible S, if W_o^h is multiplied by its inverse
+    keys    each RoPE pair of a head, a complex number, may be multiplied by any complex z, if the same pair
+            of the query is divided by conj(z); a more general map would not commute with RoPE
+
+The mean of heads that are equal up to these (the last command; GQA, arXiv 2305.13245) is noise. Here a group
+gets the head that is best over all of them, inputs weighted as they occur in the text: a truncated SVD
+(Eckart-Young), which norm-weighting and Procrustes alignment (arXiv 2408.08454, 2412.20677) cannot beat.
 """
 
 import json
 import math
-import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from checkpoint import build_model, load, picture, save
-from config import UserError, exit_cleanly, parse
-from device import peak_memory_bytes, pick_device
+from checkpoint import build_model, empty_model, load, load_weights, picture, save
+from common import UserError, bounded, checked, exit_cleanly, is_a, parse, pick_device, writable
+from data.tokenizer import read_tokenizer
 from eval_ppl import mean_nll, perplexity, split_tokens, window_nll
-from files import writable
 from lora import plain
-from merging import Costs, Maps, Statistics, convert, rope_of, statistics
-from model import Llama, ModelConfig
-from partition import Groups, best_partitions, interpolated
-from refit import refit
-from tokenizer import read_tokenizer
+from model import Attention, Llama, ModelConfig, scores
+from partition import Groups, best_partitions
+from refit import SLICE, observed, refit
+
+Maps = list[list[int]]  # [layer][query head] -> group, as in ModelConfig
+Slot = tuple[int, str]  # (layer, "k", "v" or "joint"): what is grouped by itself
+Counts = dict[Slot, int]  # groups in each slot
+TINY = 1e-300  # keeps weights that are zero from becoming nan
+
+
+@dataclass
+class Statistics:
+    """Means over a layer's attention inputs x and queries q, in float64."""
+
+    inputs: torch.Tensor  # (C, C) E[x x^T]; not centred, since RoPE makes a constant key vary
+    mixed: torch.Tensor  # (C, C) E[m m^T], m = sum_s a_s x_s as attention mixes x for an observed query
+    energy: torch.Tensor  # (H, D/2) E|q_f|^2 of each RoPE pair f
+
+
+@torch.no_grad()
+def statistics(model: Llama, tokens: torch.Tensor) -> list[Statistics]:
+    """Of every layer, over tokens (N, T). Raises UserError for a model that computes inf or nan."""
+    stats = [Statistics(0, 0, 0) for _ in model.layers]
+    some, seen = observed(tokens.shape[1], tokens.device)
+
+    def observe(attention: Attention, inputs: tuple) -> None:
+        x, *rope = inputs[:3]
+        q, k, _ = attention.project(x, *rope)
+        m = (scores(q[:, :, some], k, attention.k_groups, seen).softmax(-1) @ x[:, None]).flatten(0, 2)
+        sums, rows = stats[attention.layer], x.flatten(0, 1)
+        sums.inputs += (rows.T @ rows).double()
+        sums.mixed += (m.T @ m).double()
+        sums.energy += q.unflatten(-1, (-1, 2)).square().sum(dim=(0, 2, 4), dtype=torch.float64)
+
+    hooks = [layer.attention.register_forward_pre_hook(observe) for layer in model.layers]
+    finite = [model.hidden(part).isfinite().all() for part in tokens.split(SLICE)]
+    for hook in hooks:
+        hook.remove()
+    if not all(finite):
+        raise UserError("the model computes inf or nan: its weights are damaged, or its training diverged")
+    count, observations = tokens.numel(), len(tokens) * len(seen) * model.config.n_head
+    return [Statistics(s.inputs / count, s.mixed / observations, s.energy / count) for s in stats]
+
+
+# ---- keys ----
+
+
+def complex_heads(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """wq or wk (n D, C) -> (n, D/2, C): the rows of a RoPE pair as one complex row."""
+    pairs = weight.double().unflatten(0, (-1, head_dim // 2, 2)).transpose(2, 3)
+    return torch.view_as_complex(pairs.contiguous())
+
+
+def weighted_keys(attention: Attention, stats: Statistics) -> torch.Tensor:
+    """(D/2, G, C) sqrt(E|q_f|^2) p for the row p of each pair of each key head."""
+    p, groups = complex_heads(attention.wk.weight, attention.head_dim), attention.k_groups
+    energy = stats.energy.new_zeros(p.shape[:2]).index_add_(0, groups.of_head, stats.energy)
+    energy = energy.clamp(min=max(1e-6 * energy.mean().item(), TINY))  # a head that never asks keeps its kind
+    return (energy.sqrt()[..., None] * p).transpose(0, 1)
+
+
+def merge_keys(attention: Attention, groups: Groups, stats: Statistics) -> tuple[torch.Tensor, torch.Tensor]:
+    """wq, of its old shape, and wk (g D, C), when the key heads of each group share one.
+
+    For a pair f, c_h p' with one row p' stands for p_h of every head h. If pairs, queries and keys were
+    independent (refit.py mends that they are not), the scores' error would be the sum of E|q_h,f|^2 times
+    E|(p_h - c_h p') x|^2. So the rows sqrt(E|q_h,f|^2) p_h C^(1/2) get their best approximation of rank 1;
+    since Re(q conj(c p' x)) = Re(q conj(c) conj(p' x)), the queries take conj(c_h).
+    """
+    rows, C = weighted_keys(attention, stats), stats.inputs.to(torch.complex128)
+    p, q = (complex_heads(w.weight, attention.head_dim) for w in (attention.wk, attention.wq))
+    of_head, shared = attention.k_groups.of_head, []
+    for group in groups:
+        if len(group) == 1:  # stays as it is, bit for bit
+            shared.append(p[group[0]])
+            continue
+        N = rows[:, group]  # (D/2, s, C)
+        a = torch.linalg.eigh(N @ C @ N.mH).eigenvectors[..., -1]  # (D/2, s)
+        key = torch.einsum("fs,fsc->fc", a.conj(), N)
+        size, sizes = (torch.einsum("...c,cd,...d->...", x, C, x.conj()).real for x in (key, p[group]))
+        key = key * (sizes.mean(0) / size.clamp(min=TINY)).sqrt()[:, None]  # as large as those it stands for
+        c = torch.einsum("sfc,cd,fd->sf", p[group], C, key.conj()) / sizes.mean(0).clamp(min=TINY)
+        for head, of in zip(group, c):
+            q[of_head == head] *= of.conj()[:, None]
+        shared.append(key)
+    return tuple(
+        torch.view_as_real(heads).transpose(2, 3).flatten(0, 2) for heads in (q, torch.stack(shared))
+    )
+
+
+# ---- values ----
+
+
+def value_heads(attention: Attention) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    """Of each value head wv (G, D, C), wo of the s query heads that read it (s, C, D), and |wo|^2 (G,)."""
+    values = attention.wv.weight.double().unflatten(0, (-1, attention.head_dim))
+    outputs = attention.wo.weight.double().unflatten(1, (-1, attention.head_dim)).transpose(0, 1)
+    readers = [outputs[attention.v_groups.of_head == head] for head in range(len(values))]
+    return values, readers, torch.stack([wo.square().sum() for wo in readers])
+
+
+def weighted_values(values: torch.Tensor, readers: list[torch.Tensor]) -> torch.Tensor:
+    """(G, D, C) R W_v, as large in each direction as wo makes it: R^T R = sum over readers of W_o^T W_o."""
+    missing = max(0, values.shape[1] - values.shape[2])  # with fewer rows than columns R would be wide
+    stacks = [F.pad(wo.flatten(0, 1), (0, 0, 0, missing)) for wo in readers]
+    return torch.stack([torch.linalg.qr(stack, mode="r").R @ wv for stack, wv in zip(stacks, values)])
+
+
+def merge_values(
+    attention: Attention, groups: Groups, stats: Statistics
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """wv (g D, C) and wo, of its old shape, when the value heads of each group share one.
+
+    The stack of W_o^h W_v^h C^(1/2) gets its best approximation of rank D: P^T, its strongest right singular
+    vectors, gives W_v' = P^T C^(-1/2) and W_o'^h = W_o^h W_v^h C^(1/2) P. With N the stack without C^(1/2),
+    after a QR of each W_o^h, and N C N^T = U diag(e) U^T, that is W_v' = e^(-1/2) U^T N and W_o'^h = W_o^h
+    W_v^h C N^T U e^(-1/2), without an inverse of C. Then the rows of W_v' get the length of those they stand
+    for. The novel layer behind wv leaves no symmetry: its heads share the mean, weighted by |W_o^h|^2.
+    """
+    values, readers, sizes = value_heads(attention)
+    rows, D, C, shared = weighted_values(values, readers), attention.head_dim, stats.mixed, []
+    for group in groups:
+        if len(group) == 1:
+            shared.append(values[group[0]])
+            continue
+        if attention.novel is not None:
+            share = sizes[group] / sizes[group].sum().clamp(min=TINY)
+            shared.append(torch.einsum("s,sdc->dc", share, values[group]))
+            continue
+        N = rows[group].flatten(0, 1)
+        e, U = torch.linalg.eigh(N @ C @ N.T)
+        e, U = e[-D:].clamp(min=max(1e-12 * e[-1].item(), TINY)), U[:, -D:]
+        value, length = U.T @ N, values[group].square().sum(-1).mean().sqrt()
+        scale = value.square().sum(-1).sqrt().clamp(min=max(1e-12 * length.item(), TINY))
+        scale = length.clamp(min=TINY) / scale
+        for head in group:
+            readers[head] = readers[head] @ (values[head] @ C @ N.T @ U / (e * scale))
+        shared.append(value * scale[:, None])
+    in_order = attention.v_groups.of_head.argsort(stable=True).argsort()
+    return torch.cat(shared), torch.cat(readers)[in_order].transpose(0, 1).flatten(1)
+
 
 # ---- which heads ----
 
 
-def neighbours(n: int, g: int) -> Groups:
-    """Runs of heads, as equal as can be, as in the paper on GQA."""
-    return [run.tolist() for run in np.array_split(np.arange(n), g)]
+class Costs:
+    """What it costs that a set of a layer's K or V heads shares one: the squares of weights times inputs
+    that the shared head cannot represent."""
+
+    @torch.no_grad()
+    def __init__(self, attention: Attention, kind: Literal["k", "v"], stats: Statistics):
+        self.rank, self.weights = 1, None  # the latter where the novel layer makes values share a mean
+        values, readers, sizes = value_heads(attention)
+        if kind == "k":
+            rows = weighted_keys(attention, stats)  # (D/2, G, C)
+        elif attention.novel is None:
+            rows, self.rank = weighted_values(values, readers).flatten(0, 1)[None], attention.head_dim
+        else:
+            weights = sizes.clamp(min=TINY).sqrt()
+            rows, self.weights = (weights[:, None, None] * values).transpose(0, 1), weights.cpu()  # (D, G, C)
+        C = stats.inputs if kind == "k" else stats.mixed
+        self.gram = (rows @ C.to(rows.dtype) @ rows.mH).cpu()  # (F, n rank, n rank); costs add over F
+        self.n = self.gram.shape[-1] // self.rank
+        if kind == "v" and self.gram.shape[-1] > 512:  # float32 takes two thirds of the time
+            self.gram = self.gram.float()
+
+    def __call__(self, sets: np.ndarray) -> np.ndarray:
+        """sets (N, s) of s heads each -> (N,)"""
+        index = (torch.from_numpy(sets)[..., None] * self.rank + torch.arange(self.rank)).flatten(1)
+        parts = index.split(max(1, 2**22 // (len(self.gram) * index.shape[1] ** 2)))
+        threads = torch.get_num_threads()  # one a part: within such small eigenproblems they would only wait
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            tails = torch.cat(list(pool.map(self.tails, parts))).numpy()
+        torch.set_num_threads(threads)  # also of threads that begin later
+        return tails
+
+    def tails(self, index: torch.Tensor) -> torch.Tensor:
+        """index (N, s rank) of rows of the gram -> (N,) costs"""
+        grams = self.gram[:, index[:, :, None], index[:, None, :]]  # (F, N, s rank, s rank)
+        if self.weights is None:
+            lost = torch.linalg.eigvalsh(grams)[..., : -self.rank].sum(-1)
+        else:
+            u = self.weights[index]
+            kept = torch.einsum("ns,fnst,nt->fn", u, grams, u) / u.square().sum(-1)
+            lost = grams.diagonal(dim1=-2, dim2=-1).sum(-1) - kept
+        return lost.sum(0).clamp(min=0)
+
+    def similarity(self) -> np.ndarray:
+        """(n, n): 1 where two heads share one at no cost, 0 where one of them is lost."""
+        sizes = self.gram.diagonal(dim1=-2, dim2=-1).real.unflatten(-1, (self.n, -1)).sum((0, 2)).numpy()
+        (a, b), alike = np.tril_indices(self.n, -1), np.eye(self.n)
+        least = np.maximum(np.minimum(sizes[a], sizes[b]), TINY)
+        alike[a, b] = alike[b, a] = 1 - self(np.stack((a, b), 1)) / least
+        return alike
 
 
-def random_groups(n: int, g: int, rng: np.random.Generator) -> Groups:
-    """g groups, none empty, and otherwise chance alone."""
-    order = rng.permutation(n)
-    label = np.concatenate((np.arange(g), rng.integers(g, size=n - g)))
-    return sorted(sorted(order[label == i].tolist()) for i in range(g))
+def slot_costs(model: Llama, stats: list[Statistics], slot: Slot):
+    """For `best_partitions`; joint costs add both kinds, each as a share of what one group would cost."""
+    layer, kind = slot
+    attention = model.layers[layer].attention
+    if kind != "joint":
+        return Costs(attention, kind, stats[layer])
+    both = [Costs(attention, one, stats[layer]) for one in "kv"]
+    whole = [max(cost(np.arange(cost.n)[None]).item(), TINY) for cost in both]
+    return lambda sets: sum(cost(sets) / of_one for cost, of_one in zip(both, whole))
 
 
-class Partitioner:
-    """Which K or V heads of which layer share one, for any number of groups; each layer's answers are kept."""
-
-    def __init__(
-        self, model: Llama, found: list[Statistics], grouping: str = "best", joint: bool = False, seed: int = 0
-    ):
-        self.model, self.found, self.grouping, self.joint, self.seed = model, found, grouping, joint, seed
-        self.known: dict[tuple, tuple[float, Groups]] = {}
-        if joint and not self.can_be_joint():
-            raise UserError("this model's keys and values are grouped apart already: drop --joint")
-
-    def can_be_joint(self) -> bool:
-        """Whether a map can serve K and V: in every layer the same query heads share both."""
-        pairs = [(layer.attention.k_groups.of_head, layer.attention.v_groups.of_head) for layer in self.model.layers]
-        return all(torch.equal(k, v) for k, v in pairs)
-
-    def heads(self, layer: int, kind: str) -> int:
-        attention = self.model.layers[layer].attention
-        return (attention.v_groups if kind == "v" else attention.k_groups).n_group
-
-    def costs(self, layer: int, kind: str):
-        """A cost for `best_partitions`; a joint one adds both kinds, each as a share of what one group costs."""
-        attention, found = self.model.layers[layer].attention, self.found[layer]
-        if kind != "joint":
-            return Costs(attention, kind, found)
-        both = [Costs(attention, one, found) for one in "kv"]
-        whole = [max(cost(np.arange(cost.n)[None]).item(), 1e-300) for cost in both]
-        return lambda sets: sum(cost(sets) / total for cost, total in zip(both, whole))
-
-    def __call__(self, layer: int, kind: str, g: int) -> tuple[float, Groups]:
-        """Cost and members of g groups; kind is "k", "v" or "joint"."""
-        if (layer, kind, g) not in self.known:
-            n = self.heads(layer, kind)
-            if self.grouping == "best":
-                answers = best_partitions(n, self.costs(layer, kind), [g])
-            else:
-                rng = np.random.default_rng((self.seed, layer, kind == "v", g))
-                groups = neighbours(n, g) if self.grouping == "neighbour" else random_groups(n, g, rng)
-                answers = {g: (math.nan, groups)}
-            self.known |= {(layer, kind, g): answer for g, answer in answers.items()}
-        return self.known[layer, kind, g]
-
-    def all_costs(self, layer: int, kind: str) -> list[float]:
-        """Those of 1, 2, ... groups, as many as there are heads."""
-        n = self.heads(layer, kind)
-        if any((layer, kind, g) not in self.known for g in range(1, n + 1)):  # one computation answers for all
-            answers = best_partitions(n, self.costs(layer, kind))
-            self.known |= {(layer, kind, g): answer for g, answer in answers.items()}
-        return [self.known[layer, kind, g][0] for g in range(1, n + 1)]
-
-    def maps(self, counts: dict[tuple[int, str], int]) -> tuple[Maps, Maps]:
-        """k_groups and v_groups of the model with so many groups in each (layer, kind)."""
-        labels = {}
-        for slot, g in counts.items():
-            label = {head: i for i, group in enumerate(self(*slot, g)[1]) for head in group}
-            labels[slot] = [label[head] for head in range(len(label))]
-        return self.labelled(labels)
-
-    def labelled(self, labels: dict[tuple[int, str], list[int]]) -> tuple[Maps, Maps]:
-        """The same of a group number for each K or V head of each (layer, kind)."""
-        result: dict[str, Maps] = {"k": [], "v": []}
-        for layer, block in enumerate(self.model.layers):
-            for kind, sources in (("k", block.attention.k_groups), ("v", block.attention.v_groups)):
-                label = labels[layer, "joint" if self.joint else kind]
-                result[kind].append(in_order([label[head] for head in sources.of_head.tolist()]))
-        return result["k"], result["v"]
-
-    def slots(self) -> list[tuple[int, str]]:
-        """(layer, kind) of all that can be grouped by itself, keys first: where shares are uneven they get more."""
-        kinds = ["joint"] if self.joint else ["k", "v"]
-        return [(layer, kind) for kind in kinds for layer in range(len(self.model.layers))]
-
-    def total(self, share: float, flag: str = "kv_budget") -> int:
-        """Groups, over all slots, that a share of the source's cache allows. Raises UserError below one a slot."""
-        sizes, least = sum(self.heads(*slot) for slot in self.slots()), math.ceil(1000 * self.least_share()) / 1000
-        if not self.least_share() - 1e-9 <= share <= 1:  # nan, too
-            raise UserError(f"{flag} is {share}: one head a layer needs {least}; give --{flag} {least} to 1")
-        return int(share * sizes + 1e-9)
-
-    def least_share(self) -> float:
-        return len(self.slots()) / sum(self.heads(*slot) for slot in self.slots())
-
-    def even(self, total: int) -> dict[tuple[int, str], int]:
-        """`total` groups, spread as evenly over the slots as can be."""
-        counts = dict.fromkeys(self.slots(), 1)
-        for _ in range(total - len(counts)):
-            counts[min(counts, key=lambda slot: counts[slot] / self.heads(*slot))] += 1
-        return counts
+def head_counts(model: Llama, joint: bool = False) -> Counts:
+    """The model's K and V heads in each slot, keys first: they get more of an uneven share."""
+    c = model.config
+    if joint and c.k_groups != c.v_groups:
+        raise UserError("this model's keys and values are grouped apart already: drop --joint")
+    maps = {"joint": c.k_groups} if joint else {"k": c.k_groups, "v": c.v_groups}
+    return {(layer, kind): max(of_head) + 1 for kind in maps for layer, of_head in enumerate(maps[kind])}
 
 
-def predictions(partition: Partitioner, known: dict[tuple[int, str], dict[int, float]]) -> dict[tuple, np.ndarray]:
-    """The KL divergence that 1, 2, ... groups in each slot alone cause, from what was measured: known[slot][g]. A slot
-    that was not measured has costs of its own, and the others' usual divergence for such a cost in their kind."""
-    costs, rates = {slot: partition.all_costs(*slot) for slot in known}, {}
-    for slot, measured in known.items():
-        rates.setdefault(slot[1], []).extend(kl / max(costs[slot][g - 1], 1e-300) for g, kl in measured.items())
-    rates = {kind: float(np.median(found)) if found else 1.0 for kind, found in rates.items()}
-    return {
-        slot: interpolated(measured, costs[slot]) if measured else rates[slot[1]] * np.array(costs[slot])
-        for slot, measured in known.items()
-    }
+def budget(heads: Counts, share: float) -> int:
+    """Groups, over all slots, in a share of the model's cache. Raises UserError below one a slot."""
+    total = sum(heads.values())
+    if not len(heads) / total - 1e-9 <= share <= 1:
+        least = math.ceil(1000 * len(heads) / total) / 1000
+        raise UserError(f"kv_budget {share} is below one head a layer: give --kv_budget {least} to 1")
+    return int(share * total + 1e-9)
 
 
-def in_order(labels: list[int]) -> list[int]:
-    """The same groups, numbered as they first occur: [2, 0, 2] -> [0, 1, 0]."""
-    number = {label: i for i, label in enumerate(dict.fromkeys(labels))}
-    return [number[label] for label in labels]
+def even_counts(heads: Counts, total: int) -> Counts:
+    """`total` groups, spread as evenly over the slots as can be."""
+    counts = dict.fromkeys(heads, 1)
+    for _ in range(total - len(counts)):
+        counts[min(counts, key=lambda slot: counts[slot] / heads[slot])] += 1
+    return counts
+
+
+def choose(
+    model: Llama, stats: list[Statistics], counts: Counts, grouping="best", seed=0, known: dict | None = None
+) -> tuple[Maps, Maps]:  # fmt: skip
+    """k_groups and v_groups with so many groups in each slot: the best, runs of neighbour heads, or random.
+    `known` {slot: best_partitions} keeps what was computed for later calls."""
+    heads, labels = head_counts(model, any(kind == "joint" for _, kind in counts)), {}
+    known = {} if known is None else known
+    for slot, g in counts.items():
+        n, labels[slot] = heads[slot], np.empty(heads[slot], int)
+        if grouping == "best":
+            answers = known.setdefault(slot, {})
+            if g not in answers:
+                answers |= best_partitions(n, slot_costs(model, stats, slot), [g])
+            groups = answers[g][1]
+        elif grouping == "neighbour":
+            groups = np.array_split(np.arange(n), g)
+        else:
+            rng = np.random.default_rng((seed, slot[0], slot[1] == "v", g))
+            order = rng.permutation(n)
+            drawn = np.concatenate((np.arange(g), rng.integers(g, size=n - g)))
+            groups = [order[drawn == i] for i in range(g)]
+        for number, group in enumerate(groups):
+            labels[slot][group] = number
+    return as_maps(model, labels)
+
+
+def as_maps(model: Llama, labels: dict[Slot, np.ndarray]) -> tuple[Maps, Maps]:
+    """k_groups and v_groups, of a label for each K or V head of each slot; numbered as they first occur."""
+    maps = [], []
+    for of_kind, kind, sources in zip(maps, "kv", (model.config.k_groups, model.config.v_groups)):
+        for layer, of_head in enumerate(sources):
+            label = labels.get((layer, kind), labels.get((layer, "joint")))
+            found = label[of_head].tolist()
+            first = list(dict.fromkeys(found))
+            of_kind.append([first.index(group) for group in found])
+    return maps
+
+
+# ---- the new model ----
+
+
+def merged_config(c: ModelConfig, k_groups: Maps, v_groups: Maps) -> ModelConfig:
+    """The config with these groups; for plain grouped-query attention n_kv_head is their number."""
+    n, H = max(k_groups[0]) + 1, c.n_head
+    even = [[head * n // H for head in range(H)]] * c.n_layer
+    plain_gqa = H % n == 0 and k_groups == v_groups == even
+    return replace(c, n_kv_head=n if plain_gqa else H, k_groups=k_groups, v_groups=v_groups)
+
+
+def source_groups(of_source: list[int], of_target: list[int]) -> Groups:
+    """For each target group the source K or V heads that it unites. Raises UserError if it splits one."""
+    pairs = sorted(set(zip(of_target, of_source)))
+    if len(pairs) != max(of_source) + 1:
+        raise UserError(f"{of_target} splits groups of the model, {of_source}: unite them only")
+    return [[source for target, source in pairs if target == g] for g in range(max(of_target) + 1)]
+
+
+def mean(weight: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """wk or wv whose groups share the mean of their heads' weights: GQA, arXiv 2305.13245."""
+    heads = weight.unflatten(0, (sum(map(len, groups)), -1))
+    return torch.cat([heads[group].double().mean(0) for group in groups])
+
+
+@torch.no_grad()
+def merge(model: Llama, groups: tuple[Maps, Maps], stats: list[Statistics], how: str = "closed") -> Llama:
+    """The model with its K and V heads merged into (k_groups, v_groups), in "closed" form or as the "mean";
+    it shares all other weights."""
+    c, weights = merged_config(model.config, *groups), model.state_dict()
+    for layer, block in enumerate(model.layers):
+        attention, new = block.attention, {}
+        k = source_groups(attention.k_groups.of_list, groups[0][layer])
+        v = source_groups(attention.v_groups.of_list, groups[1][layer])
+        if how == "closed":
+            new["wq"], new["wk"] = merge_keys(attention, k, stats[layer])
+            new["wv"], new["wo"] = merge_values(attention, v, stats[layer])
+        else:
+            new["wk"], new["wv"] = mean(attention.wk.weight, k), mean(attention.wv.weight, v)
+        for name, weight in new.items():
+            weights[f"layers.{layer}.attention.{name}.weight"] = weight.to(attention.wq.weight.dtype)
+    device = model.tok_embeddings.weight.device
+    return load_weights(empty_model(c), weights).to(device).eval()  # the groups' index buffers, too
 
 
 # ---- the command ----
@@ -167,90 +360,84 @@ class GroupConfig:
 
     ckpt: str  # the checkpoint; an adapter is merged first
     out: str | None = None  # the checkpoint to write
-    groups: str | None = None  # a JSON file with k_groups and v_groups, as search_groups.py writes it
-    kv_budget: float | None = None  # or: share of the checkpoint's KV cache to keep, spread evenly over the layers
-    n_kv_head: int | None = None  # or: K and V groups of every layer; it need not divide n_head
-    grouping: Literal["best", "neighbour", "random"] = "best"  # which heads: cheapest by the closed form; or baselines
+    groups: str | None = None  # a JSON file with k_groups and v_groups, from search_groups.py
+    kv_budget: float | None = None  # or: share of the KV cache to keep, spread evenly over the layers
+    n_kv_head: int | None = bounded(None, 1)  # or: K and V groups of every layer; it need not divide n_head
+    grouping: Literal["best", "neighbour", "random"] = "best"  # which heads: the cheapest; or baselines
     joint: bool = False  # one map for keys and values, as in other work
     merge: Literal["closed", "mean"] = "closed"  # how: the best shared head, or the mean of GQA's paper
-    refit: Literal["none", "output", "all"] = "all"  # then fit wo, or wo, wq and wk, to what the layer did before
-    calibration_tokens: int = 65536  # at most, of the train split, for the statistics and for refitting
-    eval_tokens: int = 65536  # of the val split, for the perplexities before and after
+    refit: Literal["none", "output", "all"] = "all"  # fit wo, or wo, wq and wk, to the original
+    calibration_tokens: int = bounded(65536, 1)  # at most, of the train split
+    eval_tokens: int = bounded(65536, 1)  # of the val split, for the perplexities before and after
     dataset: str | None = None  # prepared data of the same tokenizer (default: the checkpoint's own)
-    seed: int = 0  # of the calibration text, and of random groups
+    seed: int = bounded(0, 0, 2**32 - 1)  # of the calibration text, and of random groups
     device: str = "auto"  # cuda, mps, cpu or auto
     overwrite: bool = False  # replace an existing checkpoint
 
     def __post_init__(self):
-        for name in ("calibration_tokens", "eval_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: give --{name} 1 or more")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed is {self.seed}: give --seed 0 to {2**32 - 1}")
+        if [self.groups, self.kv_budget, self.n_kv_head].count(None) != 2:
+            raise UserError("which groups? give one of --kv_budget 0.5, --n_kv_head N and --groups FILE.json")
+        if self.groups and (self.joint or self.grouping != "best"):
+            raise UserError(f"--groups {self.groups} says which heads share: drop --joint and --grouping")
+        if not self.out:
+            raise UserError("one name is missing: --out OUT.pt, the checkpoint to write")
 
 
 def open_model(path: str, device: str) -> tuple[dict, Llama]:
-    """A checkpoint and its model, an ordinary one in float32 or wider, in eval mode, on the device of that name; an
-    Apple GPU has no float64, so there it is the CPU."""
+    """A checkpoint and its model, adapter merged, float32 or wider, in eval mode, on the device of that name
+    (an Apple GPU has no float64: on the CPU)."""
     place, checkpoint = pick_device(device), load(path)
-    if place.type == "mps":
-        if device == "mps":
-            raise UserError("--device mps computes no float64, which merging needs: give --device cpu")
-        place = torch.device("cpu")
     if not checkpoint["tokenizer"]:
-        raise UserError(f"{path} has no tokenizer, so no text says what its heads do: import it with --tokenizer")
+        raise UserError(f"{path} has no tokenizer to read text with: import it with --tokenizer")
     model = plain(build_model(checkpoint))
     wide = torch.promote_types(model.tok_embeddings.weight.dtype, torch.float32)
-    return checkpoint, model.to(place, wide).eval().requires_grad_(False)
+    return checkpoint, model.to("cpu" if place.type == "mps" else place, wide).eval().requires_grad_(False)
 
 
 def calibration_blocks(tokens: np.ndarray, model: Llama, count: int, seed: int) -> torch.Tensor:
-    """(N, T) tokens, at most `count`, from N places of the text, T the model's context up to 1,024. Raises UserError
-    for too few."""
-    T, least = min(model.config.block_size, 1024, len(tokens)), 4 * model.config.dim
-    rows = min(count, len(tokens)) // T
-    if len(tokens) // T * T < least:
-        raise UserError(f"the train split has {len(tokens):,} tokens, and merging needs {least:,}: prepare more text")
-    if rows * T < least:
-        raise UserError(
-            f"calibration_tokens is {count}, {rows} rows of {T}: give --calibration_tokens {-(-least // T) * T} or more"
-        )
-    places = np.random.default_rng(seed).choice(len(tokens) // T, rows, replace=False)
-    blocks = np.stack([tokens[place * T : (place + 1) * T] for place in places])
+    """(N, T) tokens, at most `count`, from N places of the text, T the model's context up to 1,024."""
+    T = min(model.config.block_size, 1024, len(tokens))
+    rows, least = min(count, len(tokens)) // T, math.ceil(4 * model.config.dim / T)
+    if rows < least:
+        few = f"{rows * T:,} tokens of the {len(tokens):,} in the train split are too few"
+        raise UserError(f"{few}: give --calibration_tokens {least * T} or more, and enough text")
+    blocks = tokens[: len(tokens) // T * T].reshape(-1, T)
+    blocks = blocks[np.random.default_rng(seed).choice(len(blocks), rows, replace=False)]
     return torch.from_numpy(blocks.astype(np.int64)).to(model.tok_embeddings.weight.device)
 
 
+def open_inputs(config) -> tuple[dict, Llama, torch.Tensor, np.ndarray, str]:
+    """The checkpoint, its model, calibration blocks of the train split, the val split and its name."""
+    checkpoint, model = open_model(config.ckpt, config.device)
+    source = checkpoint, read_tokenizer(checkpoint["tokenizer"]), config.dataset
+    (train, _), (val, name) = split_tokens(*source, "train"), split_tokens(*source, "val")
+    blocks = calibration_blocks(train, model, config.calibration_tokens, config.seed)
+    return checkpoint, model, blocks, val, name
+
+
 def read_groups(path: Path, c: ModelConfig) -> tuple[Maps, Maps]:
-    """The maps of a group file. Raises UserError for a file that is damaged, or of another shape than the model."""
+    """The maps of a group file. Raises UserError for one that is damaged, or of another model."""
     try:
         record = json.loads(path.read_text())
         maps = record["k_groups"], record["v_groups"]
-        if not all(maps) or not all(type(g) is int for of_layer in maps for of_head in of_layer for g in of_head):
-            raise ValueError
-    except OSError:
-        raise UserError(f"{path}: no such group file; make one with python search_groups.py") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(
-            f"{path} is no group file: it needs k_groups and v_groups, [layer][query head] -> group"
-        ) from None
-    try:
+        assert all(of_kind and is_a(of_kind, Maps) for of_kind in maps), "not [layer][query head] -> group"
         replace(c, k_groups=maps[0], v_groups=maps[1])
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    except Exception as error:
+        reason = f"{type(error).__name__} {error}"[:200]
+        raise UserError(f"{path} has no groups for this model ({reason}): use search_groups.py's") from None
     return maps
 
 
-def chosen_maps(config: GroupConfig, model: Llama, found: list[Statistics]) -> tuple[Maps, Maps]:
-    """The maps that the flags ask for."""
+def asked_groups(config: GroupConfig, model: Llama, stats: list[Statistics]) -> tuple[Maps, Maps]:
     if config.groups is not None:
         return read_groups(Path(config.groups), model.config)
-    partition = Partitioner(model, found, config.grouping, config.joint, config.seed)
+    heads = head_counts(model, config.joint)
+    counts, most = dict.fromkeys(heads, config.n_kv_head), min(heads.values())
     if config.kv_budget is not None:
-        return partition.maps(partition.even(partition.total(config.kv_budget)))
-    most = min(partition.heads(*slot) for slot in partition.slots())
-    if not 1 <= config.n_kv_head <= most:
-        raise UserError(f"n_kv_head is {config.n_kv_head}, and the model has {most}: give --n_kv_head 1 to {most}")
-    return partition.maps(dict.fromkeys(partition.slots(), config.n_kv_head))
+        counts = even_counts(heads, budget(heads, config.kv_budget))
+    elif config.n_kv_head > most:
+        raise UserError(f"n_kv_head is {config.n_kv_head}: give --n_kv_head 1 to {most}")
+    return choose(model, stats, counts, config.grouping, config.seed)
 
 
 def perplexity_on(tokens: np.ndarray, model: Llama) -> float:
@@ -258,73 +445,29 @@ def perplexity_on(tokens: np.ndarray, model: Llama) -> float:
     return perplexity(mean_nll(window_nll(model, tokens, context, context, torch.float32, quiet=False)))
 
 
-def group(config: GroupConfig, model: Llama, blocks: torch.Tensor) -> tuple[Llama, dict[str, float]]:
-    """The model that the flags ask for, calibrated on tokens (N, T), and the seconds that each step took."""
-    seconds, began = {}, time.perf_counter()
-
-    def done(step: str) -> None:
-        nonlocal began
-        seconds[step], began = time.perf_counter() - began, time.perf_counter()
-
-    found = statistics(model, blocks)
-    done("statistics")
-    maps = chosen_maps(config, model, found)
-    done("partition")
-    result = convert(model, *maps, found, config.merge)
-    done("merge")
-    if config.refit != "none":
-        refit(result, model, blocks, rope_of(model, blocks), config.refit == "all", quiet=False)
-    done("refit")
-    return result, seconds
-
-
-def save_grouped(config: GroupConfig, checkpoint: dict, result: Llama) -> None:
-    """The checkpoint with the model in its place, in the number format that it had."""
-    kept = {key: x for key, x in checkpoint.items() if key not in ("lora", "optimizers", "scaler")}
-    weights = result.to("cpu", checkpoint["model"]["tok_embeddings.weight"].dtype).state_dict()
-    save(Path(config.out), {**kept, "model": weights, "config": asdict(result.config), "grouped": asdict(config)})
-
-
-def check(config: GroupConfig) -> None:
-    """Raise UserError unless the flags say what to make, and where."""
-    ways = {name: getattr(config, name) for name in ("groups", "kv_budget", "n_kv_head")}
-    if sum(value is not None for value in ways.values()) != 1:
-        raise UserError("which groups? give one of --kv_budget 0.5, --n_kv_head N and --groups FILE.json")
-    if config.groups is not None and (config.joint or config.grouping != "best"):
-        raise UserError(f"--groups {config.groups} says which heads share: drop --joint and --grouping")
-    if not config.out:
-        raise UserError("one name is missing: --out OUT.pt, the checkpoint to write")
-    writable(Path(config.out), config.overwrite)
-
-
 def main() -> None:
-    config = GroupConfig(**parse(__doc__, GroupConfig))
-    check(config)
-    checkpoint, model = open_model(config.ckpt, config.device)
-    tokenizer = read_tokenizer(checkpoint["tokenizer"])
-    text, source = split_tokens(checkpoint, tokenizer, config.dataset, "train")
-    val, val_source = split_tokens(checkpoint, tokenizer, config.dataset, "val")
-    blocks, val = calibration_blocks(text, model, config.calibration_tokens, config.seed), val[: config.eval_tokens + 1]
-    if config.groups is not None:
-        read_groups(Path(config.groups), model.config)  # before the statistics, which take a while
-    result, seconds = group(config, model, blocks)
-    peak = peak_memory_bytes(blocks.device)
-    stored, wide = checkpoint["model"]["tok_embeddings.weight"].dtype, result.norm.weight.dtype
-    result = result.to(stored).to(wide)  # what is measured is what is saved
-    before, after = perplexity_on(val, model), perplexity_on(val, result)
-    save_grouped(config, checkpoint, result)
-    print("head groups\n" + "\n".join(picture(result.config)))
-    sizes = [m.config.kv_numbers_per_token * stored.itemsize for m in (model, result)]
-    print(f"KV cache: {sizes[0]:,} -> {sizes[1]:,} bytes a token ({100 * sizes[1] / sizes[0]:.1f}%)")
-    print(
-        f"calibrated on {blocks.numel():,} tokens of {source}, seed {config.seed}: {config.merge}, refit {config.refit}"
-    )
-    print(" | ".join(f"{step} {s:.1f} s" for step, s in seconds.items()) + f" | peak memory {peak / 2**30:.2f} GiB")
-    print(f"perplexity {before:.4f} -> {after:.4f}, x {after / before:.4f} | {len(val) - 1:,} tokens of {val_source}")
-    dataset = f" --dataset {config.dataset}" if config.dataset else ""
-    folder = Path(config.out).with_name(f"{Path(config.out).stem}-healed")
-    heal = f"--init_from {config.out} --teacher {config.ckpt} --max_steps 40 --warmup_steps 5 --out_dir {folder}"
-    print(f"--- next:\npython train.py {heal}{dataset}\npython eval_ppl.py {config.out} --split test{dataset}")
+    config = checked(GroupConfig, parse(__doc__, GroupConfig))
+    out = Path(config.out)
+    writable(out, config.overwrite)
+    checkpoint, model, blocks, val, name = open_inputs(config)
+    stats = statistics(model, blocks)
+    small = merge(model, asked_groups(config, model, stats), stats, config.merge)
+    if config.refit != "none":
+        refit(small, model, blocks, attention=config.refit == "all", quiet=False)
+    stored, wide = checkpoint["model"]["norm.weight"].dtype, model.norm.weight.dtype
+    small = small.to(stored).to(wide)  # what is measured is what is saved
+    val = val[: config.eval_tokens + 1]
+    before, after = perplexity_on(val, model), perplexity_on(val, small)
+    kept = {key: x for key, x in checkpoint.items() if key not in ("lora", "optimizers", "scaler")}
+    kept |= {"config": asdict(small.config), "grouped": asdict(config)}
+    save(out, kept | {"model": small.to("cpu", stored).state_dict()})
+    print(*picture(small.config), sep="\n")
+    old, new = (m.config.kv_numbers_per_token * stored.itemsize for m in (model, small))
+    print(f"KV cache: {old:,} -> {new:,} bytes a token ({100 * new / old:.1f}%)")
+    ratio = f"perplexity {before:.4f} -> {after:.4f}, x {after / before:.4f}"
+    print(f"{ratio} | {len(val) - 1:,} tokens of {name}")
+    heal = f"--init_from {out} --teacher {config.ckpt} --max_steps 40 --warmup_steps 5"
+    print(f"--- next:\npython train.py {heal} --out_dir {out.with_suffix('')}-healed")
 
 
 if __name__ == "__main__":

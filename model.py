@@ -1,21 +1,23 @@
-"""A small Llama, whole: configuration, RMSNorm, RoPE, attention over head groups, SwiGLU, KV cache, generation.
+"""A small Llama, whole: RMSNorm, RoPE, attention over head groups, SwiGLU, KV cache, loss, generation.
 
-Llama (arXiv 2302.13971) is a stack of pre-norm residual blocks, x + attention(norm(x)) then x + feed_forward(norm(x)),
-without biases. Modules carry Meta's names, so public Llama checkpoints load by name.
+Llama (arXiv 2302.13971) is a stack of pre-norm residual blocks, x + attention(norm(x)), then
+x + feed_forward(norm(x)), without biases. Modules carry Meta's names, so public checkpoints load by name.
+What differs from the paper:
 
-Some things are not in the paper. Query heads read key and value *groups* of any size, given for K and for V by one list
-a layer: multi-head, grouped-query, multi-query and uneven grouping are one path (`HeadGroups`). And `novel` gives every
-attention layer one small linear + SiLU, shared by its heads, on each head's output; `gated` is another such layer, from
-the literature, to compare it with.
+    groups   query heads read key and value groups of any size, given for K and for V by one list a layer:
+             multi-head, grouped-query, multi-query and uneven grouping are one path (`HeadGroups`)
+    novel    a small linear layer + SiLU on each head's output, shared by a layer's heads (experimental)
+    gated    a sigmoid gate on each head's output (arXiv 2505.06708, head-wise), to compare it with
 
-Shapes are written with: B batch, T time (tokens), S cached time, C model width, H query heads, G key/value groups,
-D head width, V vocabulary.
+Shapes are written with: B batch, T time (tokens), S cached time, C model width, H query heads, G key/value
+groups, D head width, V vocabulary.
 
     model = Llama(ModelConfig(n_layer=6, novel=True))
     loss = model(tokens, targets)                        # training: nats, summed over targets
     new_tokens = model.eval().generate([[1, 15, 7]], max_new_tokens=20)
 """
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,96 +28,65 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from attention import HeadGroups, KVCache, attend
-from config import NO_FLAG, UserError
-from cross_entropy import cross_entropy, widen
-from projection import Projection
+from common import IGNORE, NO_FLAG, UserError, bounded
 
 ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-# a damaged file must not make us build lists of 10^9 layers before its weights are seen to be absent
-LARGEST = {"n_layer": 1024, "n_head": 1024, "block_size": 2**24}  # other sizes: 2^20
+BLOCK = 128  # queries of a block in `blocks`: fewer would skip more, in products too small for a CPU
+CHUNK = 2**19  # logits widened at a time: 2 MiB in float32 stay in a CPU's cache; a GPU takes 64 times more
+RAISED = 2.0**14  # the waiting gradient is so much larger: float16 has nothing between 0 and 6e-8
+MOST = 2**20  # of any size: a damaged file must not make us build lists of 10^9 entries
 
 
 @dataclass
 class ModelConfig:
     """model"""
 
-    n_layer: int = 6  # transformer blocks
-    n_head: int = 8  # query heads of a layer
-    n_kv_head: int | None = None  # key/value heads, each for an equal run of query heads (default: n_head)
-    dim: int = 256  # model width
-    head_dim: int | None = None  # width of one head, even (default: dim / n_head)
-    hidden_dim: int | None = None  # width inside the feed-forward (default: 8/3 dim, rounded up to a multiple of 32)
-    block_size: int = 256  # longest context, tokens
-    vocab_size: int = 4096  # tokens in the vocabulary
-    rope_theta: float = 10000.0  # base of the rotary wavelengths
-    # Llama 3's stretching of long ones: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
+    n_layer: int = bounded(6, 1, 1024)  # transformer blocks
+    n_head: int = bounded(8, 1, 1024)  # query heads of a layer
+    n_kv_head: int | None = bounded(None, 1, 1024)  # K/V heads, of equal runs of query heads (default: all)
+    dim: int = bounded(256, 1, MOST)  # model width
+    head_dim: int | None = bounded(None, 2, MOST)  # width of one head, even (default: dim / n_head)
+    hidden_dim: int | None = bounded(None, 1, MOST)  # feed-forward width (default: 8/3 dim, rounded up to 32)
+    block_size: int = bounded(256, 1, 2**24)  # longest context, tokens
+    vocab_size: int = bounded(4096, 1, MOST)  # tokens in the vocabulary
+    rope_theta: float = bounded(10000.0, 1e-6, 1e30)  # base of the rotary wavelengths
+    # Llama 3's stretching of long wavelengths, see ROPE_SCALING
     rope_scaling: dict[str, float] | None = field(default=None, metadata=NO_FLAG)
-    norm_eps: float = 1e-5  # keeps RMSNorm from dividing by zero
+    norm_eps: float = bounded(1e-5, 1e-30, 1)  # keeps RMSNorm from dividing by zero
     tie_embeddings: bool = True  # one matrix for the token embeddings and the output
-    novel: bool = False  # the per-head layer: head_dim x head_dim linear + SiLU on each head's attention output
+    novel: bool = False  # a head_dim x head_dim linear layer + SiLU on each head's attention output
     gated: bool = False  # a sigmoid of the layer's input, one number a head, multiplies each head's output
-    dropout: float = 0.0  # on the embeddings and on both residual branches
-    attention: Literal["auto", "naive", "blocks", "sdpa", "triton"] = "auto"  # see attention.py; auto is the fastest
-    pretraining_tp: int = 1  # slices of each matrix, multiplied one by one, as on so many tensor-parallel ranks
+    dropout: float = bounded(0.0, 0, 0.99)  # on the embeddings and on both residual branches
+    attention: Literal["auto", "naive", "blocks", "sdpa", "triton"] = "auto"  # how it is computed
     # [layer][query head] -> the K group, the V group that it reads; equal runs of heads unless given
     k_groups: list[list[int]] | None = field(default=None, metadata=NO_FLAG)
     v_groups: list[list[int]] | None = field(default=None, metadata=NO_FLAG)
 
     def __post_init__(self):
-        self.check_size("n_layer", "n_head", "dim", "block_size", "vocab_size")
+        H, dim = self.n_head, self.dim
         if self.head_dim is None:
-            hint = f"give --n_head a divisor of {self.dim}, or set --head_dim"
-            _require(self.dim % self.n_head == 0, f"dim {self.dim} is not divisible by n_head {self.n_head}: {hint}")
-            self.head_dim = self.dim // self.n_head
-        hint = "rotary position embedding turns pairs, so it must be even: change --head_dim, --dim or --n_head"
-        _require(self.head_dim >= 2 and self.head_dim % 2 == 0, f"head_dim is {self.head_dim}: {hint}")
-        if self.hidden_dim is None:
-            self.hidden_dim = 32 * math.ceil(8 * self.dim / 3 / 32)
-        self.check_size("head_dim", "hidden_dim")
-        _require(0 <= self.dropout < 1, f"dropout is {self.dropout}: give --dropout from 0 up to, not including, 1")
-        positive = 0 < self.rope_theta < math.inf and 0 < self.norm_eps < math.inf
-        _require(positive, f"rope_theta {self.rope_theta} and norm_eps {self.norm_eps} must be above 0, and finite")
-        self.check_rope_scaling()
-        if self.n_kv_head is None:
-            self.n_kv_head = self.n_head
-        hint = f"give --n_kv_head a divisor of {self.n_head}"
-        fits = self.n_kv_head >= 1 and self.n_head % self.n_kv_head == 0
-        _require(fits, f"n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}: {hint}")
-        uniform = [h * self.n_kv_head // self.n_head for h in range(self.n_head)]
+            remedy = f"give --n_head a divisor of {dim}, or set --head_dim"
+            require(dim % H == 0, f"n_head {H} does not divide dim {dim}: {remedy}")
+            self.head_dim = dim // H
+        remedy = "RoPE turns pairs, so give an even --head_dim, or change --dim or --n_head"
+        require(self.head_dim >= 2 and self.head_dim % 2 == 0, f"head_dim is {self.head_dim}: {remedy}")
+        self.hidden_dim = self.hidden_dim or 32 * math.ceil(8 * dim / 3 / 32)
+        if scaling := self.rope_scaling:
+            sound = set(scaling) == set(ROPE_SCALING) and all(0 < x < math.inf for x in scaling.values())
+            sound = sound and scaling["low_freq_factor"] < scaling["high_freq_factor"]
+            require(sound, f"rope_scaling is {scaling}: give {', '.join(ROPE_SCALING)}, low below high")
+        G = self.n_kv_head = self.n_kv_head or H
+        require(H % G == 0, f"n_kv_head {G} does not divide n_head {H}: give --n_kv_head a divisor of {H}")
+        uniform = [h * G // H for h in range(H)]
         self.k_groups = self.k_groups or [list(uniform) for _ in range(self.n_layer)]
         self.v_groups = self.v_groups or [list(uniform) for _ in range(self.n_layer)]
-        for name in ("k_groups", "v_groups"):
-            groups = getattr(self, name)
-            _require(len(groups) == self.n_layer, f"{name} has {len(groups)} layers, n_layer is {self.n_layer}")
+        for name, groups in (("k_groups", self.k_groups), ("v_groups", self.v_groups)):
+            layers = f"{name} has {len(groups)} layers, n_layer is {self.n_layer}"
+            require(len(groups) == self.n_layer, f"{layers}: give one list a layer")
             for layer, of_head in enumerate(groups):
-                dense = len(of_head) == self.n_head and sorted(set(of_head)) == list(range(len(set(of_head))))
-                hint = f"give {self.n_head} group numbers, one a head, that skip none from 0 on"
-                _require(dense, f"{name}[{layer}] is {of_head}: {hint}")
-
-        self.check_slices()
-
-    def check_size(self, *names: str) -> None:
-        for name in names:
-            most = LARGEST.get(name, 2**20)
-            _require(
-                1 <= getattr(self, name) <= most, f"{name} is {getattr(self, name)}: give --{name} from 1 to {most}"
-            )
-
-    def check_slices(self) -> None:
-        heads = {self.n_head, *(max(groups) + 1 for groups in self.k_groups + self.v_groups)}
-        widths = {f"the width of {n} heads": n * self.head_dim for n in sorted(heads)}
-        for name, width in {**widths, "hidden_dim": self.hidden_dim, "vocab_size": self.vocab_size}.items():
-            fits = self.pretraining_tp >= 1 and width % self.pretraining_tp == 0
-            hint = "give --pretraining_tp 1, or a number that does"
-            _require(fits, f"pretraining_tp {self.pretraining_tp} does not divide {name}, {width}: {hint}")
-
-    def check_rope_scaling(self) -> None:
-        scaling = self.rope_scaling
-        if scaling is not None:
-            named = set(scaling) == set(ROPE_SCALING) and all(0 < value < math.inf for value in scaling.values())
-            ordered = named and scaling["low_freq_factor"] < scaling["high_freq_factor"]
-            _require(ordered, f"rope_scaling is {scaling}: give {', '.join(ROPE_SCALING)}, above 0, low below high")
+                dense = len(of_head) == H and sorted(set(of_head)) == list(range(len(set(of_head))))
+                remedy = f"give {H} group numbers, one a head, that skip none from 0 on"
+                require(dense, f"{name}[{layer}] is {of_head}: {remedy}")
 
     @property
     def kv_numbers_per_token(self) -> int:
@@ -123,9 +94,14 @@ class ModelConfig:
         return sum(max(groups) + 1 for groups in self.k_groups + self.v_groups) * self.head_dim
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
+
+
+def widen(x: torch.Tensor) -> torch.Tensor:
+    """At least float32, for sums that bfloat16 and float16 would round away; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class RMSNorm(nn.Module):
@@ -141,21 +117,19 @@ class RMSNorm(nn.Module):
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
 
 
-def rope_angles(
-    positions: torch.Tensor, head_dim: int, theta: float, scaling: dict[str, float] | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, each positions.shape + (D/2,), of position * theta^(-2f/D) for each pair f (RoPE, arXiv 2104.09864).
+def rope_angles(c: ModelConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, positions.shape + (D/2,), of position * theta^(-2f/D) for each pair f (arXiv 2104.09864).
 
-    `scaling` is Llama 3's (arXiv 2407.21783, and its reference code): a pair that turns fewer than low_freq_factor
-    times in the original context turns `factor` times slower, one that turns more than high_freq_factor times stays,
-    and between them the speed is interpolated. So a model learns a context longer than its first.
-
-    They are made anew in every forward, which costs nothing, because a buffer would be rounded by `model.bfloat16()`:
-    in bfloat16 the positions 256 and 257 are the same number.
+    Llama 3's scaling (arXiv 2407.21783 and its reference code): a pair that turns fewer than low_freq_factor
+    times in the original context turns `factor` times slower, one that turns more than high_freq_factor times
+    stays, and between them the speed is interpolated. The angles are computed in every forward, which costs
+    nothing: a buffer would be rounded by `model.bfloat16()`, in which the positions 256 and 257 are the same
+    number.
     """
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
-    if scaling:
-        factor, low, high, context = (scaling[name] for name in ROPE_SCALING)
+    pairs = torch.arange(0, c.head_dim, 2, device=positions.device).float()
+    frequencies = c.rope_theta ** (-pairs / c.head_dim)
+    if c.rope_scaling:
+        factor, low, high, context = (c.rope_scaling[name] for name in ROPE_SCALING)
         turns = context * frequencies / (2 * math.pi)
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         frequencies = frequencies * (kept + (1 - kept) / factor)
@@ -169,38 +143,155 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).type_as(x)
 
 
+# ---- attention over head groups ----
+
+
+class HeadGroups(nn.Module):
+    """Which of G groups each of H query heads reads, e.g. [0, 1, 1, 1]; holds no parameters.
+
+    `gather` lays the heads of each group side by side as rows, so that one batched product serves all heads
+    of all groups without a copy of K or V for every head; `scatter` restores the head order. Smaller groups
+    are padded to the largest with a repeated head, whose rows `scatter` never reads.
+    """
+
+    def __init__(self, of_head: list[int]):
+        super().__init__()
+        members: list[list[int]] = [[] for _ in range(max(of_head) + 1)]
+        for head, group in enumerate(of_head):
+            members[group].append(head)
+        self.of_list, self.n_group, self.size = list(of_head), len(members), max(map(len, members))
+        rows = [heads[i] if i < len(heads) else heads[0] for heads in members for i in range(self.size)]
+        slots = [group * self.size + members[group].index(head) for head, group in enumerate(of_head)]
+        # MHA, uniform neighbours, MQA: gather and scatter are views
+        self.in_order = slots == list(range(len(rows)))
+        for name, index in (("of_head", of_head), ("rows", rows), ("slots", slots)):
+            # on the CPU even inside `with torch.device("meta")`: a checkpoint does not hold these
+            self.register_buffer(name, torch.tensor(index, device="cpu"), persistent=False)
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, H, T, X) -> (B, G, size * T, X)."""
+        x = x if self.in_order else x.index_select(1, self.rows)
+        return x.unflatten(1, (self.n_group, self.size)).flatten(2, 3)
+
+    def scatter(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, G, size * T, X) -> (B, H, T, X)."""
+        x = x.unflatten(2, (self.size, -1)).flatten(1, 2)
+        return x if self.in_order else x.index_select(1, self.slots)
+
+    def expand(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, G, T, D) -> (B, H, T, D), a copy for every head, for kernels that know no groups."""
+        return x if self.size == 1 and self.in_order else x.index_select(1, self.of_head)
+
+
+class KVCache:
+    """Keys and values of the tokens so far, one head a group; `length` tokens of `capacity` are filled."""
+
+    def __init__(self, config: ModelConfig, capacity: int):
+        self.capacity, self.length = capacity, 0
+        self.keys: list[torch.Tensor | None] = [None] * config.n_layer
+        self.values: list[torch.Tensor | None] = [None] * config.n_layer
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store k (B, G_k, T, D) and v (B, G_v, T, D) behind the past; return views of all, (B, G, S, D)."""
+        end = self.length + k.shape[2]
+        assert end <= self.capacity, f"the KV cache holds {self.capacity} tokens, {end} are needed"
+        positions = torch.arange(self.length, end, device=k.device)
+        for store, new in ((self.keys, k), (self.values, v)):
+            if store[layer] is None:
+                store[layer] = new.new_empty(new.shape[0], new.shape[1], self.capacity, new.shape[3])
+            # torch.compile would make an assignment to a slice a copy of the whole cache
+            store[layer].index_copy_(2, positions, new.type_as(store[layer]))
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+
+def scores(q, k, k_groups: HeadGroups, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """q k^T / sqrt(D), (B, H, T, S), and -inf where the mask hides a key from a query; None is causal."""
+    if mask is None:
+        T, S = q.shape[2], k.shape[2]
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    raw = k_groups.scatter(k_groups.gather(q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2))
+    bias = torch.zeros(mask.shape, dtype=raw.dtype, device=q.device).masked_fill(~mask, -math.inf)
+    return raw + bias  # an added mask, unlike masked_fill, has no backward
+
+
+def naive(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.Tensor | None) -> torch.Tensor:
+    """The textbook's softmax(q k^T / sqrt(D)) v, the reference of every test."""
+    weights = scores(q, k, k_groups, mask).softmax(-1).type_as(v)
+    return v_groups.scatter(v_groups.gather(weights) @ v)
+
+
+def blocks(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.Tensor | None) -> torch.Tensor:
+    """`naive` for 128 queries at a time, against the keys that they may see: about half of the scores."""
+    if mask is not None:
+        return naive(q, k, v, k_groups, v_groups, mask)
+    end, parts = k.shape[2] - q.shape[2], []
+    for part in q.split(BLOCK, dim=2):
+        end += part.shape[2]
+        parts.append(naive(part, k[:, :, :end], v[:, :, :end], k_groups, v_groups, None))
+    return torch.cat(parts, dim=2)
+
+
+def sdpa(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.Tensor | None) -> torch.Tensor:
+    """PyTorch's kernel takes equal runs of query heads only; other groups cost a copy of K and V for every
+    head. For one query against a cache that copy would cost more than all else: there the heads of a group
+    are the queries of one sequence if K and V have the same groups; if not, `naive` needs no copy either."""
+    one_map = k_groups.of_list == v_groups.of_list
+    if q.shape[2] == 1 and not one_map:
+        return naive(q, k, v, k_groups, v_groups, mask)
+    if q.shape[2] == 1:
+        return k_groups.scatter(F.scaled_dot_product_attention(k_groups.gather(q), k, v, attn_mask=mask))
+    runs = one_map and k_groups.in_order
+    if not runs:
+        k, v = k_groups.expand(k), v_groups.expand(v)
+    grouped = runs and k_groups.size > 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+
+
+def auto(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.Tensor | None) -> torch.Tensor:
+    """On a CPU in half precision, up to some 1,000 tokens, batched products beat PyTorch's fused kernel, most
+    of all its backward; everywhere else the fused kernel wins."""
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    fastest = blocks if q.device.type == "cpu" and half and 1 < q.shape[2] <= 1024 else sdpa
+    return fastest(q, k, v, k_groups, v_groups, mask)
+
+
+# q (B, H, T, D), k (B, G_k, S, D), v (B, G_v, S, D) -> (B, H, T, D); the T queries are the last of S tokens.
+# `mask`, broadcast to (B, H, T, S), is True where a query looks; None is causal, for T = S or T = 1. Each
+# computes the same function; triton is sdpa until flash_attention.use_kernels(model) puts its kernels there.
+ATTENTION = {"auto": auto, "naive": naive, "blocks": blocks, "sdpa": sdpa, "triton": sdpa}
+
+
 class Attention(nn.Module):
     """Causal self-attention; every query head reads its own key group and its own value group."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.layer, self.head_dim, self.backend = layer, config.head_dim, config.attention
-        self.slices = config.pretraining_tp
+        self.layer, self.head_dim, self.attend = layer, config.head_dim, ATTENTION[config.attention]
         self.k_groups, self.v_groups = HeadGroups(config.k_groups[layer]), HeadGroups(config.v_groups[layer])
         heads = config.n_head * config.head_dim
-        self.wq = Projection(config.dim, heads)
-        self.wk = Projection(config.dim, self.k_groups.n_group * config.head_dim)
-        self.wv = Projection(config.dim, self.v_groups.n_group * config.head_dim)
-        self.wo = Projection(heads, config.dim)
+        self.wq = nn.Linear(config.dim, heads, bias=False)
+        self.wk = nn.Linear(config.dim, self.k_groups.n_group * config.head_dim, bias=False)
+        self.wv = nn.Linear(config.dim, self.v_groups.n_group * config.head_dim, bias=False)
+        self.wo = nn.Linear(heads, config.dim, bias=False)
         self.novel = nn.Linear(config.head_dim, config.head_dim) if config.novel else None
-        self.gate = Projection(config.dim, config.n_head) if config.gated else None  # arXiv 2505.06708, head-wise
+        self.gate = nn.Linear(config.dim, config.n_head, bias=False) if config.gated else None
 
-    def forward(self, x, cos, sin, mask: torch.Tensor | None = None, cache: KVCache | None = None) -> torch.Tensor:
-        """x (B, T, C) -> (B, T, C). `mask`, broadcast to (B, H, T, S), is True where a query looks; None is causal."""
-        return self.wo(self.heads(x, cos, sin, mask, cache), self.slices, columns=True)
+    def forward(self, x, cos, sin, mask=None, cache: KVCache | None = None) -> torch.Tensor:
+        """x (B, T, C) -> (B, T, C). `mask` as for ATTENTION."""
+        return self.wo(self.heads(x, cos, sin, mask, cache))
 
     def project(self, x, cos, sin) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x (B, T, C) -> queries (B, H, T, D), keys (B, G_k, T, D), both turned to their positions, values."""
-        wide = (w(x, self.slices) for w in (self.wq, self.wk, self.wv))
+        """x (B, T, C) -> queries (B, H, T, D) and keys (B, G_k, T, D), rotated, and values (B, G_v, T, D)."""
+        wide = (w(x) for w in (self.wq, self.wk, self.wv))
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in wide)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
-    def heads(self, x, cos, sin, mask: torch.Tensor | None = None, cache: KVCache | None = None) -> torch.Tensor:
+    def heads(self, x, cos, sin, mask=None, cache: KVCache | None = None) -> torch.Tensor:
         """x (B, T, C) -> the outputs of all heads, side by side (B, T, H * D), which `wo` adds up."""
         q, k, v = self.project(x, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        y = attend(q, k, v, self.k_groups, self.v_groups, mask, self.backend)
+        y = self.attend(q, k, v, self.k_groups, self.v_groups, mask)
         if self.novel is not None:
             y = F.silu(self.novel(y))
         if self.gate is not None:
@@ -208,19 +299,20 @@ class Attention(nn.Module):
         return y.transpose(1, 2).flatten(2)
 
 
+# ---- the model ----
+
+
 class FeedForward(nn.Module):
     """SwiGLU (arXiv 2002.05202): w2(silu(w1 x) * w3 x)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.slices = config.pretraining_tp
-        self.w1 = Projection(config.dim, config.hidden_dim)
-        self.w2 = Projection(config.hidden_dim, config.dim)
-        self.w3 = Projection(config.dim, config.hidden_dim)
+        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = F.silu(self.w1(x, self.slices)) * self.w3(x, self.slices)
-        return self.w2(hidden, self.slices, columns=True)
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
 class TransformerBlock(nn.Module):
@@ -244,20 +336,20 @@ class Llama(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.checkpoint_activations = False  # keep only each block's input and recompute the rest in the backward
+        self.checkpoint_activations = False  # keep each block's input, recompute the rest in the backward
         self.compiled_step = None  # see compile_step
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(TransformerBlock(config, layer) for layer in range(config.n_layer))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = Projection(config.dim, config.vocab_size)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Normal(0, 0.02); the projections that add to the residual stream shrink with depth, as in GPT-2, so that
-        the stream's variance does not grow with the number of layers."""
+        """Normal(0, 0.02); the projections that add to the residual stream shrink with depth, as in GPT-2, so
+        that the stream's variance does not grow with the number of layers."""
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 residual = name.endswith(("wo.weight", "w2.weight"))
@@ -265,12 +357,11 @@ class Llama(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def forward(self, tokens, targets=None, cache: KVCache | None = None, padding=None) -> torch.Tensor:
-        """tokens (B, T) int64 -> logits (B, T, V); with `targets` (B, T) the loss instead, in nats, summed over the
-        targets that are not IGNORE; with `cache` only the last token's logits (B, 1, V), and the cache grows by T.
+    def hidden(self, tokens, cache: KVCache | None = None, padding=None) -> torch.Tensor:
+        """tokens (B, T) int64 -> the normed residual stream behind the last block (B, T, C).
 
-        padding: (B,) the number of tokens at each row's left that are no text and are not seen. They shift the
-        positions of the row, which changes nothing: rotary attention depends on differences of positions alone.
+        padding: (B,) the number of tokens at each row's left that are no text and are not seen. They shift
+        the row's positions, which changes nothing: rotary attention depends on differences of positions only.
         """
         T, past = tokens.shape[1], cache.length if cache else 0
         positions, mask = torch.arange(past, past + T, device=tokens.device), None
@@ -280,12 +371,8 @@ class Llama(nn.Module):
             if padding is not None:  # a padded query sees itself: a row with nothing to see would be NaN
                 mask = mask & ((seen >= padding[:, None, None]) | (seen == positions[:, None]))
                 mask = mask[:, None]  # (B, 1, T, S)
-        c = self.config
-        cos, sin = rope_angles(positions, c.head_dim, c.rope_theta, c.rope_scaling)
-
+        cos, sin = rope_angles(self.config, positions)
         x = self.dropout(self.tok_embeddings(tokens))
-        if tokens.numel() == 1 and torch.compiler.is_compiling():
-            x = widen(x)  # one row costs nothing more in float32
         for layer in self.layers:
             if self.checkpoint_activations and self.training:
                 x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
@@ -293,50 +380,68 @@ class Llama(nn.Module):
                 x = layer(x, cos, sin, mask, cache)
         if cache is not None:
             cache.length += T
-            x = x[:, -1:]
-        logits = self.output(self.norm(x), c.pretraining_tp)
+        return self.norm(x)
+
+    def forward(self, tokens, targets=None, cache: KVCache | None = None, padding=None) -> torch.Tensor:
+        """tokens (B, T) int64 -> logits (B, T, V); with `targets` (B, T) the loss instead, in nats, summed
+        over the targets that are not IGNORE; with `cache` only the last token's logits (B, 1, V)."""
+        x = self.hidden(tokens, cache, padding)
+        logits = self.output(x if cache is None else x[:, -1:])
         if targets is None:
             return logits
         return cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-    def compile_step(self) -> None:
-        """From now on compile what adds one token to each text: tens of seconds for the first, a fraction of the time
-        for all others. The step is one graph, for any cache and position, since a small model spends most of a token
-        on calling kernels from Python. Afterwards the weights may change, but neither their dtype nor the layers,
-        which are not looked at again; nor may another model get the graph, hence `isolate_recompiles`."""
-        options = {
-            "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe, "size_asserts": False,
-            "cpp.enable_floating_point_contract_flag": "fast",  # w * x + sum in one operation
-        }  # fmt: skip
-        self.compiled_step = torch.compile(self.forward, dynamic=True, options=options, isolate_recompiles=True)
 
     def num_params(self) -> int:
         """Weights, tied ones counted once, and those too that are stored in less than a Parameter."""
         stored = sum(layer.num_weights for layer in self.modules() if hasattr(layer, "num_weights"))
         return stored + sum(p.numel() for p in self.parameters())
 
+    def compile_step(self) -> None:
+        """From now on compile what adds one token to each text: tens of seconds for the first token, a
+        fraction of the time for all others. Afterwards the weights may change, but not their dtype, nor the
+        layers.
+
+        A small model spends most of a token on calling kernels from Python, so the whole step becomes one
+        graph of loops: the same model with the same weights, its products and its attention written for one
+        row.
+        """
+        self.compiled_step = None
+        shared = {id(x): x for x in (*self.parameters(), *self.buffers())}
+        twin = copy.deepcopy(self, memo=shared)
+        for module in twin.modules():
+            if type(module) is nn.Linear and module.bias is None:
+                module.__class__ = RowLinear
+            if isinstance(module, Attention) and module.attend in ATTENTION.values():
+                module.attend = one_query
+        options = {
+            "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe, "size_asserts": False,
+            "cpp.enable_floating_point_contract_flag": "fast",  # w * x + sum in one operation
+        }  # fmt: skip
+        how = {"dynamic": True, "options": options, "isolate_recompiles": True}
+        self.compiled_step = torch.compile(twin.forward, **how)
+
     @torch.no_grad()
     def stream(
         self, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 0.0, top_p: float = 1.0,
         stop: Sequence[int] = (), use_cache: bool = True, generator: torch.Generator | None = None,
     ) -> Iterator[list[int | None]]:  # fmt: skip
-        """Yield, token by token, the next token of every prompt; None for a prompt that has met a `stop` token.
+        """Yield, token by token, the next token of every prompt; None for one that has met a `stop` token.
 
-        A text also stops after max_new_tokens, or when it fills block_size, so that it is the same in any batch.
-        Temperature 0 is greedy; above it, tokens are drawn from the smallest set of probability `top_p` or more
-        (arXiv 1904.09751).
-        Raises UserError for an empty prompt or one that leaves no room.
+        A text also stops after max_new_tokens, or when it fills block_size, so it is the same in any batch.
+        Temperature 0 is greedy; above it, tokens are drawn from the smallest set of probability `top_p` or
+        more (arXiv 1904.09751). Raises UserError for an empty prompt or one that leaves no room.
         """
         assert not self.training, "call model.eval() first: dropout would change the text"
         longest, room = max(map(len, prompts)), self.config.block_size
-        _require(all(prompts), "an empty prompt: give at least one token, such as the tokenizer's BOS")
-        _require(longest < room, f"the prompt has {longest} tokens and the model's context {room}: shorten the prompt")
+        require(all(prompts), "an empty prompt: give at least one token, such as the tokenizer's BOS")
+        require(longest < room, f"the prompt has {longest} tokens, the context {room}: shorten the prompt")
         device = self.tok_embeddings.weight.device
         tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
         padding = torch.tensor([longest - len(p) for p in prompts], device=device)
         padding = padding if padding.any() else None
         most = [min(max_new_tokens, room - len(p)) for p in prompts]
-        cache = KVCache(self.config, longest + max(most)) if use_cache else None  # by padding, maybe beyond block_size
+        # padding may take it beyond block_size
+        cache = KVCache(self.config, longest + max(most)) if use_cache else None
         stopped, stop, step = [False] * len(prompts), set(stop), tokens
         for count in range(1, max(most) + 1):
             forward = self.compiled_step if self.compiled_step and cache and cache.length else self
@@ -356,13 +461,76 @@ class Llama(nn.Module):
         return [[step[row] for step in steps if step[row] is not None] for row in range(len(prompts))]
 
 
+# ---- the loss ----
+
+
+class CrossEntropy(torch.autograd.Function):
+    """logits (N, V), targets (N,) int64 -> nats, summed over the targets that are not IGNORE; float32 or
+    wider.
+
+    The plain loss keeps four more tensors of the size of the logits for a while, three of them in float32:
+    with a vocabulary of 32,000, most of a step's memory. The gradient, softmax(logits) - onehot(target), is
+    known as soon as the loss is, so both are computed here chunk by chunk, and the gradient overwrites the
+    logits.
+    """
+
+    # of the waiting gradient: float16 has nothing between 0 and 6e-8, and would lose small ones
+
+    @staticmethod
+    def forward(ctx, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        loss = 0
+        gradient = logits.detach() if ctx.needs_input_grad[0] else None  # the same memory
+        rows = max(1, (CHUNK if logits.device.type == "cpu" else 64 * CHUNK) // logits.shape[1])
+        for begin in range(0, len(logits), rows):
+            log_p = widen(logits[begin : begin + rows]).log_softmax(-1)
+            y = targets[begin : begin + rows, None]
+            counted = y != IGNORE
+            y = y.where(counted, 0)
+            loss = loss - log_p.gather(-1, y).where(counted, 0).sum()
+            if gradient is not None:
+                p = log_p.exp_().scatter_add_(-1, y, -torch.ones_like(y, dtype=log_p.dtype))
+                gradient[begin : begin + rows] = p.mul_(counted * RAISED)
+        ctx.gradient = gradient
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss: torch.Tensor):
+        gradient, ctx.gradient = ctx.gradient, None
+        assert gradient is not None, "the loss can be differentiated once: its gradient has been given away"
+        return gradient.mul_(grad_loss / RAISED), None
+
+
+cross_entropy = CrossEntropy.apply
+
+# ---- generation ----
+
+
 def pick_token(logits: torch.Tensor, temperature: float, top_p: float, generator=None) -> torch.Tensor:
-    """logits (B, V) -> the next tokens (B, 1): the likeliest at temperature 0, else one drawn from the nucleus."""
+    """logits (B, V) -> the next tokens (B, 1): the likeliest at temperature 0, else from the nucleus."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits = widen(logits)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the likeliest at 0: no temperature overflows
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0: no temperature overflows
     probabilities, order = logits.softmax(-1).sort(descending=True)
     before = probabilities.cumsum(-1) - probabilities  # mass of the likelier tokens; the first always stays
     drawn = torch.multinomial(probabilities.masked_fill(before >= top_p, 0), 1, generator=generator)
     return order.gather(-1, drawn)
+
+
+class RowLinear(nn.Linear):
+    """x W^T; one row is a loop over W, which torch.compile fuses with its neighbours, in float32 or wider."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.numel() > x.shape[-1]:
+            return F.linear(x, self.weight)
+        return (self.weight * widen(x).flatten()).sum(-1).expand(*x.shape[:-1], -1)
+
+
+def one_query(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.Tensor | None) -> torch.Tensor:
+    """`naive` for T = 1, in sums that torch.compile makes loops over the cache, in float32 or wider."""
+    rows = k_groups.gather(widen(q) * q.shape[-1] ** -0.5)  # (B, G_k, heads of a group, D)
+    raw = k_groups.scatter((rows[:, :, :, None] * k[:, :, None]).sum(-1))  # (B, H, 1, S)
+    raw = raw if mask is None else raw.masked_fill(~mask, -math.inf)
+    weights = v_groups.gather(raw.softmax(-1))
+    return v_groups.scatter((weights[..., None] * v[:, :, None]).sum(-2)).type_as(v)

@@ -1,38 +1,37 @@
 """4-bit NormalFloat with double quantization, by hand: how QLoRA stores its frozen base (arXiv 2305.14314).
 
-A trained weight matrix looks like a sample of a normal distribution. So NF4's 16 values are quantiles of one, close
-where weights are frequent, and no code is used much more often than the others. The weights, row after row, are cut
-into blocks of 64; a block is divided by its largest absolute value (absmax), and each weight becomes the code of the
-nearest value. The absmaxes are quantized in turn: less their mean, in blocks of 256, to 8 bits of a dynamic data type
-(arXiv 1511.04561) that has small steps where most of them are.
+A trained weight matrix looks like a sample of a normal distribution. So NF4's 16 values are quantiles of one,
+close where weights are frequent, and all codes are used about equally often. The weights, row after row, are
+cut into blocks of 64; a block is divided by its largest absolute value (absmax), and each weight becomes the
+code of the nearest value. The absmaxes are quantized in turn: their mean is subtracted, and in blocks of 256
+they become 8 bits of a dynamic data type (arXiv 1511.04561) that has small steps where most of them are.
 
     4 bits of code + 8/64 of its block's absmax + 32/(64 * 256) of that one's = 4.127 bits a weight
 
-Codes and values are those of bitsandbytes, bit for bit. (Its CPU kernel finds an absmax's code in a coarse table, and
-so takes a neighbour of the nearest one for some in a hundred; its other kernels do as this file.)
+Codes and values are those of bitsandbytes, bit for bit. (Its CPU kernel looks an absmax's code up in a coarse
+table and misses the nearest one for some in a hundred; its other kernels agree with this file.)
 """
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from projection import Projection, sliced_linear
-
 BLOCK, ABSMAX_BLOCK = 64, 256
 BUFFERS = ("codes", "absmax", "scales")  # what takes the place of a weight in a state dict, all uint8
 
-# the paper's appendix E: 8 quantiles of N(0, 1), evenly spaced from 1 - (1/32 + 1/30) / 2 down to 1/2, exclusive; 7
-# such ones with a minus; and 0, which must be exact. All are divided by the largest.
+# the paper's appendix E: 8 quantiles of N(0, 1), evenly spaced from 1 - (1/32 + 1/30) / 2 down to 1/2,
+# exclusive; 7 such ones with a minus; and 0, which must be exact. All are divided by the largest.
 NF4 = torch.tensor([
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
+    1.0,
 ])  # fmt: skip
 
 
 def dynamic_values() -> torch.Tensor:
-    """The 256 values of the dynamic data type: for each power of ten from 1 down to 10^-6 the centres of half as many
-    intervals as for the one above it, of both signs; 0 and 1."""
+    """The 256 values of the dynamic data type: for each power of ten from 1 down to 10^-6 the centres of half
+    as many intervals as for the one above it, of both signs; 0 and 1."""
     values = [0.0, 1.0]
     for i in range(7):
         edges = torch.linspace(0.1, 1, 2**i + 1)
@@ -42,22 +41,25 @@ def dynamic_values() -> torch.Tensor:
 
 
 DYNAMIC = dynamic_values()
-# both NF4 values of each possible byte, (256, 2), so that one look gives two weights
+# both NF4 values of each possible byte, (256, 2), so that one lookup gives two weights
 PAIRS = NF4[torch.stack((torch.arange(256) >> 4, torch.arange(256) & 15), dim=-1)]
 
 
 def nearest(x: torch.Tensor, values: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (N,) float32 -> the code (N,) uint8 of the value nearest to each x / absmax, and the absmax of each block."""
+    """x (N,) float32 -> the code (N,) uint8 of the value nearest to each x / absmax, and each block's
+    absmax."""
     blocks = F.pad(x, (0, -len(x) % block)).view(-1, block)
     absmax = blocks.abs().amax(-1)
-    scaled = blocks * (1 / absmax.clamp(min=1e-38))[:, None]  # a block of zeros stays one; a product, as bitsandbytes
+    # multiplied by the inverse, as in bitsandbytes; a block of zeros stays one
+    scaled = blocks * (1 / absmax.clamp(min=1e-38))[:, None]
     borders = ((values[:-1] + values[1:]) / 2).to(x.device)
     return torch.bucketize(scaled.flatten()[: len(x)], borders).to(torch.uint8), absmax
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """weight, any shape of N numbers -> the uint8 tensors `codes` (N/2,), `absmax` (N/64,) and `scales`: the bytes of
-    the float32 mean of all absmaxes, then of the absmax of each 256 of them. Odd ends are rounded up."""
+    """weight, any shape of N numbers -> the uint8 tensors `codes` (N/2,), `absmax` (N/64,) and `scales`: the
+    bytes of the float32 mean of all absmaxes, then of the absmax of each 256 of them. Odd ends are rounded
+    up."""
     codes, absmax = nearest(weight.detach().flatten().float(), NF4, BLOCK)
     codes = F.pad(codes, (0, len(codes) % 2), value=7)  # of 0.0
     mean = absmax.mean()
@@ -65,10 +67,10 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     return codes[0::2] << 4 | codes[1::2], absmax, torch.cat((mean[None], scales)).view(torch.uint8)
 
 
-def dequantize(codes: torch.Tensor, absmax: torch.Tensor, scales: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+def dequantize(codes: torch.Tensor, absmax: torch.Tensor, scales: torch.Tensor, shape) -> torch.Tensor:
     """The float32 weight of `shape` that `quantize` stored."""
     pairs, dynamic = PAIRS.to(codes.device), DYNAMIC.to(codes.device)
-    floats = scales.clone().view(torch.float32)  # a mapped file's bytes may begin anywhere, and floats may not
+    floats = scales.clone().view(torch.float32)  # aligned anew: a mapped file's bytes may begin anywhere
     mean, scale = floats[:1], floats[1:]
     of_block = dynamic[absmax.int()] * scale.repeat_interleave(ABSMAX_BLOCK)[: len(absmax)] + mean
     values = pairs.index_select(0, codes.int()).flatten()  # (N,), or one more
@@ -77,18 +79,18 @@ def dequantize(codes: torch.Tensor, absmax: torch.Tensor, scales: torch.Tensor, 
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x W^T, where W exists only while it is multiplied: it is made of its codes in the forward, and made again in the
-    backward, instead of being kept for it. W gets no gradient."""
+    """x W^T, where W exists only while it is multiplied: dequantized in the forward, and again in the
+    backward, so that it need not be kept in between. W gets no gradient."""
 
     @staticmethod
-    def forward(ctx, x, codes, absmax, scales, shape, slices, columns):
+    def forward(ctx, x, codes, absmax, scales, shape):
         ctx.save_for_backward(codes, absmax, scales)
-        ctx.shape = shape  # under autocast, F.linear rounds both factors
-        return sliced_linear(x, dequantize(codes, absmax, scales, shape).type_as(x), slices, columns)
+        ctx.shape = shape
+        return F.linear(x, dequantize(codes, absmax, scales, shape).type_as(x))  # autocast rounds both
 
     @staticmethod
     def backward(ctx, grad):
-        return grad @ dequantize(*ctx.saved_tensors, ctx.shape).type_as(grad), *[None] * 6
+        return grad @ dequantize(*ctx.saved_tensors, ctx.shape).type_as(grad), None, None, None, None
 
 
 class NF4Linear(nn.Module):
@@ -96,8 +98,7 @@ class NF4Linear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
+        self.in_features, self.out_features = in_features, out_features
         self.shape = torch.Size((out_features, in_features))
         n = self.shape.numel()
         absmax = -(-n // BLOCK)
@@ -107,28 +108,34 @@ class NF4Linear(nn.Module):
             self.register_buffer(name, torch.zeros(size, dtype=torch.uint8))
 
     @classmethod
-    def from_linear(cls, linear: Projection) -> "NF4Linear":
+    def from_linear(cls, linear: nn.Linear) -> "NF4Linear":
         """The layer's weight, rounded to NF4."""
         assert linear.bias is None, "a Llama's matrices have no bias"
         with torch.device("meta"):
             layer = cls(linear.in_features, linear.out_features)
-        if linear.weight.is_meta:  # a model without memory, that tells a checkpoint's names and shapes
-            return layer
-        layer.load_state_dict(dict(zip(BUFFERS, quantize(linear.weight))), assign=True)
+        if not linear.weight.is_meta:  # else there are only names and shapes to take over
+            layer.load_state_dict(dict(zip(BUFFERS, quantize(linear.weight))), assign=True)
         return layer
 
     @property
     def num_weights(self) -> int:
-        """How many the codes stand for: these are no Parameters, and `parameters()` does not count them."""
+        """How many weights the codes stand for: `parameters()` does not count them."""
         return self.shape.numel()
-
-    def dequantize(self) -> torch.Tensor:
-        """(out, in) float32."""
-        return dequantize(self.codes, self.absmax, self.scales, self.shape)
 
     @property
     def nbytes(self) -> int:
         return sum(getattr(self, name).nbytes for name in BUFFERS)
 
-    def forward(self, x: torch.Tensor, slices: int = 1, columns: bool = False) -> torch.Tensor:
-        return FrozenProduct.apply(x, self.codes, self.absmax, self.scales, self.shape, slices, columns)
+    def to_linear(self) -> nn.Linear:
+        """A layer with the dequantized weight, float32."""
+        return linear_of(dequantize(self.codes, self.absmax, self.scales, self.shape))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return FrozenProduct.apply(x, self.codes, self.absmax, self.scales, self.shape)
+
+
+def linear_of(weight: torch.Tensor) -> nn.Linear:
+    """A layer with this weight (out, in)."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight)
+    return linear

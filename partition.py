@@ -1,8 +1,9 @@
-"""The cheapest way to part n heads into g groups, when costs add over groups and only a set's members decide its cost.
+"""The cheapest way to part n heads into g groups, and to spend a budget of groups over layers.
 
-Up to 12 heads it is found exactly, for every g at once, by dynamic programming over all 2^n - 1 subsets: the cheapest
-partition of a set is some subset that holds the set's first head, and the cheapest partition of the rest. Beyond that
-the two groups whose union adds least are merged until g are left, then heads move and change places while that helps.
+Costs add over groups, and only its members decide a group's cost. Up to 12 heads the optimum is found by
+dynamic programming over sets: the cheapest partition of a set is a subset that holds its first head, and the
+cheapest partition of the rest. With more heads, the two groups whose union adds least merge until g are left;
+then heads move and change places while that helps.
 """
 
 import math
@@ -11,60 +12,49 @@ from itertools import combinations
 
 import numpy as np
 
-EXACT = 12  # 4,095 subsets, and 3^12 / 2 ways to cut one off another
+EXACT = 12  # 4,095 sets, 3^12 / 2 ways to cut one in two
 Groups = list[list[int]]  # the members of each group, in ascending order
 Cost = Callable[[np.ndarray], np.ndarray]  # (N, s) heads of N sets of s members -> (N,) costs
+Partitions = dict[int, tuple[float, Groups]]  # number of groups -> total cost, groups
 
 
-def best_partitions(n: int, cost: Cost, wanted: Iterable[int] | None = None) -> dict[int, tuple[float, Groups]]:
-    """{g: (total cost, groups)} for every number of groups g, or the `wanted` ones; the best there is up to 12 heads,
-    good ones above."""
-    wanted = range(1, n + 1) if wanted is None else wanted
-    assert all(1 <= g <= n for g in wanted), f"{n} heads cannot be parted into {list(wanted)} groups"
+def best_partitions(n: int, cost: Cost, wanted: Iterable[int] = ()) -> Partitions:
+    """For the wanted numbers of groups, or all."""
+    wanted = list(wanted) or range(1, n + 1)
+    assert all(1 <= g <= n for g in wanted), f"{wanted} groups of {n} heads"
     return exact_partitions(n, cost, wanted) if n <= EXACT else greedy_partitions(n, cost, wanted)
 
 
-def exact_partitions(n: int, cost: Cost, wanted: Iterable[int]) -> dict[int, tuple[float, Groups]]:
-    """The optimum. A set of heads is a number whose bit h says whether head h is in it."""
+def exact_partitions(n: int, cost: Cost, wanted: Iterable[int]) -> Partitions:
+    """Sets are numbers, whose bit h says whether head h is in it."""
     of_set = np.full(2**n, np.inf)
-    for size in range(1, n - min(wanted) + 2):  # of g groups none has more than n - g + 1 heads; large sets cost most
-        sets = np.array(list(combinations(range(n), size)))
-        of_set[(1 << sets).sum(1)] = cost(sets)
-    best = np.full((n + 1, 2**n), np.inf)  # [g, set]: cost of its cheapest partition into g groups
+    for size in range(1, n - min(wanted) + 2):  # of g groups none has more than n - g + 1 heads
+        heads = np.array(list(combinations(range(n), size)))
+        of_set[(1 << heads).sum(1)] = cost(heads)
+    sets, best = np.arange(2**n), np.full((n + 1, 2**n), np.inf)  # [g, set]: of its best g groups, the cost
     best[0, 0] = 0
-    first = np.zeros((n + 1, 2**n), dtype=np.int64)  # the group of it that holds the set's lowest head
-    for whole in range(1, 2**n):
-        rest = whole & (whole - 1)
-        parts = subsets(rest) | (whole ^ rest)
+    first = np.zeros((n + 1, 2**n), dtype=np.int64)  # and the group that holds the lowest head
+    for whole in sets[1:]:
+        rest = whole & (whole - 1)  # all but the lowest head
+        parts = sets[sets & ~rest == whole ^ rest]  # the subsets that hold it
         totals = of_set[parts] + best[:-1, whole ^ parts]  # (n, number of parts)
         choice = totals.argmin(1)
         best[1:, whole], first[1:, whole] = totals[np.arange(n), choice], parts[choice]
     found = {}
     for g in wanted:
         left, groups = 2**n - 1, []
-        for k in range(g, 0, -1):
-            part = int(first[k, left])
+        while left:
+            part = first[g - len(groups), left]
             groups.append([head for head in range(n) if part >> head & 1])
             left ^= part
         found[g] = (float(best[g, -1]), groups)
     return found
 
 
-def subsets(whole: int) -> np.ndarray:
-    """All subsets of a set of bits, itself and the empty one among them."""
-    found = np.zeros(1, dtype=np.int64)
-    while whole:
-        low = whole & -whole
-        found, whole = np.concatenate((found, found | low)), whole ^ low
-    return found
+def greedy_partitions(n: int, cost: Cost, wanted: Iterable[int]) -> Partitions:
+    known: dict[tuple[int, ...], float] = {}
 
-
-def greedy_partitions(n: int, cost: Cost, wanted: Iterable[int]) -> dict[int, tuple[float, Groups]]:
-    """Agglomeration, then moves and swaps."""
-    known: dict[tuple[int, ...], float] = {(): 0.0}
-
-    def costs(sets: list[list[int]]) -> list[float]:
-        """Of any sets; the new ones are computed together with others of their size."""
+    def costs(sets: Groups) -> list[float]:
         new = {tuple(s) for s in sets} - set(known)
         for size in {len(s) for s in new}:
             batch = [s for s in new if len(s) == size]
@@ -78,23 +68,22 @@ def greedy_partitions(n: int, cost: Cost, wanted: Iterable[int]) -> dict[int, tu
             found[len(groups)] = (sum(costs(better)), sorted(better))
         if len(groups) <= min(wanted):
             return found
-        pairs = list(combinations(range(len(groups)), 2))
+        alone, pairs = costs(groups), list(combinations(range(len(groups)), 2))
         united = costs([sorted(groups[a] + groups[b]) for a, b in pairs])
-        alone = costs(groups)
-        a, b = pairs[int(np.argmin([both - alone[i] - alone[j] for both, (i, j) in zip(united, pairs)]))]
+        a, b = pairs[int(np.argmin([both - alone[a] - alone[b] for both, (a, b) in zip(united, pairs)]))]
         groups[a] = sorted(groups[a] + groups.pop(b))
 
 
 def improve(groups: Groups, costs: Callable[[Groups], list[float]]) -> Groups:
-    """Move the head, or exchange the two, that helps most, until none helps."""
-    groups = [list(g) for g in groups]
+    """Move the head, or exchange the two, that help most, until none do."""
+    groups = list(groups)
     while True:
-        trials = []  # (a, b, what a becomes, what b becomes)
+        trials = []  # (a, b, what group a becomes, what group b becomes)
         for a, b in combinations(range(len(groups)), 2):
             A, B = groups[a], groups[b]
-            trials += [(a, b, without(A, x), sorted([*B, x])) for x in A if len(A) > 1]
-            trials += [(a, b, sorted([*A, y]), without(B, y)) for y in B if len(B) > 1]
-            trials += [(a, b, sorted([*without(A, x), y]), sorted([*without(B, y), x])) for x in A for y in B]
+            pairs = [({x}, set()) for x in A if len(A) > 1] + [(set(), {y}) for y in B if len(B) > 1]
+            pairs += [({x}, {y}) for x in A for y in B]
+            trials += [(a, b, sorted({*A} - x | y), sorted({*B} - y | x)) for x, y in pairs]
         if not trials:
             return groups
         now, ours, theirs = costs(groups), costs([t[2] for t in trials]), costs([t[3] for t in trials])
@@ -106,22 +95,14 @@ def improve(groups: Groups, costs: Callable[[Groups], list[float]]) -> Groups:
         groups[a], groups[b] = groups_a, groups_b
 
 
-def without(heads: list[int], head: int) -> list[int]:
-    return [h for h in heads if h != head]
-
-
-# ---- how many groups where ----
-
-
 def interpolated(known: dict[int, float], costs: list[float]) -> np.ndarray:
-    """KL divergence for 1 .. n groups, from that measured for some numbers of groups. It is nearly a power of the
-    closed form's cost, so between measurements it is a straight line in their logarithms; n groups cost nothing."""
-    n = len(costs)
+    """KL divergence for 1 .. n groups, known for some: nearly a power of the closed form's cost, so a line in
+    their logarithms between measurements; n groups have none."""
     x = np.log(np.maximum(costs, 1e-12 * max(costs) + 1e-300))
-    sizes = sorted(known)
-    points = [(x[g - 1], math.log(max(known[g], 1e-9))) for g in reversed(sizes)]
-    (xs, ys), values = np.array(points).T, np.zeros(n)
-    for g in range(1, n):
+    sizes = sorted(known, reverse=True)  # costs ascend
+    xs, ys = x[[g - 1 for g in sizes]], [math.log(max(known[g], 1e-9)) for g in sizes]
+    values = np.zeros(len(costs))
+    for g in range(1, len(costs)):
         i = int(np.clip(np.searchsorted(xs, x[g - 1]), 1, max(1, len(xs) - 1)))
         rise = xs[i] - xs[i - 1] if len(xs) > 1 else 0
         slope = (ys[i] - ys[i - 1]) / rise if rise > 1e-9 else 1.0
@@ -130,21 +111,15 @@ def interpolated(known: dict[int, float], costs: list[float]) -> np.ndarray:
 
 
 def knapsack(values: list[np.ndarray]) -> tuple[np.ndarray, list[list[int]]]:
-    """values[i][g - 1], what g groups cost in slot i -> for every total number of groups the least sum (inf where there
-    is none), and the groups of each slot that give it."""
+    """values[i][g - 1], what g groups cost in slot i -> for every total number of groups the least sum (inf:
+    there is none), and the groups of each slot that give it."""
     most = sum(map(len, values))
-    best, choices = np.full(most + 1, np.inf), []
+    best, counts = np.full(most + 1, np.inf), [[] for _ in range(most + 1)]  # of no slots, then of one more
     best[0] = 0
     for value in values:
-        options = np.full((len(value), most + 1), np.inf)
+        options = np.full((len(value), most + 1), np.inf)  # [g - 1, total]
         for g in range(1, len(value) + 1):
             options[g - 1, g:] = best[: most + 1 - g] + value[g - 1]
-        choices.append(options.argmin(0) + 1)
-        best = options.min(0)
-    counts = [[0] * len(values) for _ in range(most + 1)]
-    for total in np.flatnonzero(np.isfinite(best)):
-        left = total
-        for i in reversed(range(len(values))):
-            counts[total][i] = int(choices[i][left])
-            left -= counts[total][i]
+        choice = (options.argmin(0) + 1).tolist()
+        best, counts = options.min(0), [[*counts[total - g], g] for total, g in enumerate(choice)]
     return best, counts

@@ -2,10 +2,9 @@
 
 python sample.py out/RUN/ckpt.pt --prompt "def main(" --max_new_tokens 100
 python sample.py out/RUN/ckpt.pt --temperature 0               # greedy: always the likeliest token
-python sample.py tuned.pt --instruction "Name three animals."  # the prompt of instruct.py's template
+python sample.py tuned.pt --instruction "Name three animals."  # a prompt as instruction data have it
 """
 
-import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,10 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from checkpoint import build, load
-from config import UserError, exit_cleanly, parse
-from device import check_compiler, pick_device
-from instruct import prompt_text
-from tokenizer import Tokenizer
+from common import UserError, bounded, checked, compiler_missing, exit_cleanly, parse, pick_device
+from data.tokenizer import Tokenizer, prompt_text
 
 
 @dataclass
@@ -27,21 +24,19 @@ class SampleConfig:
     prompt: str = ""  # text to continue
     instruction: str = ""  # a task to answer instead, for a model that was tuned on instructions
     input: str = ""  # what the task is about
-    max_new_tokens: int = 200  # tokens to write at most; the model's context may end it sooner
-    temperature: float = 0.8  # 0 is greedy, 1 the model's own distribution
-    top_p: float = 0.95  # draw from the likeliest tokens that have this much probability together
-    num_samples: int = 1  # texts to write
-    seed: int = 0  # of the first text; the next has seed + 1
-    no_cache: bool = False  # recompute all keys and values for every token: the same text, slower
+    max_new_tokens: int = bounded(200, 1)  # tokens to write at most; the model's context may end it sooner
+    temperature: float = bounded(0.8, 0, 1e9)  # 0 is greedy, 1 the model's own distribution
+    top_p: float = bounded(0.95, 1e-9, 1)  # draw from the likeliest tokens of this probability together
+    num_samples: int = bounded(1, 1)  # texts to write
+    seed: int = bounded(0, 0, 2**63 - 1)  # of the first text; the next has seed + 1
+    no_cache: bool = False  # recompute all keys and values for every token: slower, the same but for rounding
     compile: bool = False  # compile the step of a token: half a minute at first, then several times the speed
     device: str = "auto"  # cuda, mps, cpu or auto
 
 
 def readable(ids: list[int], new_tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
     """The text of the new tokens, piece by piece, holding back a character until all of its bytes are there.
-
-    `ids` begins as the prompt's and grows by the new tokens.
-    """
+    `ids` begins as the prompt's and grows by the new tokens."""
     shown = len(tokenizer.decode(ids))
     for token in new_tokens:
         ids.append(token)
@@ -53,13 +48,9 @@ def readable(ids: list[int], new_tokens: Iterator[int], tokenizer: Tokenizer) ->
 
 
 def main() -> None:
-    config = SampleConfig(**parse(__doc__, SampleConfig))
-    if not 0 <= config.temperature < math.inf or not 0 < config.top_p <= 1:
-        raise UserError(f"temperature {config.temperature}, top_p {config.top_p}: 0 or more, and above 0 up to 1")
-    if config.max_new_tokens < 1 or config.num_samples < 1 or not 0 <= config.seed < 2**63:
-        raise UserError("give --max_new_tokens and --num_samples 1 or more, and --seed 0 to 2^63 - 1")
+    config = checked(SampleConfig, parse(__doc__, SampleConfig))
     if config.prompt and (config.instruction or config.input):
-        raise UserError("--prompt is text to continue, --instruction and --input a task to answer: give one kind")
+        raise UserError("--prompt is text to continue, --instruction a task to answer: give one of them")
     if config.compile and config.no_cache:
         raise UserError("--compile makes the step that the cache allows: drop --no_cache")
     device = pick_device(config.device)
@@ -69,7 +60,8 @@ def main() -> None:
         text, shown = prompt_text({"instruction": config.instruction, "input": config.input}), ""
     prompt = tokenizer.prompt(text)
     if config.compile:
-        check_compiler(device)
+        if missing := compiler_missing(device):
+            raise UserError(f"--compile needs {missing}: install it, or drop --compile")
         model.compile_step()
     for number in range(config.num_samples):
         generator = torch.Generator(device).manual_seed(config.seed + number)
@@ -80,8 +72,8 @@ def main() -> None:
         if config.num_samples > 1:
             print(f"--- sample {number + 1}, seed {config.seed + number}")
         ids, waiting = list(prompt), shown  # printed with the first token, when no error can come before it
-        for text in readable(ids, (row[0] for row in steps), tokenizer):
-            print(waiting + text, end="", flush=True)
+        for piece in readable(ids, (row[0] for row in steps), tokenizer):
+            print(waiting + piece, end="", flush=True)
             waiting = ""
         print()
         if len(ids) == model.config.block_size < len(prompt) + config.max_new_tokens:

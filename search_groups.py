@@ -1,46 +1,53 @@
-"""Find which key and value heads of a model to merge: the best groups under a KV-cache budget, or for an objective.
+"""Find how many key and value heads each layer of a model needs, for a KV-cache budget or an objective.
 
     python search_groups.py ckpt.pt --kv_budget 0.5 --out groups.json
-    python search_groups.py ckpt.pt --objective "ppl*groups**2" --out groups.json        # over all budgets
+    python search_groups.py ckpt.pt --objective "ppl*groups**2" --out groups.json       # over all budgets
+    python search_groups.py ckpt.pt --objective "ppl*groups**2" --out groups.json \
+        --method random --joint --merge mean --refit none                               # the published search
     python gqa.py ckpt.pt --groups groups.json --out grouped.pt
 
-Inside a layer the closed form says which heads (gqa.py); what is searched is how many groups each layer's keys and each
-layer's values get. `knapsack` groups one layer's K or V at a time at a few sizes, measures the KL divergence of the
-predictions from the original's, interpolates along the closed form's cost, and spends the budget where the sum of the
-divergences is smallest; then it moves single groups between layers, from where measurements were best. `random`
-draws the groups by chance, as the published search does, `anneal` walks by chance from an even spread.
+The closed form decides which heads of a layer share (gqa.py); this searches for how many. `knapsack` groups
+one layer's K or V heads at a time, measures the KL divergence from the original's predictions, interpolates
+along the closed form's cost, and spends the budget where the sum of divergences is smallest; then it moves
+single groups between layers, from the best measurement on. `random` draws a group for every head.
 
-The search sees one part of the val split. The best that it found and the baselines are then judged on another part.
-Every evaluation is a line of a JSONL file: an interrupted search goes on from there, and one for another budget, given
-the same --log, begins with what is known.
+The val split is cut in three: the search reads the first part, the second ranks its best three and the
+baselines, the third gives the reported numbers. The evaluations are lines of a JSONL file: an interrupted
+search goes on from there, and one for another budget, given the same --log, measures none of them again.
 """
 
+import ast
+import fcntl
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+import operator
 from dataclasses import asdict, dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoint import picture
-from config import UserError, exit_cleanly, parse
-from eval_ppl import perplexity, split_tokens
-from evaluations import MOST_CONTEXT, Evaluations, Judge, grouped
-from files import replacing, writable
-from gqa import Partitioner, calibration_blocks, open_model, predictions
-from merging import Costs, Maps, merged_config, statistics
-from model import Llama
-from objective import Objective
-from parallel import gathered, note, processes, rank, world
-from partition import knapsack
-from tokenizer import read_tokenizer
+from common import UserError, bounded, checked, exit_cleanly, parse, replacing, writable
+from eval_ppl import MOST_LOGITS, perplexity
+from gqa import Counts, Maps, Slot, as_maps, budget, choose, even_counts, head_counts, merge, merged_config
+from gqa import TINY, open_inputs, slot_costs, statistics
+from model import Llama, widen
+from partition import best_partitions, interpolated, knapsack
+from refit import refit
 
-Counts = dict[tuple[int, str], int]  # (layer, "k", "v" or "joint") -> groups
 NAMES = ("ppl", "loss", "groups", "kv_bytes")  # what an objective may name
+NUMBERS = ("loss", "kl", "groups", "kv_bytes")  # of an evaluation
+OPERATORS = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.Pow: operator.pow, ast.USub: operator.neg,
+}  # fmt: skip
+MOST_CONTEXT = 1024  # tokens; longer contexts take much memory, and change few choices
 
 
 @dataclass
@@ -50,322 +57,332 @@ class SearchConfig:
     ckpt: str  # the checkpoint
     out: str | None = None  # the group file to write
     kv_budget: float | None = None  # share of the checkpoint's KV cache to keep
-    objective: str | None = None  # or: what to minimise over all budgets, of ppl, loss, groups (K/V heads), kv_bytes
-    method: Literal["knapsack", "random", "anneal"] = "knapsack"  # see above
-    max_evals: int = 60  # groupings to evaluate, without the last judgement
+    objective: str | None = None  # or: what to minimise, of ppl, loss, groups, kv_bytes
+    method: Literal["knapsack", "random"] = "knapsack"  # see above
+    max_evals: int = bounded(60, 2)  # groupings to evaluate before the last judgement
     joint: bool = False  # one map for keys and values
-    refit: Literal["none", "output", "all"] = "all"  # what each grouping gets before it is measured, as in gqa.py
-    calibration_tokens: int = 65536  # at most, of the train split, for the statistics; refitting uses half of it
-    search_tokens: int = 16384  # of the val split that an evaluation reads; the last judgement reads as many others
+    merge: Literal["closed", "mean"] = "closed"  # how each grouping is merged, as in gqa.py
+    refit: Literal["none", "output", "all"] = "all"  # and refitted before it is measured
+    calibration_tokens: int = bounded(65536, 1)  # at most, of the train split; refitting uses half of it
+    search_tokens: int = bounded(16384, 1)  # of val, for an evaluation; choice and report read as many
     log: str | None = None  # the JSONL of all evaluations (default: OUT.jsonl)
     dataset: str | None = None  # prepared data of the same tokenizer (default: the checkpoint's own)
-    seed: int = 0  # of the calibration text, and of random and anneal
+    seed: int = bounded(0, 0, 2**32 - 1)  # of the calibration text, and of random groups
     device: str = "auto"  # cuda, mps, cpu or auto
     overwrite: bool = False  # replace an existing group file
 
     def __post_init__(self):
         if (self.kv_budget is None) == (self.objective is None):
             raise UserError("what to search for? give one of --kv_budget 0.5 and --objective EXPRESSION")
-        if not self.out:
+        if not self.out or not Path(self.out).name:
             raise UserError("one name is missing: --out GROUPS.json, the file to write")
-        for name in ("max_evals", "calibration_tokens", "search_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: give --{name} 1 or more")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed is {self.seed}: give --seed 0 to {2**32 - 1}")
-        if not Path(self.out).name or Path(self.out).is_dir():
-            raise UserError(f"--out {self.out} is a folder: name a file, such as {Path(self.out) / 'groups.json'}")
         self.log = self.log or str(Path(self.out).with_suffix(".jsonl"))
         if Path(self.log).resolve() == Path(self.out).resolve():
-            raise UserError(f"--out {self.out} would be the log, too: name it groups.json, or give another --log")
+            raise UserError(f"--out {self.out} would be the log, too: name it groups.json")
+        if self.objective is not None:
+            objective(self.objective, 2.0, 1, 1)  # raises now what it would raise after hours
+
+
+def objective(text: str, loss: float, groups: float, kv_bytes: float) -> float:
+    """The value of an expression of + - * / **, numbers, brackets and NAMES."""
+    values = dict(zip(NAMES, (perplexity(loss), loss, groups, kv_bytes)))
+
+    def value(node: ast.expr) -> float:
+        match node:
+            case ast.BinOp(left, op, right):
+                return OPERATORS[type(op)](value(left), value(right))
+            case ast.UnaryOp(op, operand):
+                return OPERATORS[type(op)](value(operand))
+            case ast.Constant(int() | float() as number):
+                return float(number)  # 9**9**9 of integers would not end
+            case ast.Name(name):
+                return values[name]
+        raise ValueError(ast.unparse(node))
+
+    try:
+        assert len(text) <= 1000, "it is too long"
+        result = value(ast.parse(text, mode="eval").body)
+        assert math.isfinite(result)
+        return result
+    except Exception as error:  # of the parser, of a missing name or operator, of the arithmetic
+        reason = f"{type(error).__name__} {error}"[:80]
+        names = f"use {', '.join(NAMES)}, + - * / **"
+        raise UserError(f"--objective {text[:80]!r} fails ({reason}): {names}") from None
+
+
+# ---- measuring ----
+
+
+class Judge:
+    """Loss of models on a text, and KL divergence from the original's predictions, mean nats a token."""
+
+    @torch.no_grad()
+    def __init__(self, original: Llama, tokens: np.ndarray):
+        T, V = min(original.config.block_size, MOST_CONTEXT), original.config.vocab_size
+        blocks = torch.from_numpy(tokens.astype(np.int64)).unfold(0, T + 1, T)  # (N, T + 1)
+        blocks = blocks.to(original.tok_embeddings.weight.device)
+        self.parts = blocks.split(max(1, min(16, MOST_LOGITS // (4 * T * V))))
+        self.count, self.original = len(blocks) * T, original
+        self.hidden = [original.hidden(part[:, :-1]) for part in self.parts]  # logits would be V / C larger
+
+    @torch.no_grad()
+    def __call__(self, model: Llama) -> tuple[float, float]:
+        loss = divergence = 0.0
+        for part, hidden in zip(self.parts, self.hidden):
+            ours = widen(model(part[:, :-1])).log_softmax(-1).flatten(0, 1)
+            theirs = widen(self.original.output(hidden)).log_softmax(-1).flatten(0, 1)
+            loss += F.nll_loss(ours, part[:, 1:].flatten(), reduction="sum").item()
+            divergence += F.kl_div(ours, theirs, log_target=True, reduction="sum").item()
+        return loss / self.count, max(0.0, divergence / self.count)
+
+
+def digest(arrays) -> str:
+    sha = hashlib.sha256()
+    for array in arrays:
+        sha.update(np.ascontiguousarray(array).data)
+    return sha.hexdigest()
+
+
+def key(maps: tuple[Maps, Maps]) -> str:
+    return json.dumps(maps)
+
+
+def read_log(path: Path, identity: dict) -> dict[str, dict]:
+    """The evaluations in a search's JSONL, by `key`. Raises UserError unless its header is `identity`."""
+    if not path.exists() or path.stat().st_size == 0:  # another search is about to write its first line
+        return {}
+    try:
+        header, *records = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        assert all(math.isfinite(record[name]) for record in records for name in NUMBERS)
+        other = [name for name, value in identity.items() if header[name] != value]
+        found = {key((record["k_groups"], record["v_groups"])): record for record in records}
+    except Exception:
+        raise UserError(f"{path} is damaged or no log of search_groups.py: give another --log") from None
+    if other:
+        raise UserError(f"{path} is of another {' and '.join(other)}: give the same flags, or another --log")
+    return found
+
+
+def append(path: Path, record: dict, identity: dict) -> None:
+    """One line more, below a header, under a lock: searches may share a log."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        read_log(path, identity)  # raises if another search of another kind was first
+        text = path.read_text()
+        if not text:
+            file.write(json.dumps(identity) + "\n")
+        elif not text.endswith("\n"):  # half a line of a search that was killed
+            file.write("\n")
+        file.write(json.dumps(record) + "\n")
+
+
+# ---- the search ----
 
 
 class Search:
-    """What the methods share: the slots, whose number of groups is searched for, and the value of a grouping."""
+    """A model, the groupings that were measured, and what they are worth."""
 
-    def __init__(self, config: SearchConfig, partition: Partitioner, evaluate: Evaluations):
-        self.config, self.partition, self.evaluate = config, partition, evaluate
-        self.slots = partition.slots()
-        self.heads = {slot: partition.heads(*slot) for slot in self.slots}
-        self.objective = None if config.objective is None else Objective(config.objective, NAMES)
-        self.total = None if self.objective else partition.total(config.kv_budget)
+    def __init__(self, config: SearchConfig, model: Llama, blocks: torch.Tensor, texts: list, itemsize: int):
+        self.config, self.model, self.itemsize = config, model, itemsize
+        self.heads = head_counts(model, config.joint)
+        self.total = None if config.kv_budget is None else budget(self.heads, config.kv_budget)
+        weights = (x.cpu().numpy() for _, x in sorted(model.state_dict().items()))
+        self.identity = {"model": digest(weights), "text": digest([blocks.cpu().numpy(), *texts])}
+        self.identity |= {"refit": config.refit, "merge": config.merge}
+        self.records = read_log(Path(config.log), self.identity)
+        self.stats, self.known, self.judge = statistics(model, blocks), {}, Judge(model, texts[0])
+        self.blocks = blocks
         self.seen: list[dict] = []  # the groupings of this search that keep to the budget, each once
-        self.evals = 0
-        self.bar = tqdm(total=config.max_evals, desc=config.method, disable=rank() > 0 or None)
+        self.evals, self.bar = 0, tqdm(total=config.max_evals, desc=config.method, disable=None)
+
+    def maps(self, counts: Counts) -> tuple[Maps, Maps]:
+        return choose(self.model, self.stats, counts, known=self.known)
+
+    def described(self, maps: tuple[Maps, Maps]) -> dict:
+        """groups: K/V heads, half of the sum of K and V groups; kv_bytes: of the cache of a token."""
+        heads = sum(max(of_head) + 1 for of_head in maps[0] + maps[1])
+        kv_bytes = heads * self.model.config.head_dim * self.itemsize
+        return {"groups": heads / 2, "kv_bytes": kv_bytes, "k_groups": maps[0], "v_groups": maps[1]}
+
+    def grouped(self, maps: tuple[Maps, Maps], blocks: torch.Tensor) -> Llama:
+        """What gqa.py makes of these groups, refitted on these calibration blocks."""
+        small = merge(self.model, maps, self.stats, self.config.merge)
+        if self.config.refit == "none":
+            return small
+        return refit(small, self.model, blocks, attention=self.config.refit == "all")
 
     def value(self, record: dict) -> float:
         """What is minimised: the objective, or the loss."""
-        if self.objective is None:
+        if self.config.objective is None:
             return record["loss"]
-        return self.objective(ppl=perplexity(record["loss"]), **{k: record[k] for k in NAMES[1:]})
+        return objective(self.config.objective, record["loss"], record["groups"], record["kv_bytes"])
 
-    def measure(self, asked: list[tuple[tuple[Maps, Maps], str]], counts: bool = True) -> list[dict]:
-        """Evaluate groupings, each with a note, as many at a time as there are processes; if it `counts`, they may be
-        the answer."""
-        records = []
-        for i in range(0, len(asked), world()):
-            new = self.evaluate(asked[i : i + world()])
-            for record in new if counts else []:
-                self.seen += [] if record in self.seen else [record]
-            records += new
-            self.evals += len(new)
-            self.bar.set_postfix_str(f"best {min(map(self.value, self.seen)):.4f}" if self.seen else "probing")
-            self.bar.update(len(new))
-        return records
+    def measure(self, maps: tuple[Maps, Maps], note: str, candidate: bool = True) -> dict:
+        """Evaluate a grouping, unless the log has it; a candidate may be the answer."""
+        if key(maps) not in self.records:
+            half = self.blocks[: max(1, len(self.blocks) // 2)]  # refitting takes most of the time
+            loss, kl = self.judge(self.grouped(maps, half))
+            self.records[key(maps)] = {"note": note, "loss": loss, "kl": kl, **self.described(maps)}
+            append(Path(self.config.log), self.records[key(maps)], self.identity)
+        record = self.records[key(maps)]
+        if candidate and record not in self.seen:
+            self.seen.append(record)
+        self.evals += 1
+        self.bar.set_postfix_str(f"best {min(map(self.value, self.seen)):.4f}" if self.seen else "probing")
+        self.bar.update()
+        return record
 
-    def left(self) -> int:
-        return self.config.max_evals - self.evals
 
-    # ---- knapsack ----
+def probe(search: Search) -> dict[Slot, np.ndarray]:
+    """For each slot the KL divergence that 1, 2, ... groups in it alone cause, measured at up to four sizes
+    in two fifths of the evaluations, or at one in half of them. What was not measured gets the median
+    divergence per cost of its kind."""
+    heads, costs, most = search.heads, {}, search.config.max_evals
+    for slot, n in heads.items():  # all numbers of groups at once
+        search.known[slot] = best_partitions(n, slot_costs(search.model, search.stats, slot))
+        costs[slot] = [search.known[slot][g][0] for g in range(1, n + 1)]
+    measured: dict[Slot, dict[int, float]] = {slot: {} for slot in heads}
+    most = max(2 * most // 5, min(len(heads), most // 2))
+    for share in (0.5, 0, 0.25, 0.75):
+        todo = {slot: max(1, round(share * n)) for slot, n in heads.items()}
+        todo = [(slot, g) for slot, g in todo.items() if g < heads[slot] and g not in measured[slot]]
+        room = most - sum(map(len, measured.values()))
+        if room <= 0:
+            break
+        for slot, g in todo[:: max(1, math.ceil(len(todo) / room))]:  # evenly over layers and kinds
+            note = f"{slot[1]} of layer {slot[0]}: {g}"
+            measured[slot][g] = search.measure(search.maps({**heads, slot: g}), note, candidate=False)["kl"]
+    values, rates = {}, {"k": [], "v": [], "joint": []}
+    for slot, of_slot in measured.items():
+        rates[slot[1]] += [kl / max(costs[slot][g - 1], TINY) for g, kl in of_slot.items()]
+    for slot, of_slot in measured.items():
+        usual = np.median(rates[slot[1]] or [1.0])
+        values[slot] = interpolated(of_slot, costs[slot]) if of_slot else usual * np.array(costs[slot])
+    return values
 
-    def knapsack(self) -> None:
-        """Probe, spend the budget, then move single groups: next is what lies one move from something measured, and is
-        predicted to be best from there."""
-        values = self.probe()
-        sums, counts = knapsack(values)
-        if self.objective:
-            self.over_budgets(sums, counts)
+
+def knapsack_search(search: Search) -> None:
+    """Probe, spend the budget, then move single groups: next is what lies one move from something measured,
+    and is predicted to be best from there."""
+    values = probe(search)
+    sums, counts = knapsack(list(values.values()))
+    if search.total is None:
+        return over_budgets(search, sums, counts)
+    predicted, tried, note = {tuple(counts[search.total]): 0.0}, set(), "knapsack"
+    while predicted and search.evals < search.config.max_evals:
+        best = min(predicted, key=predicted.get)
+        del predicted[best]
+        tried.add(best)
+        now = dict(zip(search.heads, best))
+        measured, note = search.value(search.measure(search.maps(now), note)), "move"
+        for giver, taker in permutations(now, 2):
+            there = {**now, giver: now[giver] - 1, taker: now[taker] + 1}
+            near = tuple(there.values())
+            if there[giver] and there[taker] <= search.heads[taker] and near not in tried:
+                change = sum(values[s][there[s] - 1] - values[s][now[s] - 1] for s in (giver, taker))
+                predicted[near] = min(predicted.get(near, math.inf), measured + change)
+
+
+def over_budgets(search: Search, sums: np.ndarray, counts: list[list[int]]) -> None:
+    """Evaluate the budget whose predicted objective is best, correct the predictions by what was measured,
+    and so on until it is one that was measured."""
+    start, ratios, maps = search.measure(search.maps(search.heads), "the original"), {}, {}
+    for total in np.flatnonzero(np.isfinite(sums)).tolist():
+        maps[total] = search.maps(dict(zip(search.heads, counts[total])))
+    while search.evals < search.config.max_evals:
+        predicted = {}
+        for total in maps:
+            near = min(ratios, key=lambda measured, total=total: abs(measured - total), default=None)
+            loss = float(start["loss"] + sums[total] * ratios.get(near, 1.0))
+            predicted[total] = search.value({**search.described(maps[total]), "loss": loss})
+        total = min(predicted, key=predicted.get)
+        if total in ratios:
             return
-        predicted, tried, note = {tuple(counts[self.total]): 0.0}, set(), "knapsack"
-        while predicted and self.left() > 0:
-            best = sorted(predicted, key=predicted.get)[: min(world(), self.left())]
-            there = [dict(zip(self.slots, counts)) for counts in best]
-            records = self.measure([(self.partition.maps(now), note) for now in there])
-            tried |= set(best)
-            for now, record in zip(there, records):
-                for change, near in self.moves(now, values):
-                    predicted[near] = min(predicted.get(near, math.inf), self.value(record) + change)
-            predicted = {near: value for near, value in predicted.items() if near not in tried}
-            note = "move"
+        record = search.measure(maps[total], f"knapsack of {total}")
+        ratios[total] = max(0.0, record["loss"] - start["loss"]) / max(sums[total], 1e-12)
 
-    def probe(self) -> list[np.ndarray]:
-        """For each slot the KL divergence that 1, 2, ... groups in it alone cause, measured at one size at least and
-        at four within two fifths of the evaluations: moves learn more from the rest."""
-        known: dict[tuple, dict[int, float]] = {slot: {} for slot in self.slots}
-        most = min(max(len(self.slots), 2 * self.config.max_evals // 5), self.config.max_evals - 1)
-        for slot in self.slots:
-            self.partition.all_costs(*slot)  # at once, for all that is asked of it below
-        for share in (0.5, 0, 0.25, 0.75):
-            sizes = {slot: max(1, round(share * n)) for slot, n in self.heads.items()}
-            sizes = [(slot, g) for slot, g in sizes.items() if g < self.heads[slot] and g not in known[slot]]
-            sizes = sizes[: most - sum(map(len, known.values()))]
-            asked = [
-                (self.partition.maps({**self.heads, slot: g}), f"{slot[1]} of layer {slot[0]} alone: {g}")
-                for slot, g in sizes
-            ]
-            for (slot, g), record in zip(sizes, self.measure(asked, counts=False)):
-                known[slot][g] = record["kl"]
-        return list(predictions(self.partition, known).values())
 
-    def moves(self, now: Counts, values: list[np.ndarray]) -> Iterator[tuple[float, tuple[int, ...]]]:
-        """Predicted change, and the counts, when one slot gives a group to another."""
-        table = dict(zip(self.slots, values))
-        for giver in self.slots:
-            for taker in self.slots:
-                if giver != taker and now[giver] > 1 and now[taker] < self.heads[taker]:
-                    there = {**now, giver: now[giver] - 1, taker: now[taker] + 1}
-                    change = sum(table[s][there[s] - 1] - table[s][now[s] - 1] for s in (giver, taker))
-                    yield change, tuple(there.values())
-
-    def over_budgets(self, sums: np.ndarray, counts: list[list[int]]) -> None:
-        """Evaluate the budget whose predicted objective is best, correct the predictions by what was measured, and so
-        on until it is one that is known."""
-        (start,) = self.measure([(self.partition.maps(self.heads), "the original")])
-        ratios: dict[int, float] = {}
-        while self.left() > 0:
-            predicted = {}
-            for total in np.flatnonzero(np.isfinite(sums)):
-                near = min(ratios, key=lambda known: abs(known - total), default=None)
-                loss = float(start["loss"] + sums[total] * ratios.get(near, 1.0))
-                maps = self.partition.maps(dict(zip(self.slots, counts[total])))
-                about = self.evaluate.sizes(*maps)
-                predicted[int(total)] = self.value({"loss": loss, **about})
-            total = min(predicted, key=predicted.get)
-            if total in ratios:
-                return
-            maps = self.partition.maps(dict(zip(self.slots, counts[total])))
-            (record,) = self.measure([(maps, f"knapsack of {total}")])
-            ratios[total] = max(0.0, record["loss"] - start["loss"]) / max(sums[total], 1e-12)
-
-    # ---- chance ----
-
-    def random(self) -> None:
-        """The published search: a label for every head of every layer, all alike likely. Under a budget the number of
-        groups of each slot is drawn first, so that their sum is the budget's."""
-        asked = []
-        for number in range(self.config.max_evals):
-            rng = np.random.default_rng((self.config.seed, number))
-            counts = self.random_counts(rng) if self.objective is None else None
-            labels = {}
-            for slot, n in self.heads.items():
-                drawn = rng.integers(n, size=n)
-                if counts:
-                    drawn = rng.permutation([*range(counts[slot]), *rng.integers(counts[slot], size=n - counts[slot])])
-                labels[slot] = drawn.tolist()
-            asked.append((self.partition.labelled(labels), "random"))
-        self.measure(asked)
-
-    def random_counts(self, rng: np.random.Generator) -> Counts:
-        counts = dict.fromkeys(self.slots, 1)
-        for _ in range(self.total - len(counts)):
-            open_slots = [slot for slot in self.slots if counts[slot] < self.heads[slot]]
-            counts[open_slots[rng.integers(len(open_slots))]] += 1
-        return counts
-
-    def anneal(self) -> None:
-        """Simulated annealing over the numbers of groups, each step a group that moves, or under an objective also one
-        that comes or goes; the temperature falls from a typical difference to a hundredth of it."""
-        rng, heat = np.random.default_rng(self.config.seed), None
-        now = self.partition.even(self.total or sum(self.heads.values()) // 2)
-        value = self.value(*self.measure([(self.partition.maps(now), "even")]))
-        for _ in range(100 * self.config.max_evals * (len(self.slots) > 1)):  # where no step is possible it ends, too
-            if self.left() <= 0:
-                return
-            there = dict(now)
-            giver, taker = (self.slots[i] for i in rng.choice(len(self.slots), 2, replace=False))
-            gives, takes = (True, True) if self.objective is None else rng.permutation([True, rng.random() < 0.5])
-            there[giver] -= int(gives)
-            there[taker] += int(takes)
-            if there[giver] < 1 or there[taker] > self.heads[taker]:
-                continue
-            new = self.value(*self.measure([(self.partition.maps(there), "anneal")]))
-            heat = heat or abs(new - value) or None
-            cooled = (heat or 1.0) * 0.01 ** (1 - self.left() / self.config.max_evals)
-            if new < value or rng.random() < math.exp((value - new) / cooled):
-                now, value = there, new
+def random_search(search: Search) -> None:
+    """The published search: a uniformly drawn label for every head of every layer. Under a budget the number
+    of groups in each slot is drawn first, so that they add up to it."""
+    for number in range(search.config.max_evals):
+        rng, labels = np.random.default_rng((search.config.seed, number)), {}
+        counts = dict.fromkeys(search.heads, 1)
+        for _ in range((search.total or 0) - len(counts)):
+            room = [slot for slot in counts if counts[slot] < search.heads[slot]]
+            counts[room[rng.integers(len(room))]] += 1
+        for slot, n in search.heads.items():
+            labels[slot] = rng.integers(n, size=n)
+            if search.total is not None:
+                rest = rng.integers(counts[slot], size=n - counts[slot])
+                labels[slot] = rng.permutation([*range(counts[slot]), *rest])
+        search.measure(as_maps(search.model, labels), "random")
 
 
 # ---- the answer ----
 
 
-def baselines(search: Search, best: dict) -> Iterator[tuple[str, Maps, Maps]]:
-    """What needs no search, with as many groups as the best that was found."""
-    total = search.total or min(round(2 * best["groups"]) // (1 + search.config.joint), sum(search.heads.values()))
-    own = search.partition
-    total = max(total, len(search.slots))
-    yield ("best groups, spread evenly", *own.maps(own.even(total)))
-    yield (
-        "neighbours, spread evenly",
-        *Partitioner(own.model, own.found, "neighbour", own.joint).maps(own.even(total)),
-    )
-    if not own.joint and own.can_be_joint():
-        joint = Partitioner(own.model, own.found, joint=True)
-        if total // 2 >= len(joint.slots()):
-            yield ("best joint groups, spread evenly", *joint.maps(joint.even(total // 2)))
+def contenders(search: Search) -> list[tuple[str, tuple[Maps, Maps]]]:
+    """The search's best three, and what needs no search, with as many groups as the best of them."""
+    model, joint = search.model, search.config.joint
+    best = sorted(search.seen, key=search.value)[:3]
+    found = [(f"found ({record['note']})", (record["k_groups"], record["v_groups"])) for record in best]
+    total = search.total or int(2 * best[0]["groups"]) // (1 + joint)
+    even = even_counts(search.heads, total)
+    found.append(("best groups, spread evenly", search.maps(even)))
+    found.append(("neighbours, spread evenly", choose(model, search.stats, even, "neighbour")))
+    if not joint and model.config.k_groups == model.config.v_groups and total >= len(search.heads):
+        even = even_counts(head_counts(model, joint=True), total // 2)
+        found.append(("best joint groups, spread evenly", choose(model, search.stats, even)))
+    return found
 
 
-def judged(search: Search, judge: Judge) -> tuple[dict, list[dict]]:
-    """The best of the search's three best and of the baselines on text that the search has not seen; and all of
-    these."""
-    ranked = sorted(search.seen, key=search.value)[:3]
-    rows = [(f"found ({r['note']})", r["k_groups"], r["v_groups"]) for r in ranked] + list(baselines(search, ranked[0]))
-    e, distinct, mine = search.evaluate, {}, {}
-    for row in rows:
-        distinct.setdefault(e.key(*row[1:]), row)
-    for key in tqdm(list(distinct)[rank() :: world()], desc="judging", disable=rank() > 0 or None, leave=False):
-        name, *maps = distinct[key]
-        loss, divergence = judge(grouped(e.original, *maps, e.found, e.blocks, e.how))
-        record = {"name": name, "loss": loss, "kl": divergence, **e.sizes(*maps)}
-        mine[key] = {**record, "k_groups": maps[0], "v_groups": maps[1]}
-    found = gathered(mine)
-    judged = {key: found[key] for key in distinct}
-    return min(judged.values(), key=search.value), sorted(judged.values(), key=search.value)
+def chosen(search: Search, choice: Judge, report: Judge) -> list[dict]:
+    """The contenders, best first on the text of `choice`; their loss and KL are those on that of `report`."""
+    rows = {}
+    for name, maps in tqdm(contenders(search), desc="judging", disable=None, leave=False):
+        if key(maps) not in rows:
+            small, sizes = search.grouped(maps, search.blocks), search.described(maps)
+            value = search.value({**sizes, "loss": choice(small)[0]})
+            loss, kl = report(small)
+            rows[key(maps)] = {"name": name, "loss": loss, "kl": kl, "choice": value, **sizes}
+    return sorted(rows.values(), key=lambda row: row["choice"])
 
 
-def together(records: list[dict], kind: str, layer: int) -> np.ndarray:
-    """(H, H): the share of these groupings in which two query heads share a group."""
-    of_head = np.array([record[f"{kind}_groups"][layer] for record in records])
-    return (of_head[:, :, None] == of_head[:, None, :]).mean(0)
+def open_search(config: SearchConfig) -> tuple[Search, np.ndarray, np.ndarray]:
+    """The search, and the texts that it will not see: for the choice, and for the report."""
+    checkpoint, model, blocks, val, _ = open_inputs(config)
+    third, least = (len(val) - 1) // 3, min(model.config.block_size, MOST_CONTEXT)
+    part = min(config.search_tokens, third)
+    if part < least:
+        what = f"search_tokens is {config.search_tokens}, a third of val {third}"
+        raise UserError(f"{what}: give --search_tokens {least} or more, and three times as much val text")
+    texts = [val[start : start + part + 1] for start in (0, part, 2 * part)]
+    return Search(config, model, blocks, texts, checkpoint["model"]["norm.weight"].itemsize), *texts[1:]
 
 
-def head_report(search: Search) -> tuple[dict, list[str]]:
-    """Which heads merge cheaply: for each layer and kind the similarity of K or V heads by the closed form, and how
-    often two query heads share a group in the ten best groupings; and a line for each with the three likest pairs."""
-    best = sorted(search.seen, key=search.value)[:10]
-    table, lines = {"similarity": {}, "together": {}}, []
-    for kind in "kv":
-        for layer, block in enumerate(search.evaluate.original.layers):
-            alike = Costs(block.attention, kind, search.evaluate.found[layer]).similarity()
-            often = together(best, kind, layer)
-            table["similarity"][f"{kind}{layer}"] = alike.round(3).tolist()
-            table["together"][f"{kind}{layer}"] = often.round(3).tolist()
-            groups = block.attention.k_groups if kind == "k" else block.attention.v_groups
-            first = [groups.of_head.tolist().index(head) for head in range(groups.n_group)]
-            pairs = sorted(((alike[a, b], b, a) for a in range(len(alike)) for b in range(a)), reverse=True)[:3]
-            words = [f"{a}+{b} {value:.2f} ({100 * often[first[a], first[b]]:.0f}%)" for value, a, b in pairs]
-            lines.append(f"  {kind.upper()} of layer {layer:<3} " + "   ".join(words))
-    return table, lines
-
-
-def open_search(config: SearchConfig) -> tuple[Search, Judge]:
-    """The search, and a judge on the part of the val split that it will not see."""
-    checkpoint, model = open_model(config.ckpt, config.device)
-    tokenizer = read_tokenizer(checkpoint["tokenizer"])
-    text, _ = split_tokens(checkpoint, tokenizer, config.dataset, "train")
-    val, _ = split_tokens(checkpoint, tokenizer, config.dataset, "val")
-    blocks = calibration_blocks(text, model, config.calibration_tokens, config.seed)
-    most = (len(val) - 1) // 2
-    context = min(model.config.block_size, MOST_CONTEXT)
-    if min(config.search_tokens, most) < context:
-        least = f"give --search_tokens {context} or more, and a val split of twice as many"
-        raise UserError(f"search_tokens is {config.search_tokens} of {len(val):,} in the val split: {least}")
-    half = min(config.search_tokens, most)
-    partition = Partitioner(model, [], joint=config.joint)
-    partition.total(config.kv_budget or 1.0)  # a budget too small is told before the first measurement
-    few = blocks[: max(1, len(blocks) // 2)]
-    pieces = [val[start : start + half + 1] for start in (0, half)]
-    identity = {"refit": config.refit, "model": fingerprint(model), "text": digest(blocks.cpu().numpy(), *pieces)}
-    partition.found = statistics(model, blocks)
-    judges, itemsize = [Judge(model, piece) for piece in pieces], checkpoint["model"]["tok_embeddings.weight"].itemsize
-    how = (partition.found, few, judges[0], config.refit, itemsize)
-    return Search(config, partition, Evaluations(Path(config.log), identity, model, *how)), judges[1]
-
-
-def fingerprint(model: Llama) -> str:
-    """What tells one model from another."""
-    return digest(*(x.cpu().numpy() for _, x in sorted(model.state_dict().items())))
-
-
-def digest(*arrays: np.ndarray) -> str:
-    total = hashlib.sha256()
-    for array in arrays:
-        total.update(np.ascontiguousarray(array).data)
-    return total.hexdigest()
-
-
-@processes()
 def main() -> None:
-    config = SearchConfig(**parse(__doc__, SearchConfig))
-    if config.objective is not None:
-        Objective(config.objective, NAMES)
+    config = checked(SearchConfig, parse(__doc__, SearchConfig))
     writable(Path(config.out), config.overwrite)
-    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-    search, judge = open_search(config)
-    try:
-        with search.bar:
-            getattr(search, config.method)()
-        best, rows = judged(search, judge)
-    except KeyboardInterrupt:
-        note(f"stopped; {config.log} keeps the evaluations, and the same command goes on from there")
-        raise
-    original = judge(search.evaluate.original)[0]
-    heads, lines = head_report(search)
-    share = best["kv_bytes"] / search.evaluate.sizes(*search.partition.maps(search.heads))["kv_bytes"]
-    record = {"share": share, **best, "original_loss": original, "judged": rows, **heads}
-    record |= {"search": asdict(config), "evals": search.evals}
-    if rank() == 0:
-        with replacing(Path(config.out), "w") as file:
-            file.write(json.dumps(record) + "\n")
-    print("\n".join(picture(merged_config(search.evaluate.original.config, best["k_groups"], best["v_groups"]))))
-    ten = min(10, len(search.seen))
-    print(f"heads most alike, by the closed form (and how often together in the {ten} best)\n" + "\n".join(lines))
-    print(f"judged on {judge.count:,} other tokens; perplexity of the original {perplexity(original):.4f}")
+    search, *texts = open_search(config)
+    with search.bar:
+        {"knapsack": knapsack_search, "random": random_search}[config.method](search)
+    choice, report = (Judge(search.model, text) for text in texts)
+    rows = chosen(search, choice, report)
+    best, original = rows[0], report(search.model)[0]
+    share = best["kv_bytes"] / search.described(search.maps(search.heads))["kv_bytes"]
+    record = {"share": share, **best, "original_loss": original, "judged": rows}
+    with replacing(Path(config.out), "w") as file:
+        file.write(json.dumps(record | {"search": asdict(config), "evals": search.evals}) + "\n")
+    print(*picture(merged_config(search.model.config, best["k_groups"], best["v_groups"])), sep="\n")
+    print(f"perplexity on {report.count:,} other tokens, the original's {perplexity(original):.4f} times")
     for row in rows:
+        ratio = f"x {perplexity(row['loss'] - original):.4f} | KL {row['kl']:.4f}"
         cache = f"{row['groups']:g} K/V heads, {row['kv_bytes']:,} bytes a token"
-        value = "" if search.objective is None else f" | objective {search.value(row):.6g}"
-        print(f"  x {perplexity(row['loss'] - original):.4f} | KL {row['kl']:.4f} | {cache}{value} | {row['name']}")
-    new = len(search.evaluate.records) - search.evaluate.known
-    print(f"{search.evals} groupings looked at, {new} of them measured now; all measurements are in {config.log}")
+        value = f" | objective {search.value(row):.6g}" if config.objective else ""
+        print(f"  {ratio} | {cache}{value} | {row['name']}")
+    print(f"{search.evals} groupings looked at; all measurements are in {config.log}")
     dataset = f" --dataset {config.dataset}" if config.dataset else ""
     print(f"--- next:\npython gqa.py {config.ckpt} --groups {config.out} --out grouped.pt{dataset}")
 

@@ -1,64 +1,218 @@
-"""Train a Llama: from nothing, on from where a run stopped (`--resume`), or from another's weights (`--init_from`).
+"""Train a Llama: from nothing, on from where a run stopped (`--resume`), or from other weights
+(`--init_from`).
 
-    python train.py --n_layer 6 --novel                    # the default data, Python's own source, is prepared at once
-    python train.py --n_layer 6 --novel --resume           # continue exactly, after a crash, Ctrl-C or more --max_steps
+    python train.py --n_layer 6 --novel             # the default data, Python's own source, is prepared first
+    # continue exactly, after a crash, Ctrl-C or more --max_steps
+    python train.py --n_layer 6 --novel --resume
     python train.py --dataset shakespeare --dim 384 --n_kv_head 2 --max_steps 2000
-    python train.py --init_from ckpt.pt --lora_r 8 --quantize nf4 --dataset alpaca        # QLoRA on instructions
-    python train.py --init_from grouped.pt --teacher ckpt.pt --max_steps 40               # heal after gqa.py
-    torchrun --nproc_per_node 2 train.py --n_layer 6 --novel          # the same run, divided among two processes
+    python train.py --init_from ckpt.pt --lora_r 8 --quantize nf4 --dataset alpaca    # QLoRA on instructions
+    python train.py --init_from grouped.pt --teacher ckpt.pt --max_steps 40           # heal after gqa.py
+    torchrun --nproc_per_node 2 train.py --n_layer 6 --novel   # the same run, divided among two processes
 
-A run leaves out/RUN/ckpt.pt and out/RUN/log.jsonl. The batch of a step is a function of (seed, step) alone, and the
-dropout of a process's part of it one of (seed, step, process), so a resumed run sees what an uninterrupted one would
-have seen, and ends with the same bits on a CPU.
+A run writes out/RUN/ckpt.pt and out/RUN/log.jsonl. The batch of a step is a function of (seed, step), and the
+dropout of a rank's part of it one of (seed, step, rank), so a resumed run sees what an uninterrupted one
+would have seen, and ends with the same bits on a CPU.
 """
 
+import json
 import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from checkpoint import build_model, load, save
-from config import UserError, exit_cleanly, parse
-from cross_entropy import IGNORE, widen
-from dataset import Batch, Examples, Text, open_data
-from device import autocast, peak_memory_bytes, pick_device, pick_dtype
-from eval_ppl import perplexity
-from files import held
+from checkpoint import build_model, load, lora_config, model_config, save, trained_on
+from common import (
+    IGNORE, UserError, autocast, bounded, checked, compiler_missing, exit_cleanly, held, is_a, note, parse,
+    peak_memory_bytes, pick, pick_device, pick_dtype, replacing,
+)  # fmt: skip
+from data.loader import Batch, Examples, Text, open_data, padded, prepared
+from data.tokenizer import Tokenizer
 from lora import LoRAConfig, adapt
-from model import Llama, ModelConfig
+from model import Llama, ModelConfig, widen
+from muon import Muon
 from parallel import (
-    divided,
-    first_alone,
-    processes,
-    rank,
-    send_gradients,
-    share,
-    shared,
-    total,
-    wait_for_all,
-    whole,
-    world,
-)
-from progress import Log, describe, report, validate
-from settings import POSITION, TrainConfig, check_sizes, compiling_pays, open_teacher, settle, training_data
-from tokenizer import Tokenizer
+    divided, first_alone, own_rows, processes, rank, send_gradients, shard, total, whole, world,
+)  # fmt: skip
 
-# what each optimizer keeps of the past
-MOMENTS = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.Muon: {"momentum_buffer"}}
+SHAPE_FREE = {"attention", "dropout", "block_size", "rope_theta"}  # model settings that any weights allow
+# what a resumed run may not change, besides its shape and its adapter
+FIXED = {"dataset", "init_from", "seed", "batch_size", "grad_accum", "teacher", "distil_weight"}
+FIXED |= {"optimizer", "momentum"}
+STATE = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}  # of each parameter
 
-# ---- one step ----
+
+@dataclass
+class TrainConfig:
+    """training"""
+
+    dataset: str = "stdlib"  # a name that data/prepare.py knows, or a prepared folder (tuning: its own)
+    out_dir: str | None = None  # where ckpt.pt and log.jsonl go (default: out/DATASET-LAYERSxWIDTH-VARIANT)
+    resume: bool = False  # continue the run in out_dir; settings are the run's, except for the flags given
+    overwrite: bool = False  # start anew in a directory that holds a run
+    init_from: str | None = None  # a ckpt.pt whose weights and shape to start from
+    batch_size: int = bounded(16, 1)  # sequences of one micro-batch, divided among the processes
+    grad_accum: int = bounded(1, 1)  # micro-batches of one step
+    max_steps: int = bounded(500, 1)  # optimizer steps
+    lr: float | None = bounded(None, 0, 1e9)  # peak (default: muon .01, adamw .002, tuning .001, LoRA .005)
+    min_lr: float | None = bounded(None, 0, 1e9)  # learning rate at the end of the cosine (default: lr / 10)
+    warmup_steps: int = bounded(50, 0)  # steps over which the learning rate rises from 0
+    weight_decay: float = bounded(0.1, 0, 1e9)  # on matrices only
+    grad_clip: float = bounded(1.0, 0, 1e9)  # longest gradient; 0 does not clip
+    teacher: str | None = None  # a ckpt.pt of the same tokenizer whose predictions to learn
+    distil_weight: float = bounded(0.5, 0, 1)  # with --teacher: share of its KL divergence in the loss
+    momentum: float = bounded(0.8, 0, 0.9999)  # of Muon; the usual 0.95 learns less in some hundred steps
+    optimizer: Literal["adamw", "muon"] = "muon"  # muon: the blocks' matrices, AdamW the rest (LoRA: adamw)
+    eval_every: int = bounded(100, 1)  # steps between checkpoints, each followed by an evaluation
+    eval_tokens: int = bounded(32768, 0)  # of the val split, evenly spread; the last one reads all; 0: none
+    seed: int = bounded(0, 0, 2**32 - 1)  # of weights, batches and dropout
+    device: str = "auto"  # cuda, mps, cpu or auto
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products; weights stay in float32
+    checkpoint_activations: bool = False  # keep the blocks' inputs only, recompute the rest in the backward
+    fsdp: bool = False  # FSDP2: each process keeps a shard of every matrix, its gradient and optimizer state
+    compile: bool | None = None  # torch.compile each block (default: where a CPU run is long enough to gain)
+
+    def __post_init__(self):
+        if self.lr is None:
+            self.lr = {"adamw": 0.002, "muon": 0.01}[self.optimizer]
+
+
+# ---- settings ----
+
+
+def settle(flags: dict, checkpoint: dict) -> tuple[ModelConfig, LoRAConfig, TrainConfig]:
+    """The settings: the flags on top of those of a checkpoint to start from or to resume, {} if there is
+    none. Raises UserError where they contradict each other."""
+    shape, adapter, run = (pick(cls, flags) for cls in (ModelConfig, LoRAConfig, TrainConfig))
+    resume, old = flags.get("resume"), checkpoint.get("train", {})
+    saved = {"lora_r": 0, **checkpoint.get("config", {}), **checkpoint.get("lora", {}), **old}
+    fixed = set(shape) - ({"attention"} if resume else SHAPE_FREE) if checkpoint else set()
+    if resume or "lora" in checkpoint:  # an adapter is trained on; checkpoint.py merge makes room for another
+        fixed |= set(adapter)
+    for name in sorted(fixed | (FIXED & set(flags) if resume else set())):
+        if flags[name] != saved.get(name):
+            raise UserError(f"--{name} {flags[name]}: the checkpoint has {saved.get(name)}, drop --{name}")
+    c = model_config(checkpoint, **shape) if checkpoint else checked(ModelConfig, shape)
+    lora = lora_config(checkpoint) if resume or "lora" in checkpoint else checked(LoRAConfig, adapter)
+    if resume:
+        config = checked(TrainConfig, {**pick(TrainConfig, old), "overwrite": False, **run})
+        if config.max_steps < checkpoint["step"]:
+            raise UserError(f"the run is at step {checkpoint['step']} already: give --max_steps that or more")
+        return c, lora, config
+    if adapter and not lora.lora_r:
+        raise UserError(f"--{min(adapter)} is of an adapter: give --lora_r 8, or drop it")
+    if lora.lora_r and not checkpoint:
+        raise UserError(f"--lora_r {lora.lora_r} adapts a trained model: give --init_from ckpt.pt")
+    defaults = {"lr": 0.001} if checkpoint else {}
+    if lora.lora_r:
+        defaults = {"lr": 0.005, "optimizer": "adamw"}
+    if "dataset" in old:
+        defaults["dataset"] = old["dataset"]
+    return c, lora, checked(TrainConfig, {**defaults, **run})
+
+
+def default_out_dir(flags: dict) -> str:
+    """out/stdlib-6x256-novel: data set, layers x width, and what is unusual."""
+    start = load(flags["init_from"]) if "init_from" in flags else {}
+    c, lora, config = settle({**flags, "resume": False}, start)
+    parts = [Path(config.dataset).name, f"{c.n_layer}x{c.dim}"]
+    parts += [f"kv{c.n_kv_head}"] * (c.n_kv_head != c.n_head) + ["novel"] * c.novel + ["gated"] * c.gated
+    parts += [f"lora{lora.lora_r}"] * (lora.lora_r > 0) + [lora.quantize] * (lora.quantize != "none")
+    parts += ["tuned"] * (start != {} and not lora.lora_r) + ["healed"] * (config.teacher is not None)
+    return "out/" + "-".join(parts)
+
+
+def open_tokens(config: TrainConfig, flags: dict, c: ModelConfig, checkpoint: dict):
+    """Folder, record and tokenizer of the data set, which is prepared if need be. Raises UserError unless it
+    has the checkpoint's tokenizer, to resume the run's bytes, and enough tokens."""
+    source = f"{config.out_dir}/ckpt.pt" if config.resume else config.init_from
+    how = ["--tokenizer", source] if checkpoint.get("tokenizer") else []  # without one, the data set's serves
+    if "vocab_size" in flags and not how:
+        how = ["--vocab_size", str(c.vocab_size)]
+    folder, meta, tokenizer = prepared(config.dataset, *how)
+    train = meta["splits"]["train"]
+    if checkpoint.get("tokenizer") not in (None, tokenizer.data):
+        remedy = f"python data/prepare.py NAME --tokenizer {source} ..., and give --dataset NAME"
+        raise UserError(f"{folder} has another tokenizer than the checkpoint: {remedy}")
+    if config.resume and trained_on(checkpoint, "train") != train["sha256"]:
+        raise UserError(f"{folder} is not the data of the run: restore it, or start anew with --overwrite")
+    if meta["kind"] == "text" and train["tokens"] < 2 * c.block_size:
+        few = f"{folder} has only {train['tokens']} train tokens, {2 * c.block_size} are needed"
+        raise UserError(f"{few}: use more text, or a smaller --block_size")
+    if (checkpoint or "vocab_size" in flags) and c.vocab_size < tokenizer.vocab_size:
+        few = f"vocab_size {c.vocab_size} is below the {tokenizer.vocab_size} of {folder}"
+        raise UserError(f"{few}: drop --vocab_size, or prepare the data with it")
+    return folder, meta, tokenizer
+
+
+def open_teacher(path: str, c: ModelConfig, tokenizer: Tokenizer, device: torch.device) -> Llama:
+    """The model whose predictions are learnt from. Raises UserError if it cannot read the same tokens."""
+    checkpoint = load(path)
+    teacher = build_model(checkpoint, device).requires_grad_(False)
+    if checkpoint["tokenizer"] not in (None, tokenizer.data) or teacher.config.vocab_size != c.vocab_size:
+        raise UserError(f"--teacher {path} has another tokenizer: give one of the same")
+    if teacher.config.block_size < c.block_size:
+        limit = teacher.config.block_size
+        raise UserError(f"--teacher {path} reads {limit} tokens: give --block_size {limit} or less")
+    return teacher
+
+
+def compiling_pays(config: TrainConfig, c: ModelConfig, flops: float, device: torch.device) -> bool:
+    """Whether to compile the blocks. Compiled steps take about an eighth less time (measured on CPUs),
+    compiling ten seconds for each kind of head groups: a run must be twice as long as where that breaks even.
+    Its length is estimated at 125 billion operations a second and thread, and so does not depend on the
+    machine's load."""
+    missing = compiler_missing(device)
+    if config.compile and missing:
+        raise UserError(f"--compile needs {missing}: install it, or give --no-compile")
+    if config.compile is not None:
+        return config.compile
+    kinds = len({str(groups) for groups in zip(c.k_groups, c.v_groups)})
+    long = flops / (1.25e11 * torch.get_num_threads()) > 200 * kinds
+    return long and device.type == "cpu" and sys.platform == "linux" and not missing
+
+
+# ---- the model and one step ----
+
+
+def starting_model(c: ModelConfig, lora: LoRAConfig, checkpoint: dict, device: torch.device) -> Llama:
+    """The model to train: new, or a checkpoint's in float32, with the adapter that it has or gets."""
+    if not checkpoint:
+        return Llama(c).to(device).train()
+    model = build_model({**checkpoint, "config": asdict(c)})
+    if not checkpoint.get("lora"):
+        # layer by layer, from the mapped file: what is quantized never stands here in full
+        adapt(model, lora)
+    model.float()
+    for x in (*model.parameters(), *model.buffers()):  # until here they may be a view of the file
+        x.data = x.data.to(device, copy=True)
+    return model.train()
+
+
+def make_optimizers(model: Llama, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW for all that learns, or Muon for the blocks' matrices and AdamW for embeddings, output, norms,
+    biases."""
+    matrices, embeddings, vectors = [], [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            muon = config.optimizer == "muon" and name.startswith("layers.")
+            (vectors if p.dim() != 2 else matrices if muon else embeddings).append(p)
+    groups = [
+        {"params": embeddings, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+    return [Muon(matrices, config.lr, config.momentum, config.weight_decay), adamw] if matrices else [adamw]
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -70,331 +224,340 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return lowest + (config.lr - lowest) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def make_optimizers(model: Llama, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for all that learns, or Muon for the blocks' matrices and AdamW for embeddings, output, norms, biases."""
-    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    matrices = [p for name, p in learning.items() if p.dim() == 2 and name.startswith("layers.")]
-    matrices = matrices if config.optimizer == "muon" else []
-    taken = {id(p) for p in matrices}
-    rest = [p for p in learning.values() if id(p) not in taken]
-    groups = [
-        {"params": [p for p in rest if p.dim() == 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.dim() != 2], "weight_decay": 0.0},
-    ]
-    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
-    if not matrices:
-        return [adamw]
-    # match_rms_adamw scales an update to the size of AdamW's, so that one learning rate serves both
-    muon = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": config.momentum}
-    return [torch.optim.Muon(matrices, **muon, adjust_lr_fn="match_rms_adamw"), adamw]
-
-
-def targets(batches: list[Batch]) -> int:
-    """Tokens that carry loss."""
-    return max(1, sum((y != IGNORE).sum().item() for _, y in batches))
-
-
 def tokens_read(batches: list[Batch]) -> int:
-    """Input tokens, without the padding that follows the last target of a row."""
+    """Input tokens, without the padding after the last target of a row."""
     return sum(((y != IGNORE).flip(1).cumsum(1) > 0).sum().item() for _, y in batches)
 
 
-def distilled(model: nn.Module, teacher: Llama, x: torch.Tensor, y: torch.Tensor, weight: float) -> torch.Tensor:
-    """(1 - weight) * cross-entropy + weight * KL(teacher || model), nats, both summed over the targets that are not
-    IGNORE: knowledge distillation (arXiv 1503.02531) at temperature 1."""
-    counts = (y != IGNORE).flatten()
-    ours = widen(model(x)).flatten(0, 1)[counts].log_softmax(-1)
+def distilled(model: nn.Module, teacher: Llama, x, y: torch.Tensor, weight: float) -> torch.Tensor:
+    """(1 - weight) * cross-entropy + weight * KL(teacher || model), nats, summed over the targets that are
+    not IGNORE: knowledge distillation (arXiv 1503.02531) at temperature 1."""
+    counted = (y != IGNORE).flatten()
+    ours = widen(model(x)).flatten(0, 1)[counted].log_softmax(-1)
     with torch.no_grad():
-        theirs = widen(teacher(x)).flatten(0, 1)[counts].log_softmax(-1)
+        theirs = widen(teacher(x)).flatten(0, 1)[counted].log_softmax(-1)
     kl = F.kl_div(ours, theirs, log_target=True, reduction="sum")
-    return (1 - weight) * F.nll_loss(ours, y.flatten()[counts], reduction="sum") + weight * kl
+    return (1 - weight) * F.nll_loss(ours, y.flatten()[counted], reduction="sum") + weight * kl
 
 
-def forward_backward(
-    model: nn.Module, batches: list[Batch], dtype: torch.dtype, scaler: torch.amp.GradScaler,
+def train_step(
+    learner: nn.Module, batches: list[Batch], optimizers: list[torch.optim.Optimizer], lr: float,
+    dtype: torch.dtype, scaler: torch.amp.GradScaler, grad_clip: float = 1.0,
     teacher: Llama | None = None, distil_weight: float = 0.0,
-) -> float:  # fmt: skip
-    """Add the gradients of the mean loss over all target tokens of all micro-batches; return that mean, nats a token.
+) -> tuple[float, float]:  # fmt: skip
+    """One optimizer step over micro-batches; return the loss, nats a token, and the norm of the unclipped
+    gradient.
 
-    Each micro-batch's summed loss is divided by the token count of the whole step: dividing by its own count would
-    weigh tokens of short or masked micro-batches more, and accumulation would not equal the big batch. Several
-    processes compute some rows of each; their gradients arrive as a mean, so each loss counts once for every process.
+    Each micro-batch's summed loss is divided by the target tokens of the whole step: dividing by its own
+    count would weigh tokens of short or masked micro-batches more, and accumulation would not equal the big
+    batch. Several processes compute some rows of each; gradients arrive as a mean over them, so each loss
+    counts world() times. When the norm is not finite nothing is stepped: the scaler tries a smaller scale
+    next time.
     """
-    device = next(model.parameters()).device
-    count, summed = targets(batches), torch.zeros((), device=device)
+    device = next(learner.parameters()).device
+    tokens = max(1, sum((y != IGNORE).sum().item() for _, y in batches))
+    step_loss = torch.zeros((), device=device)
     for i, batch in enumerate(batches):
-        send_gradients(model, now=i == len(batches) - 1)
+        send_gradients(learner, now=i == len(batches) - 1)
+        x, y = (part.to(device) for part in own_rows(*batch))
         with autocast(device, dtype):
-            x, y = (part.to(device) for part in share(batch))
-            loss = (distilled(model, teacher, x, y, distil_weight) if teacher else model(x, y)) / count
+            loss = distilled(learner, teacher, x, y, distil_weight) if teacher else learner(x, y)
+            loss = loss / tokens
         scaler.scale(loss * world()).backward()
-        summed = summed + loss.detach()
-    return total(summed.item())[0]
-
-
-def update(model, optimizers, scaler, config: TrainConfig, lr: float) -> float:
-    """Clip the gradients, step the optimizers, clear the gradients; return the length of the unclipped gradient.
-
-    When it is not finite nothing is stepped: the scaler tries a smaller scale next time, without one it is an error
-    that the caller reports.
-    """
+        step_loss = step_loss + loss.detach()
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
         for group in optimizer.param_groups:
             group["lr"] = lr
-    norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    norm = nn.utils.clip_grad_norm_(learner.parameters(), grad_clip or math.inf)
+    norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
     if math.isfinite(norm):  # of all parameters: the scaler alone would skip one optimizer and step the other
         for optimizer in optimizers:
             scaler.step(optimizer)
     scaler.update()
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    return norm
+    return total(step_loss.item()), norm
+
+
+# ---- around the steps ----
+
+
+@torch.no_grad()
+def mean_loss(model: Llama, batches: list[Batch], dtype: torch.dtype) -> tuple[float, int]:
+    """Loss, nats a token, and the number of target tokens."""
+    device, loss = model.tok_embeddings.weight.device, 0.0
+    tokens = sum((y != IGNORE).sum().item() for _, y in batches)
+    # compiling once more, for other shapes, would take longer than this
+    with autocast(device, dtype), torch.compiler.set_stance("force_eager"):
+        for batch in batches:
+            x, y = own_rows(*batch)
+            loss += model(x.to(device), y.to(device)).item()
+    return total(loss) / max(1, tokens), tokens
+
+
+def validate(model: Llama, data: Text | Examples, dtype: torch.dtype, most=None) -> tuple[float, int]:
+    """Loss, nats a token, and the number of tokens: over non-overlapping blocks of text, or over the answers
+    of examples; of the whole split, or of some `most` tokens, evenly spread."""
+    if isinstance(data, Text):
+        context, text = model.config.block_size, data.tokens
+        stride = max(context, context * len(text) // most) if most else context
+        starts = range(0, len(text) - 1, stride)
+        items = [(text[start : start + 1], text[start + 1 : start + context + 1]) for start in starts]
+    else:
+        every = max(1, len(data.tokens) // most) if most else 1
+        items = [data.parts(row) for row in range(0, len(data.spans), every)]
+        items.sort(key=lambda parts: len(parts[0]) + len(parts[1]))  # little padding
+    model.eval()
+    result = mean_loss(model, [padded(items[i : i + 16]) for i in range(0, len(items), 16)], dtype)
+    model.train()
+    return result
+
+
+class Log:
+    """log.jsonl, one JSON object a line; a resumed run drops what was written after its checkpoint."""
+
+    def __init__(self, path: Path, resumed_at: int | None):
+        self.path, kept = path, []
+        if resumed_at is not None and path.exists():
+            # a kill leaves half a line
+            lines = (line for line in path.read_text().splitlines() if line.endswith("}"))
+            kept = [record for record in map(json.loads, lines) if record["step"] <= resumed_at]
+        self.evaluated = {record["step"] for record in kept if "val_loss" in record}
+        if rank() == 0:
+            with replacing(path, "w") as file:
+                file.writelines(json.dumps(record) + "\n" for record in kept)
+
+    def write(self, record: dict) -> None:
+        """Append; numbers that JSON cannot express (inf, nan) become null."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        if rank() == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(finite) + "\n")
+
+
+def describe(model: Llama, config: TrainConfig, lora: LoRAConfig, data: Text | Examples) -> dict:
+    """Print what is about to be trained, and how much; return it for the log."""
+    c, params = model.config, model.num_params()
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    heads = f"{c.n_head} heads of {c.head_dim}" + ", novel" * c.novel + ", gated" * c.gated
+    print(f"model: {params:,} parameters | {c.n_layer} layers | width {c.dim} | {heads}")
+    if lora.lora_r:
+        how = f"LoRA of rank {lora.lora_r} on {' '.join(lora.lora_targets)}, base in {lora.quantize}"
+        print(f"trainable: {trainable:,} of {params:,} parameters ({100 * trainable / params:.2f}%) | {how}")
+    rows, text = config.batch_size * config.grad_accum, isinstance(data, Text)
+    size, unit = (rows * c.block_size, "tokens") if text else (rows, "examples, loss on answers only")
+    epochs = size * config.max_steps / (len(data.tokens) if text else len(data.spans))
+    print(f"batch: {config.batch_size} sequences x {config.grad_accum} = {size:,} {unit} a step; ", end="")
+    print(f"{config.max_steps:,} steps = {epochs:.3f} epochs of {config.dataset}")
+    if not text and data.note:
+        print(f"note: {data.note}")
+    if config.warmup_steps >= config.max_steps:
+        print(f"note: {config.warmup_steps} warm-up steps: the learning rate will not reach {config.lr}")
+    settings = {"model": asdict(c), "lora": asdict(lora), "train": asdict(config)}
+    return {**settings, "params": params, "trainable": trainable, "epochs": epochs}
+
+
+def restore(checkpoint: dict, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler) -> None:
+    """Give the optimizers and the scaler their state back; learning rates and the like are those of the
+    flags. Raises UserError if it is damaged or of other parameters."""
+    try:
+        for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
+            own, moments = optimizer.state_dict(), saved["state"]
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            for i, p in enumerate(params if moments else ()):
+                assert set(moments[i]) == STATE[type(optimizer)], f"state of parameter {i}"
+                assert all(x.shape in (torch.Size(), p.shape) for x in moments[i].values()), f"shapes of {i}"
+                own["state"][i] = {name: shard(x, p) for name, x in moments[i].items()}
+            optimizer.load_state_dict(own)
+        assert all(0 <= checkpoint[key] < math.inf for key in ("step", "tokens", "seconds")), "position"
+        if scaler.is_enabled() and checkpoint["scaler"]:  # the run may have had another --dtype until now
+            scaler.load_state_dict(checkpoint["scaler"])
+    except Exception as error:
+        reason = f"the training state is damaged ({str(error)[:120]})"
+        raise UserError(f"{reason}: start a new run from it with --init_from") from None
+
+
+def catch_signals() -> list[int]:
+    """A list on which Ctrl-C and SIGTERM are put, for the loop to save and leave; one more than a second
+    after the first ends the process at once (a batch system may send the first twice)."""
+    caught, first = [], []
+
+    def catch(number, frame):
+        caught.append(number)
+        first.append(time.monotonic())
+        if time.monotonic() > first[0] + 1:
+            os._exit(128 + number)
+
+    signal.signal(signal.SIGINT, catch)
+    signal.signal(signal.SIGTERM, catch)
+    return caught
+
+
+def check_health(loss: float, norm: float, c: ModelConfig, step: int, saved: int) -> None:
+    """Raise UserError when training has diverged: not finite, or a loss of ten blind guesses."""
+    if not loss < 10 * math.log(c.vocab_size) or not math.isfinite(norm):
+        what = f"training diverged at step {step}: loss {loss:.4g}, gradient norm {norm:.4g}"
+        raise UserError(f"{what}; step {saved} is saved; try a lower --lr or a longer --warmup_steps")
+
+
+def report(model: Llama, tokenizer: Tokenizer, data, config: TrainConfig, dtype, path: Path, log) -> None:
+    """Evaluate on the whole val split, print a sample, and what to run next."""
+    text, prompt = isinstance(data, Text), tokenizer.prompt("") or [0]
+    if config.eval_tokens:
+        # FSDP collects the weights in `dtype`
+        loss, count = validate(model, data, dtype if config.fsdp else torch.float32)
+        what = f"blocks, context {model.config.block_size}" if text else "answers of examples"
+        ppl = f"val perplexity {math.exp(min(loss, 700)):.4f} | loss {loss:.4f} nats a token"
+        print(f"{ppl} | {what} | {count:,} tokens")
+        peak = peak_memory_bytes(model.tok_embeddings.weight.device)
+        log.write(
+            {"step": config.max_steps, "val_loss": loss, "val_tokens": count, "peak_memory_bytes": peak}
+        )
+    if not text:
+        prompt = data.parts(0)[0].tolist()
+    generator = torch.Generator(model.tok_embeddings.weight.device).manual_seed(0)
+    how = {"temperature": 0.8, "top_p": 0.95, "stop": tokenizer.stop, "generator": generator}
+    model.eval()
+    with torch.compiler.set_stance("force_eager"):
+        (new,) = model.generate([prompt], 160, **how)
+    command = f"python eval_ppl.py {path} --split test" if text else f"python -m study score {path}"
+    print(f"--- a sample:\n{tokenizer.decode(prompt + new)}\n--- next:\n{command}\npython sample.py {path}")
 
 
 # ---- the run ----
 
 
-@contextmanager
-def signals_caught() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM are put on a list, for the loop to save and leave; one more than a second later ends the
-    process at once (a batch system may send the first twice)."""
-    caught, first = [], 0.0
-
-    def catch(number, frame):
-        nonlocal first
-        first = first or time.monotonic()
-        if time.monotonic() > first + 1:
-            os._exit(128 + number)
-        caught.append(number)
-
-    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+@processes()
+def main(change: Callable[[Llama], None] | None = None) -> None:
+    """The command. `change` is what an experiment does to the model before it trains."""
+    flags = parse(__doc__, ModelConfig, LoRAConfig, TrainConfig)
+    resume = flags.get("resume", False)
+    if resume and flags.get("overwrite"):
+        raise UserError("--resume continues a run and --overwrite deletes it: give one of them")
+    path = Path(flags.setdefault("out_dir", flags.get("out_dir") or default_out_dir(flags))) / "ckpt.pt"
+    with nullcontext() if rank() else held(path.parent):  # one run at a time in a folder
+        if resume and not path.exists():
+            raise UserError(f"no run in {path.parent} to resume: drop --resume, or give another --out_dir")
+        if path.exists() and not resume and not flags.get("overwrite"):
+            remedy = "give --resume to continue it, --overwrite to start anew, or another --out_dir"
+            raise UserError(f"{path.parent} already holds a run: {remedy}")
+        train(flags, path, change)
 
 
-def restore(checkpoint: dict, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler) -> dict:
-    """Give the optimizers and the scaler their state back; return the position in the run. Learning rates and the like
-    are those of the flags. Raises UserError for moments of other parameters."""
-    saved, known = checkpoint["optimizers"], {key: checkpoint[key] for key in POSITION}
-    sound = len(saved) == len(optimizers) and all(0 <= x < math.inf for x in known.values())
-    for optimizer, state in zip(optimizers, saved) if sound else ():
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        moments = state.get("state") if isinstance(state, dict) else None
-        if not (sound := is_moments(moments, params, MOMENTS[type(optimizer)])):
-            break
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": shared(moments, params), "param_groups": groups})
-    if scaler.is_enabled() and (scale := checkpoint["scaler"]):  # the run may have had another --dtype until now
-        sound = sound and {k: type(x) for k, x in scale.items()} == {k: type(x) for k, x in scaler.state_dict().items()}
-        scaler.load_state_dict(scale) if sound else None
-    if not sound:
-        raise UserError("the checkpoint's training state is damaged: start a new run from it with --init_from")
-    return known
+def train(flags: dict, path: Path, change: Callable[[Llama], None] | None = None) -> None:
+    """The run that is saved at `path`, from its settings to its last words."""
 
-
-def is_moments(moments: object, params: list[nn.Parameter], names: set[str]) -> bool:
-    """Whether it has none, or for each parameter those names, tensors of its shape, or a number."""
-    if not isinstance(moments, dict) or len(moments) not in (0, len(params)):
-        return False
-    if not all(i in moments and isinstance(moments[i], dict) and set(moments[i]) == names for i in range(len(moments))):
-        return False
-    named = [(x, () if name == "step" else params[i].shape) for i in moments for name, x in moments[i].items()]
-    return all(isinstance(x, torch.Tensor) and x.is_floating_point() and x.shape == shape for x, shape in named)
-
-
-def starting_model(c: ModelConfig, lora: LoRAConfig, checkpoint: dict | None, device: torch.device) -> Llama:
-    """The model to train: new, or a checkpoint's in float32, with the adapter that it has or gets."""
-    if checkpoint is None:
-        return Llama(c).to(device).train()
-    model = build_model({**checkpoint, "config": asdict(c)})
-    if not checkpoint.get("lora"):
-        adapt(model, lora)  # layer after layer, from the mapped file: what is quantized never stands here in full
-    model.float()
-    for x in (*model.parameters(), *model.buffers()):  # until here they may be a view of the file
-        x.data = x.data.to(device, copy=True)
-    return model.train()
-
-
-@dataclass
-class Run:
-    """What a run is made of."""
-
-    config: TrainConfig
-    lora: LoRAConfig
-    model: Llama
-    learner: nn.Module  # what to call for gradients: the model, or what adds them up over the processes
-    teacher: Llama | None
-    optimizers: list[torch.optim.Optimizer]
-    scaler: torch.amp.GradScaler
-    device: torch.device
-    dtype: torch.dtype
-    tokenizer: Tokenizer
-    meta: dict  # the record of the data
-    data: Text | Examples
-    val_data: Text | Examples
-    origin: dict  # what the first checkpoint says of its weights, for those to come
-    position: dict  # see POSITION
-    kept: int  # the step that is on the disk
-
-    @property
-    def path(self) -> Path:
-        return Path(self.config.out_dir) / "ckpt.pt"
-
-
-def set_up(flags: dict) -> Run:
-    """All that comes before the first step; nothing is written yet, but data that is prepared."""
-    c, lora, config, checkpoint = settle(flags)
-    device = pick_device(config.device)
+    # ---- settings
+    start = str(path) if flags.get("resume") else flags.get("init_from")
+    checkpoint = load(start) if start else {}
+    kinds = {"step": int, "tokens": int, "seconds": float, "train": dict, "optimizers": list, "scaler": dict}
+    if flags.get("resume") and not all(is_a(checkpoint.get(key), kind) for key, kind in kinds.items()):
+        raise UserError(f"{path} has no training state: start a new run from it with --init_from")
+    c, lora, config = settle(flags, checkpoint)
+    device, last = pick_device(config.device), config.max_steps
     dtype = pick_dtype(config.dtype, device)
+    if config.fsdp and world() == 1:
+        raise UserError("--fsdp shards a model over processes: give --no-fsdp, or start some with torchrun")
+
+    # ---- data
     with first_alone():  # what it prepares the others find
-        folder, meta, tokenizer = training_data(config, flags, checkpoint)
+        folder, meta, tokenizer = open_tokens(config, flags, c, checkpoint)
     if not checkpoint and "vocab_size" not in flags:
         c = replace(c, vocab_size=tokenizer.vocab_size)
-    check_sizes(c, folder, meta, tokenizer)
-    data, val_data = open_data(folder, meta, "train", c.block_size), open_data(folder, meta, "val", c.block_size)
+    data, val_data = (open_data(folder, meta, split, c.block_size) for split in ("train", "val"))
 
+    # ---- model
     torch.manual_seed(config.seed)
     model = starting_model(c, lora, checkpoint, torch.device("cpu") if config.fsdp else device)
-    teacher = open_teacher(config, c, tokenizer, device)
     model.checkpoint_activations = config.checkpoint_activations
-    tokens = config.max_steps * config.batch_size * config.grad_accum * c.block_size * isinstance(data, Text)
-    config.compile = compiling_pays(config, c, tokens // world(), model.num_params(), device)  # also when resumed
+    teacher = open_teacher(config.teacher, c, tokenizer, device) if config.teacher else None
+    if change:
+        change(model)
+    if c.attention == "triton":
+        try:
+            from flash_attention import use_kernels
+
+            use_kernels(model)
+        except ImportError as error:  # Triton is for Linux
+            note(f"no triton attention: {error}; sdpa takes its place")
+    tokens = last * config.batch_size * config.grad_accum * c.block_size * isinstance(data, Text)
+    config.compile = compiling_pays(config, c, 6 * model.num_params() * tokens / world(), device)
     if config.compile:
         for layer in model.layers:  # those of the same head groups share what the first compiles
             layer.compile()
     learner = divided(model, config.fsdp, dtype, device)
+
+    # ---- optimizer and position
     optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    position = restore(checkpoint, optimizers, scaler) if config.resume else dict.fromkeys(POSITION, 0)
-    origin = {"grouped": checkpoint["grouped"]} if checkpoint and "grouped" in checkpoint else {}
-    return Run(
-        config, lora, model, learner, teacher, optimizers, scaler, device, dtype, tokenizer, meta, data, val_data,
-        origin, position, kept=position["step"],
-    )  # fmt: skip
+    step, tokens, seconds, saved = 0, 0, 0.0, -1  # saved: the step of the file on the disk
+    if config.resume:
+        restore(checkpoint, optimizers, scaler)
+        step, tokens, seconds = (checkpoint[key] for key in ("step", "tokens", "seconds"))
+        saved = step
+    origin = {key: checkpoint[key] for key in ("grouped",) if key in checkpoint}
+    if lora.lora_r:
+        origin["lora"] = asdict(lora)
+    log = Log(path.with_name("log.jsonl"), step if config.resume else None)
+    log.write({"step": step, **describe(model, config, lora, data)})
+    how = str(dtype).removeprefix("torch.") + ", compiled" * config.compile
+    how += f", {world()} processes" * (world() > 1) + " that share the weights" * config.fsdp
+    since = f", continued from step {step}" * config.resume
+    print(f"on {device}, {how} -> {path.parent}{since}", flush=True)
 
+    # ---- the loop
+    caught, batches = catch_signals(), []
+    bar = tqdm(total=last, initial=step, disable=rank() > 0 or None)
+    while True:
+        stop = total(len(caught)) > 0  # all ranks at the same step
+        due = step % config.eval_every == 0 and step < last and step not in log.evaluated
+        if step > saved and (due or stop or step == last):
+            if step:  # what the last update did shows only in the loss after it
+                check_health(mean_loss(model, batches, dtype)[0], 0.0, c, step, saved)
+            state = {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+            state = whole({"model": model.state_dict(keep_vars=True), **state}) | origin
+            state |= {"config": asdict(c), "train": asdict(config), "data": meta, "tokenizer": tokenizer.data}
+            state |= {"step": step, "tokens": tokens, "seconds": seconds, "scaler": scaler.state_dict()}
+            if rank() == 0:
+                save(path, state)
+            total(0)  # a rank that left before would have torchrun end rank 0 while it writes
+            saved = step
+        if due and step and config.eval_tokens and not stop:  # after saving: it may fail
+            loss, count = validate(model, val_data, dtype, config.eval_tokens)
+            record = {"step": step, "val_loss": loss, "val_tokens": count}
+            log.write({**record, "peak_memory_bytes": peak_memory_bytes(device)})
+            tqdm.write(f"step {step}/{last} | val loss {loss:.4f} | val ppl {math.exp(min(loss, 700)):.2f}")
+        if stop or step == last:
+            break
 
-def save_checkpoint(run: Run) -> None:
-    """The same file, whatever the number of processes was."""
-    state = {"model": run.model.state_dict(keep_vars=True), "optimizers": [o.state_dict() for o in run.optimizers]}
-    state = {**whole(state), "config": asdict(run.model.config), "train": asdict(run.config), **run.position}
-    state |= run.origin | ({"lora": asdict(run.lora)} if run.lora.lora_r else {})
-    state |= {"tokenizer": run.tokenizer.data, "data": run.meta, "scaler": run.scaler.state_dict()}
-    if rank() == 0:
-        save(run.path, state)
-    wait_for_all()  # one that left before would have torchrun end the first while it writes
-    run.kept = run.position["step"]
+        began, lr = time.perf_counter(), learning_rate(config, step)
+        batches = data.step_batches(config.batch_size, config.grad_accum, config.seed, step)
+        torch.manual_seed(config.seed + 1_000_003 * (step + 1) + 7919 * rank())  # of dropout
+        how = (dtype, scaler, config.grad_clip, teacher, config.distil_weight)
+        loss, norm = train_step(learner, batches, optimizers, lr, *how)
+        # to the scaler, an infinite norm only means: a smaller scale next
+        check_health(loss, 0.0 if scaler.is_enabled() else norm, c, step + 1, saved)
+        now, count = time.perf_counter() - began, tokens_read(batches)
+        step, tokens, seconds = step + 1, tokens + count, seconds + now
+        record = {"step": step, "loss": loss, "lr": lr, "norm": norm, "ms": 1000 * now, "tok_s": count / now}
+        log.write({**record, "tokens": tokens, "seconds": seconds})
+        bar.update()
+        if step % 10 == 0 or step == 1:
+            line = f"step {step}/{last} | loss {loss:.4f} | lr {lr:.1e} | norm {norm:.2f}"
+            tqdm.write(f"{line} | {1000 * now:.0f} ms | {count / now:,.0f} tok/s")
+    bar.close()
 
-
-def save_if_healthy(run: Run, batches: list[Batch]) -> None:
-    """What the last update did shows only in the loss after it."""
-    with torch.no_grad(), autocast(run.device, run.dtype), torch.compiler.set_stance("force_eager"):
-        parts = (share(batch) for batch in batches)
-        (loss,) = total(sum(run.model(x.to(run.device), y.to(run.device)).item() for x, y in parts) / targets(batches))
-    check_health(loss, None, run, f"after step {run.position['step']}")
-    save_checkpoint(run)
-
-
-def check_health(loss: float, norm: float | None, run: Run, where: str) -> None:
-    """Raise UserError when training has diverged: loss or gradient not finite, or a loss of ten blind guesses."""
-    if not loss < 10 * math.log(run.model.config.vocab_size) or not math.isfinite(norm or 0):
-        values = f"loss {loss:.4g}" + (f", gradient norm {norm:.4g}" if norm else "")
-        remedy = "try --overwrite with a lower --lr or a longer --warmup_steps"
-        raise UserError(f"training diverged: {values} {where}; {run.path} keeps step {run.kept}; {remedy}")
-
-
-def evaluate(run: Run, log: Log) -> None:
-    if not run.config.eval_tokens:
-        return
-    val_loss, count = validate(run.model, run.val_data, run.dtype, most=run.config.eval_tokens)
-    record = {"val_loss": val_loss, "val_tokens": count, "peak_memory_bytes": peak_memory_bytes(run.device)}
-    log.write({"step": run.position["step"], **record})
-    at = f"step {run.position['step']}/{run.config.max_steps}"
-    tqdm.write(f"{at} | val loss {val_loss:.4f} | val ppl {perplexity(val_loss):.2f}")
-
-
-def train_step(run: Run, batches: list[Batch], step: int) -> dict:
-    """One step; what the log says of it."""
-    torch.manual_seed(run.config.seed + 1_000_003 * (step + 1) + 7919 * rank())  # of dropout
-    lr = learning_rate(run.config, step)
-    loss = forward_backward(run.learner, batches, run.dtype, run.scaler, run.teacher, run.config.distil_weight)
-    norm = update(run.model, run.optimizers, run.scaler, run.config, lr)
-    known = None if run.scaler.is_enabled() else norm  # to the scaler, infinity only means: a smaller scale next
-    check_health(loss, known, run, f"in step {step + 1}")
-    return {"loss": loss, "lr": lr, "norm": norm}
-
-
-def start(run: Run) -> Log:
-    """Write the first checkpoint of a new run, open the log, say what begins. Raises UserError if another run has been
-    in the folder since this one looked."""
-    config, kept = run.config, run.kept
-    if rank() == 0 and not config.overwrite:
-        there = load(run.path).get("step") if run.path.exists() else None
-        if there != (kept if config.resume else None):
-            raise UserError(f"another run has just written {run.path}: give --resume to continue it")
-    if not config.resume:
-        save_checkpoint(run)  # a run that is killed early can be resumed too
-    log = Log(run.path.with_name("log.jsonl"), kept if config.resume else None)
-    log.write({"step": kept, **describe(run.model, config, run.lora, run.data)})
-    since = f", continued from step {kept}" if config.resume else ""
-    how = str(run.dtype).removeprefix("torch.") + (", compiled" if config.compile else "")
-    how += f", {world()} processes" + (" that share the weights" if config.fsdp else "") if world() > 1 else ""
-    print(f"on {run.device}, {how} -> {run.path.parent}{since}", flush=True)
-    missing = 0 < kept < config.max_steps and kept % config.eval_every == 0 and kept not in log.evaluated
-    if any(total(missing and rank() == 0)):
-        evaluate(run, log)  # the run was killed after it saved and before it evaluated
-    return log
-
-
-def train(run: Run, log: Log) -> int | None:
-    """Step until the last step or until a signal, whose number is returned."""
-    config, last, batches = run.config, run.config.max_steps, []
-    slow, hidden = "compiling" if config.compile else None, rank() > 0 or None
-    with signals_caught() as caught, tqdm(total=last, initial=run.kept, disable=hidden, desc=slow) as bar:
-        stop = False
-        while run.position["step"] < last and not stop:
-            began, step = time.perf_counter(), run.position["step"]
-            batches = run.data.step_batches(config.batch_size, config.grad_accum, config.seed, step)
-            found, count = train_step(run, batches, step), tokens_read(batches)
-            step, seconds = step + 1, time.perf_counter() - began
-            past = run.position
-            run.position = {"step": step, "tokens": past["tokens"] + count, "seconds": past["seconds"] + seconds}
-            speed = {"ms": 1000 * seconds, "tok_s": count / seconds}
-            log.write({**found, **speed, **run.position})
-            bar.set_description(refresh=False)
-            bar.update()
-            if step % 10 == 0 or step == 1:
-                head = (
-                    f"step {step}/{last} | loss {found['loss']:.4f} | lr {found['lr']:.1e} | norm {found['norm']:.2f}"
-                )
-                tqdm.write(f"{head} | {speed['ms']:.0f} ms | {speed['tok_s']:,.0f} tok/s")
-            stop = any(total(len(caught)))  # all at the same step
-            if step % config.eval_every == 0 and step < last and not stop:
-                save_if_healthy(run, batches)  # before the evaluation, which may fail
-                evaluate(run, log)
-        if run.position["step"] > run.kept:
-            save_if_healthy(run, batches)
-        stop = stop or any(total(len(caught)))  # while the last was saved
-    return (caught or [signal.SIGTERM])[0] if stop else None
-
-
-@processes()
-def main() -> None:
-    run = set_up(parse(__doc__, ModelConfig, LoRAConfig, TrainConfig))
-    with nullcontext() if rank() else held(run.path.parent):
-        log = start(run)
-        if number := train(run, log):
-            stopped = f"{signal.Signals(number).name}: saved step {run.kept}"
-            how = "torchrun, as before," if dist.is_initialized() else "python"
-            print(f"{stopped}; continue with: {how} train.py --resume --out_dir {run.path.parent}", flush=True)
-            sys.exit(128 + number)
-        dtype = run.dtype if run.config.fsdp else torch.float32  # a shared model's weights are collected in run.dtype
-        last = run.model, run.tokenizer, run.val_data, dtype, run.position, run.path, run.config.eval_tokens > 0
-        log.write({"step": run.kept, **report(*last)})
+    # ---- the end
+    if stop:
+        how = "torchrun, as before," if world() > 1 else "python"
+        print(f"saved step {step}; continue with: {how} train.py --resume --out_dir {path.parent}")
+        sys.exit(128 + (caught or [signal.SIGTERM])[0])
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    report(model, tokenizer, val_data, config, dtype, path, log)
+    peak = peak_memory_bytes(device) / 2**30
+    print(f"{tokens:,} tokens in {seconds / 60:.1f} min of training | peak memory {peak:.2f} GiB")
 
 
 if __name__ == "__main__":

@@ -1,54 +1,50 @@
-"""Where texts come from: files, this Python's standard library, public corpora; and how documents become splits.
+"""Where texts come from (files, this Python's standard library, public corpora) and how they become splits.
 
-A corpus is {split: pieces}, a piece bytes of a file that are read when they are needed.
+A corpus is {split: pieces}. A piece is a range of bytes of a file, read only when it is needed.
 """
 
 import ast
 import glob
-import hashlib
+import mmap
 import os
+import shutil
 import sysconfig
 import textwrap
+import time
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from hashlib import sha256
+from http.client import HTTPException
+from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import NamedTuple
+from urllib.request import Request, urlopen
 
-from config import UserError
-from download import download
-from files import CHUNK
-from instruct import Record
+from tqdm import tqdm
 
-DATA = Path(__file__).resolve().parent
+from common import UserError, note, sha256_of
+from data.loader import DATA, SPLITS
+from data.tokenizer import Record
 
-SPLITS = {"train": 0.90, "val": 0.05, "test": 0.05}
-TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/"
-DOWNLOADS = {  # name: [(address, sha256), ...]
-    "shakespeare": [
-        ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-         "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
-    ],
-    "wikitext2": [
-        ("https://huggingface.co/datasets/ggml-org/ci/resolve/main/wikitext-2-raw-v1.zip",
-         "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11"),
-    ],
-    "tinystories": [
-        (TINYSTORIES + "TinyStoriesV2-GPT4-train.txt",
-         "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443"),
-        (TINYSTORIES + "TinyStoriesV2-GPT4-valid.txt",
-         "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d"),
-    ],
-    "alpaca": [
-        ("https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/761dc5bfbdeeffa89b8bff5d038781a4055f796a/alpaca_data.json",
-         "2eddafc6b977608d778aaab8dfc7e50e547b3af9826dfb9e909d9fc362e4a419"),
-    ],
+CHUNK = 1 << 24  # bytes of a large file that are read at a time
+SHARES = (0.90, 0.05, 0.05)  # of train, val and test
+GITHUB, HUB = "https://raw.githubusercontent.com/", "https://huggingface.co/datasets/"
+STORIES = HUB + "roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/TinyStoriesV2-GPT4-"
+DOWNLOADS = {  # name: {address: sha256}
+    "shakespeare": {GITHUB + "karpathy/char-rnn/master/data/tinyshakespeare/input.txt":
+        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"},
+    "wikitext2": {HUB + "ggml-org/ci/resolve/main/wikitext-2-raw-v1.zip":
+        "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11"},
+    "tinystories": {
+        STORIES + "train.txt": "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443",
+        STORIES + "valid.txt": "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d"},
+    "alpaca": {GITHUB + "tatsu-lab/stanford_alpaca/761dc5bfbdeeffa89b8bff5d038781a4055f796a/alpaca_data.json":
+        "2eddafc6b977608d778aaab8dfc7e50e547b3af9826dfb9e909d9fc362e4a419"},
 }  # fmt: skip
-BUILT_IN = ("stdlib", "docstrings", *DOWNLOADS)  # the names that need no --text
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Bytes start..stop of a text file; one document, or several with `separator` between them."""
+class Piece(NamedTuple):
+    """Bytes start..stop of a text file: one document, or several with `separator` between them."""
 
     name: str
     path: Path
@@ -57,40 +53,73 @@ class Piece:
     separator: bytes = b""
 
     def documents(self) -> Iterator[str]:
-        """The texts, without empty ones; a file with a separator is read in chunks, however large it is."""
-        rest, place = b"", self.start
+        """The texts, without empty ones."""
         with open(self.path, "rb") as file:
             file.seek(self.start)
-            while place < self.stop:
-                read = file.read(min(self.stop - place, CHUNK if self.separator else self.stop))
-                if not read:
-                    raise UserError(f"{self.path} became shorter while it was read: run again")
-                place += len(read)
-                *complete, rest = (rest + read).split(self.separator) if self.separator else (b"", read)
-                yield from (self.text(document) for document in complete if document.strip())
-        if rest.strip():
-            yield self.text(rest)
-
-    def text(self, document: bytes) -> str:
-        document = document.strip() if self.separator else document
+            data = file.read(self.stop - self.start)
+        parts = [part.strip() for part in data.split(self.separator)] if self.separator else [data]
         try:
-            return document.decode()
+            yield from (part.decode() for part in parts if part.strip())
         except UnicodeDecodeError as error:
-            bad = f"byte 0x{document[error.start]:02x} behind {document[: error.start][-20:]!r}"
             remedy = f"convert it, for instance with: iconv -f latin1 -t utf-8 {self.path}"
-            raise UserError(f"{self.path} is not UTF-8 ({bad}): {remedy}") from None
+            raise UserError(f"{self.path} is not UTF-8 ({error}): {remedy}") from None
 
 
 def whole_file(path: Path, name: str = "", separator: bytes = b"") -> Piece:
     return Piece(name or path.name, path, 0, path.stat().st_size, separator)
 
 
-def standard_library() -> list[Piece]:
-    """Every .py file of this Python's standard library but tests, installed packages and the code-page tables.
+def cut(piece: Piece, mark: bytes, shares: tuple[float, ...]) -> list[Piece]:
+    """Consecutive shares of a file, each cut moved on to just behind the next `mark`."""
+    with open(piece.path, "rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if piece.stop else b""
+    cuts = [data.find(mark, round(share * piece.stop)) for share in accumulate(shares)]
+    stops = [place + len(mark) if place >= 0 else piece.stop for place in cuts[:-1]]
+    return [piece._replace(start=start, stop=stop) for start, stop in pairwise([0, *stops, piece.stop])]
 
-    The tables in encodings/ are generated and nearly alike: some in train would tell those in val.
-    """
+
+def split(pieces: list[Piece]) -> dict[str, list[Piece]]:
+    """Whole files by a hash of their names, so that none is in two splits; few files are cut instead."""
+    if len(pieces) < 20:
+        return dict(zip(SPLITS, map(list, zip(*(cut(piece, b"\n", SHARES) for piece in pieces)))))
+    pieces = sorted(pieces, key=lambda piece: sha256(piece.name.encode()).digest())
+    total, parts = sum(piece.stop for piece in pieces), {}
+    for name, share in list(zip(SPLITS, SHARES))[1:]:  # train is what remains
+        size, parts[name] = 0, []
+        # one huge file would be most of a small split, and the split would measure that file
+        limit = max(share * total / 4, 2 * total / len(pieces))
+        for piece in [piece for piece in pieces if piece.stop <= limit]:
+            if size < share * total:
+                parts[name].append(piece)
+                pieces.remove(piece)
+                size += piece.stop
+    return {"train": sorted(pieces, key=lambda piece: piece.name), **parts}
+
+
+def own_text(patterns: list[str]) -> list[Piece]:
+    """The files that paths and globs name, and in folders all text files, except hidden and binary ones."""
+
+    def is_text(file: Path, folder: Path) -> bool:
+        parts = file.relative_to(folder).parts
+        if not file.is_file() or any(part.startswith(".") or part == "__pycache__" for part in parts):
+            return False
+        with open(file, "rb") as content:
+            return b"\0" not in content.read(4096)
+
+    found: set[Path] = set()
+    for pattern in patterns:
+        for path in map(Path, glob.glob(pattern, recursive=True) or [pattern]):
+            found |= {file for file in path.rglob("*") if is_text(file, path)} if path.is_dir() else {path}
+    if not any(file.stat().st_size for file in found):
+        raise UserError(f"--text {' '.join(patterns)}: no text there; name UTF-8 files, folders or globs")
+    root = os.path.commonpath([file.resolve().parent for file in found])
+    return [whole_file(file, file.resolve().relative_to(root).as_posix()) for file in sorted(found)]
+
+
+def standard_library() -> list[Piece]:
+    """Every .py file of this Python's standard library but tests, installed packages and code-page tables."""
     root = Path(sysconfig.get_paths()["stdlib"])
+    # the tables in encodings/ are generated and nearly alike: some in train would give away those in val
     skip = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__"}
     files = [f for f in root.rglob("*.py") if not skip & set(f.relative_to(root).parts[:-1]) and f.is_file()]
     if not files:
@@ -99,138 +128,97 @@ def standard_library() -> list[Piece]:
 
 
 def docstrings() -> dict[str, list[Record]]:
-    """Functions of the standard library, and what their docstrings say that they do; each in the split that its file
-    has in `stdlib`, so that a model trained on that has not read what it will be asked. What stands in train, too, in
-    whatever file, is left out of val and test."""
-    files = split(standard_library())
-    found = {name: [record for piece in pieces for record in functions(piece)] for name, pieces in files.items()}
-    read = {record["input"] for record in found["train"]}
-    return {
-        name: [record for record in records if name == "train" or record["input"] not in read]
-        for name, records in found.items()
-    }
+    """Functions of the standard library and their purpose, each in the split of its file in `stdlib`, so that
+    a model trained on that has not read the questions. Code that is also in train leaves val and test."""
+    splits = split(standard_library())
+    found = {name: [r for piece in splits[name] for r in functions(piece)] for name in SPLITS}
+    train = {record["input"] for record in found["train"]}
+    return {name: [r for r in found[name] if name == "train" or r["input"] not in train] for name in SPLITS}
 
 
 def functions(piece: Piece, longest: int = 500) -> Iterator[Record]:
-    """Those of a file whose docstring begins with a short paragraph: the code without it and without decorators,
-    at most `longest` characters, and that paragraph on one line."""
+    """The functions of a file whose docstrings begin with a short paragraph. The question is the code without
+    docstring and decorators, at most `longest` characters; the answer is that paragraph on one line."""
     text = "".join(piece.documents())
     try:
-        tree = ast.parse(text)
+        tree, lines = ast.parse(text), text.split("\n")
     except SyntaxError:  # a template, not a program
         return
-    lines = text.split("\n")
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (said := ast.get_docstring(node)):
-            first, *rest = node.body
-            code = lines[node.lineno - 1 : first.lineno - 1] + lines[first.end_lineno : node.end_lineno]
-            code, summary = textwrap.dedent("\n".join(code)).strip(), " ".join(said.split("\n\n")[0].split())
-            if rest and first.end_lineno < rest[0].lineno and len(code) <= longest and len(summary) <= 120:
-                yield {"instruction": "Say what this function does.", "input": code, "output": summary}
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or not ast.get_docstring(node):
+            continue
+        first, *rest = node.body
+        code = lines[node.lineno - 1 : first.lineno - 1] + lines[first.end_lineno : node.end_lineno]
+        code = textwrap.dedent("\n".join(code)).strip()
+        summary = " ".join(ast.get_docstring(node).split("\n\n")[0].split())
+        if rest and first.end_lineno < rest[0].lineno and len(code) <= longest and len(summary) <= 120:
+            yield {"instruction": "Say what this function does.", "input": code, "output": summary}
 
 
-def is_text(file: Path, folder: Path) -> bool:
-    """Whether a file found in a folder is meant to be read: not hidden, not in a __pycache__, without a zero byte."""
-    hidden = any(part.startswith(".") or part == "__pycache__" for part in file.relative_to(folder).parts)
-    if hidden or not file.is_file():
-        return False
-    with open(file, "rb") as content:
-        return b"\0" not in content.read(4096)
-
-
-def own_text(patterns: list[str]) -> list[Piece]:
-    """The files that paths and globs name, and in folders those that are text: not hidden, compiled or binary."""
-    found: set[Path] = set()
-    for pattern in patterns:
-        matches = [Path(p) for p in glob.glob(pattern, recursive=True)] or [Path(pattern)]
-        for path in matches:
-            found |= {file for file in path.rglob("*") if is_text(file, path)} if path.is_dir() else {path}
-    files = sorted(f for f in found if not f.is_dir())
-    if missing := [f for f in files if not f.exists()]:
-        raise UserError(f"--text {missing[0]}: no such file")
-    if not any(f.stat().st_size for f in files):
-        raise UserError(f"--text {' '.join(patterns)}: no text there; name UTF-8 files, folders or globs")
-    root = Path(os.path.commonpath([f.resolve().parent for f in files]))
-    return [whole_file(file, file.resolve().relative_to(root).as_posix()) for file in files]
-
-
-def split(pieces: list[Piece]) -> dict[str, list[Piece]]:
-    """Whole documents by a hash of their names; see the top of prepare.py."""
-    if len(pieces) < 20:
-        cut = [cut_by_position(piece) for piece in pieces]
-        return {name: [parts[name] for parts in cut] for name in SPLITS}
-    pieces = sorted(pieces, key=lambda piece: hashlib.sha256(piece.name.encode()).digest())
-    total, parts = sum(piece.stop for piece in pieces), {}
-    for name in ("val", "test"):  # the first 5% of the bytes, the next 5%, and train is what remains
-        wanted = SPLITS[name] * total
-        # one huge file would be most of a small split, and the split would measure that file
-        limit, size, parts[name] = max(wanted / 4, 2 * total / len(pieces)), 0, []
-        for piece in [piece for piece in pieces if piece.stop <= limit]:
-            if size < wanted:
-                parts[name].append(piece)
-                pieces.remove(piece)
-                size += piece.stop
-    return {"train": sorted(pieces, key=lambda piece: piece.name), **parts}
-
-
-def cut_by_position(piece: Piece) -> dict[str, Piece]:
-    """One file -> its first 90%, next 5%, last 5% of bytes, each cut moved on to the next line's beginning."""
-    parts, start, share = {}, 0, 0.0
-    with open(piece.path, "rb") as file:
-        for name in SPLITS:
-            share += SPLITS[name]
-            file.seek(min(piece.stop, round(share * piece.stop)))
-            file.readline()
-            stop = piece.stop if name == "test" else file.tell()
-            parts[name] = Piece(f"{piece.name}[{name}]", piece.path, start, stop)
-            start = stop
-    return parts
-
-
-def local_copy(source: Path, names: list[str]) -> list[Path]:
-    """The files `names` from `--from`: the file itself, or those in the folder."""
-    paths = [source / name for name in names] if source.is_dir() else [source]
-    if missing := [path for path in paths if not path.exists()]:
-        raise UserError(
-            f"--from {source}: {missing[0]} does not exist; it should be {' and '.join(names)}, or their folder"
-        )
-    if len(paths) != len(names):
-        raise UserError(f"--from {source}: give the folder that holds {' and '.join(names)}")
-    return paths
+def downloaded(name: str) -> list[Path]:
+    """The files of a public corpus, downloaded if need be."""
+    return [download(*file, DATA / "downloads") for file in DOWNLOADS[name].items()]
 
 
 def public_corpus(name: str, source: Path | None) -> dict[str, list[Piece]]:
-    """The splits of a downloadable corpus, from its address or from a local copy."""
-    if name == "wikitext2" and source and source.is_dir():
-        wiki = {part: source / f"wiki.{part}.raw" for part in ("train", "valid", "test")}
-        local_copy(source, [path.name for path in wiki.values()])
-        return {
-            "train": [whole_file(wiki["train"])],
-            "val": [whole_file(wiki["valid"])],
-            "test": [whole_file(wiki["test"])],
-        }
-    names = [url.split("/")[-1] for url, _ in DOWNLOADS[name]]
-    paths = local_copy(source, names) if source else [download(*d, DATA / "downloads") for d in DOWNLOADS[name]]
+    """The splits of a public corpus, downloaded or from a local copy: a file, or the folder of its files."""
+    paths, names = [source] if source else downloaded(name), [url.split("/")[-1] for url in DOWNLOADS[name]]
     if name == "wikitext2":
-        folder = DATA / "downloads" / "wikitext-2-raw"
+        return wikitext(paths[0])
+    if source and source.is_dir():
+        paths = [source / file for file in names]
+    if len(paths) < len(names):
+        raise UserError(f"--from {source}: give the folder of {' and '.join(names)}")
+    if name == "shakespeare":
+        return split([whole_file(paths[0])])
+    mark = b"<|endoftext|>"
+    train, valid = (whole_file(path, separator=mark) for path in paths)
+    count = 1 + train.stop // CHUNK
+    val, test = cut(valid, mark, (0.5, 0.5))
+    return {"train": cut(train, mark, (1 / count,) * count), "val": [val], "test": [test]}
+
+
+def wikitext(path: Path) -> dict[str, list[Piece]]:
+    """WikiText-2's own splits, from its zip file or the folder in it."""
+    names = [f"wiki.{part}.raw" for part in ("train", "valid", "test")]
+    if not path.is_dir():
         try:
-            with zipfile.ZipFile(paths[0]) as archive:
-                for part in ("train", "valid", "test"):
-                    archive.extract(f"wikitext-2-raw/wiki.{part}.raw", folder.parent)
-        except (zipfile.BadZipFile, KeyError) as error:
-            raise UserError(f"{paths[0]} is not WikiText-2's zip file: {error}") from None
-        return public_corpus(name, folder)
-    if name == "tinystories":  # it has two splits: the validation stories become val and test, half each
-        train, valid = (whole_file(path, separator=b"<|endoftext|>") for path in paths)
-        middle = story_start(valid, valid.stop // 2)
-        halves = {"val": (0, middle), "test": (middle, valid.stop)}
-        cut = {part: [Piece(valid.name, valid.path, *ends, valid.separator)] for part, ends in halves.items()}
-        return {"train": [train], **cut}
-    return split([whole_file(paths[0])])
+            with zipfile.ZipFile(path) as archive:
+                archive.extractall(DATA / "downloads", [f"wikitext-2-raw/{name}" for name in names])
+        except Exception as error:
+            raise UserError(f"{path} is damaged or not WikiText-2's zip file: {error}") from None
+        path = DATA / "downloads" / "wikitext-2-raw"
+    return {split: [whole_file(path / name)] for split, name in zip(SPLITS, names)}
 
 
-def story_start(piece: Piece, place: int) -> int:
-    """The first byte behind the separator that follows `place`."""
-    with open(piece.path, "rb") as file:
-        file.seek(place)
-        return min(piece.stop, place + file.read(CHUNK).find(piece.separator) + len(piece.separator))
+def download(url: str, checksum: str, folder: Path) -> Path:
+    """Fetch `url` into `folder`, continuing a broken download, and verify it; one that is there is used."""
+    path = folder / url.split("/")[-1]
+    part = folder / f"{path.name}.part"
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    for attempt in range(5):
+        have = part.stat().st_size if part.exists() else 0
+        request = Request(url, headers={"Range": f"bytes={have}-", "User-Agent": "herd"})
+        try:
+            with urlopen(request, timeout=30) as response:
+                mode = "ab" if response.status == 206 else "wb"  # a server without ranges begins again
+                bar = tqdm.wrapattr(response, "read", total=response.length, desc=path.name, disable=None)
+                with open(part, mode) as file, bar as body:
+                    shutil.copyfileobj(body, file)
+                if response.length:
+                    raise ConnectionError(f"{response.length:,} bytes are missing")
+            break
+        except (OSError, HTTPException) as error:
+            if getattr(error, "code", 0) == 416 and have:  # nothing is left to send
+                break
+            if attempt == 4 or getattr(error, "code", 0) in (403, 404):
+                hint = f"try again later, or get the file another way and give --from {path.name}"
+                raise UserError(f"cannot download {url}: {error}; {hint}") from None
+            note(f"download interrupted ({error}); trying again")
+            time.sleep(2**attempt)
+    if (found := sha256_of(part)) != checksum:
+        part.unlink()
+        raise UserError(f"{url}: its sha256 is {found}, not {checksum}; try again, or use --from")
+    return part.rename(path)

@@ -1,12 +1,12 @@
-"""What the kernels of flash_attention.py become on real GPUs, without one: compile them ahead of time to machine code.
+"""Compile the kernels of flash_attention.py for real GPUs, without one, and report what they need.
 
     python tests/compile_kernels.py              # every block size that is tuned over: a few minutes
     python tests/compile_kernels.py --first      # the first block size of each list
 
-Of each target, head width and kernel: the most registers of a thread, bytes that it spills to memory, shared memory of
-a program, and the tensor cores' instruction. It fails where a kernel spills, needs more shared memory than the target
-has, or multiplies without tensor cores. Compiled for bfloat16, causal, rows that 16 divides. Developers' only, and not
-with TRITON_INTERPRET=1.
+For each target, head width and kernel it prints the most registers of a thread, bytes spilled to memory,
+shared memory of a program, and the tensor cores' instruction. It fails where a kernel spills, needs more
+shared memory than the target has, or multiplies without tensor cores. Compiled for bfloat16, causal, rows
+that 16 divides. For developers only, and not with TRITON_INTERPRET=1.
 """
 
 import os
@@ -39,46 +39,48 @@ KERNELS = {  # direction: kernel, and what it is specialized for
     "decode, 32": ("decode_kernel", {"PAD_H": 32}),
 }
 TENSOR_CORES = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
-HALF = torch.empty(0, dtype=torch.bfloat16)
+FLOATS, GROUPS = ("lse", "delta", "parts"), ("k_groups", "v_groups", "begins")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 def compiled(kernel, constants: dict, target: int, config: triton.Config):
     """The kernel for bfloat16, rows of D numbers that lie side by side, and sizes that 16 divides."""
     constants = constants | config.kwargs
-    signature, values, attributes = {}, {}, {}
+    signature, values, attributes, aligned = {}, {}, {}, [["tt.divisibility", 16]]
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name], values[(i,)] = "constexpr", constants[name]
-        elif name.endswith("strides"):
-            signature[name], values[(i, 3)] = ("i32", "i32", "i32", "constexpr"), 1
-            attributes |= {(i, axis): [["tt.divisibility", 16]] for axis in range(3)}
         elif name in flash_attention.SIZES:
             signature[name] = "i32"
+        elif name in FLOATS or name in GROUPS:
+            signature[name] = "*fp32" if name in FLOATS else "*i64"
+            attributes[(i,)] = aligned
         else:
-            index = name.endswith("groups") or name == "begins"
-            wide = name in ("lse", "delta", "parts")
-            signature[name] = "*" + ("i64" if index else "fp32" if wide else "bf16")
-            attributes[(i,)] = [["tt.divisibility", 16]]
+            strides = ("i32", "i32", "i32", "constexpr")
+            signature[name], values[(i, 1, 3)] = flash_attention.View("*bf16", strides), 1
+            attributes |= dict.fromkeys([(i, 0), (i, 1, 0), (i, 1, 1), (i, 1, 2)], aligned)
     how = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    return triton.compile(ASTSource(kernel, signature, values, attributes), GPUTarget("cuda", target, 32), how)
+    source = ASTSource(kernel, signature, values, attributes)
+    return triton.compile(source, GPUTarget("cuda", target, 32), how)
 
 
 def resources(target: int, D: int, direction: str, first: bool) -> dict:
     name, constants = KERNELS[direction]
-    tuner, PAD = getattr(flash_attention, name), triton.next_power_of_2(D)
-    constants = {**constants, "scale": D**-0.5, "D": D, "PAD": PAD, "CAUSAL": True, "PRECISION": "ieee"}
-    rows = []
-    for config in tuner.early_config_prune(tuner.configs, {"q": HALF}, PAD=PAD)[: 1 if first else None]:
+    tuner, half = getattr(flash_attention, name), torch.empty(0, dtype=torch.bfloat16)
+    constants = {**constants, "D": D, "CAUSAL": True, "PRECISION": "ieee"}
+    configs, rows = tuner.early_config_prune(tuner.configs, {"q": half}, D=D), []
+    for config in configs[:1] if first else configs:
         code = compiled(tuner.fn, constants, target, config)
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(code.asm["cubin"])
             file.flush()
-            usage = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True)
+            line = [CUOBJDUMP, "--dump-resource-usage", file.name]
+            usage = subprocess.run(line, capture_output=True, text=True)
         sizes = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage.stdout)}
         local = len(re.findall(r"\b(?:ld|st)\.local", code.asm["ptx"]))
         core = next((word for word in TENSOR_CORES if word in code.asm["ptx"]), "none")
-        rows.append((sizes["REG"], sizes["STACK"] + sizes["LOCAL"] + local, code.metadata.shared / 1024, core))
+        spills = sizes["STACK"] + sizes["LOCAL"] + local
+        rows.append((sizes["REG"], spills, code.metadata.shared / 1024, core))
     registers, spills, shared, cores = zip(*rows)
     cores = " ".join(sorted({core.split(".")[0] for core in cores}))
     ok = max(spills) == 0 and max(shared) <= SHARED[target] and "none" not in cores
@@ -97,7 +99,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(os.cpu_count()) as pool:
         os.environ["TRITON_CACHE_DIR"] = folder
         rows = list(pool.map(resources, *zip(*jobs)))
-    print(f"{'target':10}{'head_dim':>8}  {'direction':12}{'registers':>9}{'spills':>8}{'shared memory':>16}  products")
+    columns = f"{'registers':>9}{'spills':>8}{'shared memory':>16}  products"
+    print(f"{'target':10}{'head_dim':>8}  {'direction':12}{columns}")
     for row in rows:
         sizes = f"{row['registers']:>9}{row['spills']:>8}{row['shared']:>8.1f} of {SHARED[row['target']]}K"
         where = f"sm_{row['target']:<7}{row['D']:>8}  {row['direction']:12}"

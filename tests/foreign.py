@@ -1,5 +1,7 @@
 """Models and tokenizers as other programs write them, for the tests that read them."""
 
+import json
+import re
 import struct
 from dataclasses import asdict
 
@@ -8,12 +10,18 @@ from conftest import quick
 from safetensors.torch import load_file
 
 from checkpoint import save
-from model import Llama
 
+TEXTS = ["", "Once upon a time", " two  spaces\nand a line", "def f(x):\n    return x ** 2", "café 中😀 \t."]
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
 }  # fmt: skip
+
+
+def run(*args):
+    done = quick("-m formats", *args)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
 
 
 def their_model(dtype=torch.float32, seed=0, **settings):
@@ -21,11 +29,9 @@ def their_model(dtype=torch.float32, seed=0, **settings):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(
-        **{"vocab_size": 64, "max_position_embeddings": 128, "rms_norm_eps": 3e-6, **shape, **settings}
-    )
+    shape |= {"vocab_size": 64, "max_position_embeddings": 128, "rms_norm_eps": 3e-6}
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(LlamaConfig(**{**shape, **settings}))
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(std=0.2) if p.dim() == 2 else p.add_(0.1 * torch.randn_like(p))
@@ -33,35 +39,32 @@ def their_model(dtype=torch.float32, seed=0, **settings):
     return model.to(dtype).eval()
 
 
-def save_folder(model, folder, how):
+def save_folder(model, folder, how="safetensors"):
     """As transformers saves it, whole or sharded; or as older releases did, in torch.save's format."""
     model.save_pretrained(folder, max_shard_size="15KB" if "shards" in how else "1GB")
     files = sorted(folder.glob("*.safetensors"))
-    assert len(files) > 2 if "shards" in how else len(files) == 1
-    if "bin" in how:
-        for file in files:
-            torch.save(
-                load_file(file), folder / file.name.replace("model", "pytorch_model").replace("safetensors", "bin")
-            )
-            file.unlink()
-        for index in folder.glob("*.index.json"):
-            text = index.read_text().replace("model-", "pytorch_model-").replace(".safetensors", ".bin")
-            (folder / "pytorch_model.bin.index.json").write_text(text)
-            index.unlink()
+    assert (len(files) > 2) == ("shards" in how)
+    for path in [*files, *folder.glob("*.index.json")] if "bin" in how else []:
+        older = folder / path.name.replace("model", "pytorch_model").replace("safetensors", "bin")
+        if path.suffix == ".json":
+            older.write_text(re.sub(r"model(-.{14})\.safetensors", r"pytorch_model\1.bin", path.read_text()))
+        else:
+            torch.save(load_file(path), older)
+        path.unlink()
     return folder
+
+
+def change_json(path, **changes):
+    """Replace values of a JSON file; None removes one."""
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
 
 
 def logits(model, length=100):
     tokens = torch.randint(64, (2, length), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         out = model(tokens)
-    return out if isinstance(model, Llama) else out.logits
-
-
-def run(*args):
-    done = quick("checkpoint.py", *args)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return out if isinstance(out, torch.Tensor) else out.logits
 
 
 def checkpoint_of(model, tokenizer=None):
@@ -75,32 +78,26 @@ def export_of(model, folder, tokenizer=None):
 
 def write_llama2c(path, model):
     """As llama2.c's legacy export does, whose layout its run.c reads."""
-    c, layers = model.config, model.layers
-    angles = torch.outer(torch.arange(c.block_size), 10000.0 ** -(torch.arange(0, c.head_dim, 2) / c.head_dim))
-    tensors = [model.tok_embeddings.weight, *(layer.attention_norm.weight for layer in layers)]
-    for name in ("wq", "wk", "wv", "wo"):
-        tensors += [getattr(layer.attention, name).weight for layer in layers]
-    tensors += [layer.ffn_norm.weight for layer in layers]
-    for name in ("w1", "w2", "w3"):
-        tensors += [getattr(layer.feed_forward, name).weight for layer in layers]
-    tensors += [model.norm.weight, angles.cos(), angles.sin(), *([] if c.tie_embeddings else [model.output.weight])]
+    c, tensors = model.config, [model.tok_embeddings.weight]
+    attention = [f"attention.{name}" for name in ("wq", "wk", "wv", "wo")]
+    for name in ("attention_norm", *attention, "ffn_norm", *(f"feed_forward.w{i}" for i in (1, 2, 3))):
+        tensors += [layer.get_parameter(f"{name}.weight") for layer in model.layers]
+    steps = 10000.0 ** -(torch.arange(0, c.head_dim, 2) / c.head_dim)
+    angles = torch.outer(torch.arange(c.block_size), steps)
+    tensors += [model.norm.weight, angles.cos(), angles.sin()]
+    tensors += [] if c.tie_embeddings else [model.output.weight]
     vocabulary = c.vocab_size if c.tie_embeddings else -c.vocab_size
     sizes = (c.dim, c.hidden_dim, c.n_layer, c.n_head, c.n_kv_head, vocabulary, c.block_size)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<7i", *sizes))
-        for x in tensors:
-            file.write(x.detach().numpy().astype("<f4").tobytes())
+    numbers = (x.detach().numpy().astype("<f4").tobytes() for x in tensors)
+    path.write_bytes(struct.pack("<7i", *sizes) + b"".join(numbers))
 
 
 def write_llama2c_tokenizer(path, sp, spaces=None):
-    """As llama2.c's tokenizer.py does. The pieces that are runs of spaces may have worse scores, from `spaces` down."""
+    """As llama2.c's tokenizer.py does. Runs of spaces may have worse scores, from `spaces` down."""
     marks = {sp.bos_id(): "\n<s>\n", sp.eos_id(): "\n</s>\n"}
-    pieces = [marks.get(i, sp.id_to_piece(i)).replace("\u2581", " ").encode() for i in range(sp.vocab_size())]
+    pieces = [marks.get(i, sp.id_to_piece(i)).replace("\u2581", " ").encode() for i in range(len(sp))]
     with open(path, "wb") as file:
         file.write(struct.pack("<I", max(map(len, pieces))))
         for i, piece in enumerate(pieces):
             score = sp.get_score(i) if spaces is None or piece.strip(b" ") else spaces - i
             file.write(struct.pack("<fI", score, len(piece)) + piece)
-
-
-TEXTS = ["", "Once upon a time", " two  spaces\nand a line", "def f(x):\n    return x ** 2", "café 中😀 \t."]

@@ -1,15 +1,14 @@
-"""Damaged and hostile inputs to every reader, by chance; a table of what became of them.
+"""Damaged and hostile inputs to every reader, at random; a table of what became of them.
 
-    python tests/fuzz.py --inputs 1000 --seed 0
+    OMP_NUM_THREADS=1 python tests/fuzz.py --inputs 1000 --seed 0
 
-Each input is a good file in which bytes were cut, flipped, doubled or added, or a value put in the place of another. A
-command reads it, inside this process. It must refuse it in one line (exit code 2), or accept it: the result is then
-that of the undamaged file, or else the damage made another valid file, such as another text. Anything else is a fault:
-a traceback, more than a minute, memory of more than three times the input and 24 MiB. --keep FOLDER keeps those.
+Each input is a good file in which bytes were cut, flipped, repeated or added, or one value was replaced. A
+command that reads it, inside this process, must refuse it (exit code 2, one line) or accept it: its result is
+then the good file's, or that of another valid file, such as another text. Anything else is a fault: a
+traceback, more than a minute, memory beyond three times the input plus 24 MiB, code that ran.
 """
 
-import argparse
-import copy
+import contextlib
 import gzip
 import json
 import math
@@ -18,271 +17,232 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from conftest import OWN_TEXT, quick, sharp_model
+from conftest import quick, sharp_model
+from corpus import write_corpus
 from foreign import checkpoint_of, save_folder, their_model, write_llama2c, write_llama2c_tokenizer
 
 from checkpoint import load, save
-from data.prepare import PrepareConfig, prepare
-from device import peak_memory_bytes, reset_peak_memory
-from tokenizer import Tokenizer
+from common import bounded, checked, parse, peak_memory_bytes
+from data.tokenizer import Tokenizer
 
-SLACK = 24 * 2**20  # bytes that the command may take for itself, whatever it reads
-HOSTILE = [None, True, -1, 0, 1, 2**31, 10**30, 1e308, -1e-300, math.nan, math.inf, "", "x", "../../x", [], {}, [[]]]
-HOSTILE += [[0] * 9, {"a": 1}, "é" * 40]
-CPU = torch.device("cpu")
-
-
-class Hang(BaseException):
-    """More than a minute."""
-
-
-def ring(*_) -> None:
-    raise Hang
+SLACK = 24 * 2**20  # bytes that a command may take for itself, whatever it reads
+FINE, FAULTS = ("refused", "the same", "another"), ("traceback", "hang", "memory", "code run")
+FEW = " --dataset {r}/data --calibration_tokens 256 --refit none"
+SEARCH = "search_groups.py {r}/run/ckpt.pt --kv_budget 0.5 --method random --max_evals 3" + FEW
+GROUP = "gqa.py {r}/run/ckpt.pt --groups {f}/{n} --eval_tokens 64 --out {o}/x.pt" + FEW
+GOOD = (  # commands that make good files in the folder {r}
+    "data/prepare.py own --text {r}/corpus --vocab_size 400 --out {r}/data",
+    "train.py --dataset {r}/data --max_steps 2 --n_layer 2 --n_head 4 --dim 32 --out_dir {r}/run",
+    "train.py --init_from {r}/run/ckpt.pt --max_steps 2 --lora_r 2 --out_dir {r}/adapted",
+    "formats export {r}/adapted/ckpt.pt {r}/peft --adapter",
+    "formats export {r}/adapted/ckpt.pt {r}/own/adapter.pt --adapter",
+    SEARCH + " --out {r}/log/x.json --log {r}/log/log.jsonl",
+)
+READERS = (  # files to damage; the command that reads {f}/{n} and may write to {o}; its result, if no text
+    ("run/ckpt.pt", "train.py --resume --out_dir {f} --dataset {r}/data --max_steps 3", "{f}/ckpt.pt"),
+    ("ours/ckpt.pt", "eval_ppl.py {f}/ckpt.pt --dataset {r}/data --max_tokens 40", ""),
+    ("adapted/ckpt.pt", "checkpoint.py merge {f}/ckpt.pt --out {o}/x.pt", "{o}/x.pt"),
+    ("groups/x.json", GROUP, "{o}/x.pt"),
+    ("log/log.jsonl", SEARCH + " --out {o}/x.json --log {f}/{n}", "{o}/x.json"),
+    ("data/meta.json data/val.bin data/tokenizer.model",
+     "eval_ppl.py {r}/run/ckpt.pt --dataset {f} --max_tokens 40", ""),
+    ("records/x.json records/x.jsonl records/x.jsonl.gz",
+     "data/prepare.py x --from {f}/{n} --out {o}/x --tokenizer {r}/run/ckpt.pt", "{o}/x/train.bin"),
+    ("hf/config.json hf/model.safetensors hf/tokenizer.model meta/params.json meta/consolidated.00.pth",
+     "formats import {f} {o}/x.pt", "{o}/x.pt"),
+    ("llama2c/model.bin llama2c/tok.bin",
+     "formats import {f}/model.bin {o}/x.pt --tokenizer {f}/tok.bin", "{o}/x.pt"),
+    ("peft/adapter_config.json peft/adapter_model.safetensors",
+     "formats import {f} {o}/x.pt --base {r}/run/ckpt.pt", "{o}/x.pt"),
+    ("own/adapter.pt", "formats import {f}/{n} {o}/x.pt --base {r}/run/ckpt.pt", "{o}/x.pt"),
+)  # fmt: skip
 
 
 @dataclass
-class Reader:
-    """A command, the good file that it reads, and what says whether two results are the same."""
+class FuzzConfig:
+    """fuzz"""
 
-    file: str  # in a folder of its own
-    read: Callable[[Path, Path], list]  # the folder, and a place for output -> the command line
-    result: Callable[[Path, str], object]  # the same, and what it printed -> what can be compared
-    counts: Counter = field(default_factory=Counter)
-    most: int = 0  # bytes of memory that one input took
+    inputs: int = bounded(1000, 1)  # damaged files to read
+    seed: int = 0  # of the damage
+
+
+class Bomb:
+    """Creates a file when it is unpickled."""
+
+    marker = Path(tempfile.gettempdir(), f"code-has-run-{os.getpid()}")
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+HOSTILE = [None, True, -1, 0, 1, 2**31, 10**30, 1e308, -1e-300, math.nan, math.inf]
+HOSTILE += ["", "x", "../../x", "é" * 40, [], [[]], [0] * 9, {}, {"a": 1}]
+
+
+def good_files(root: Path) -> Path:
+    """The folder, filled with a good file of each kind."""
+    write_corpus(root / "corpus")
+    for line in GOOD:
+        done = quick(*line.format(r=root).split())
+        assert done.returncode == 0, (line, done.stderr)
+    model, tokenizer = sharp_model(vocab_size=400), (root / "data/tokenizer.model").read_bytes()
+    records = [{"instruction": f"Count to {n}.", "input": "", "output": "one " * n} for n in range(1, 30)]
+    lines = "\n".join(map(json.dumps, records))
+    groups = {"k_groups": [[0, 0, 1, 2], [0, 1, 1, 1]], "v_groups": [[0, 0, 0, 0], [0, 1, 2, 3]]}
+    params = {"dim": 32, "n_layers": 2, "n_heads": 4, "norm_eps": 1e-5}
+    for name, found in (("groups/x", groups), ("records/x", records), ("meta/params", params)):
+        (root / name).parent.mkdir()
+        (root / f"{name}.json").write_text(json.dumps(found))
+    (root / "records/x.jsonl").write_text(lines)
+    (root / "records/x.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    save(root / "ours/ckpt.pt", checkpoint_of(model, tokenizer))
+    save_folder(their_model(vocab_size=400), root / "hf", "safetensors")
+    torch.save(model.state_dict(), root / "meta/consolidated.00.pth")
+    for folder in ("hf", "meta"):
+        (root / folder / "tokenizer.model").write_bytes(tokenizer)
+    (root / "llama2c").mkdir()
+    write_llama2c(root / "llama2c/model.bin", sharp_model(vocab_size=400, tie_embeddings=True))
+    write_llama2c_tokenizer(root / "llama2c/tok.bin", Tokenizer(tokenizer).sp)
+    return root
 
 
 # ---- damage ----
 
 
 def damaged_bytes(data: bytes, rng: random.Random) -> bytes:
-    data, start = bytearray(data), rng.randrange(len(data))
-    length = min(len(data) - start, 1 + int(2 ** rng.uniform(0, 12)))
-    how = rng.choice(("cut", "flip", "flip", "delete", "repeat", "insert", "zero"))
-    if how == "cut":
-        return bytes(data[:start])
-    if how == "flip":
-        for _ in range(rng.randrange(1, 9)):
-            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-        return bytes(data)
-    piece = {"delete": b"", "repeat": data[start : start + length] * 2, "insert": rng.randbytes(length)}
-    data[start : start + length] = piece.get(how, bytes(length))
-    return bytes(data)
+    start, flipped = rng.randrange(len(data)), bytearray(data)
+    for _ in range(rng.randrange(1, 9)):
+        flipped[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    end = start + 1 + int(2 ** rng.uniform(0, 12))
+    head, piece, tail = data[:start], data[start:end], data[end:]
+    added = (b"", bytes(len(piece)), piece + piece, rng.randbytes(len(piece)) + piece)
+    return rng.choice((head, bytes(flipped), bytes(flipped), *(head + new + tail for new in added)))
 
 
-def damaged_value(value: object, rng: random.Random) -> object:
-    """The same with one of its values, however deep, replaced by a hostile one, dropped or doubled."""
-    if isinstance(value, (dict, list)) and value and rng.random() < 0.85:
-        value = copy.copy(value)
+def damaged_value(value: object, rng: random.Random, hostile: list) -> object:
+    """The value with one part, however deep, dropped or replaced by a hostile one."""
+    if isinstance(value, dict | list) and value and rng.random() < 0.85:
+        value = value.copy()
         key = rng.choice(list(value)) if isinstance(value, dict) else rng.randrange(len(value))
-        how = rng.random()
-        if how < 0.1:
-            del value[key]
-        elif how < 0.15 and isinstance(value, list):
-            value.append(value[key])
-        else:
-            value[key] = damaged_value(value[key], rng)
-        return value
+        part = value.pop(key)
+        if rng.random() < 0.1:
+            return value
+        part = damaged_value(part, rng, hostile)
+        return {**value, key: part} if isinstance(value, dict) else [*value[:key], part, *value[key:]]
     if isinstance(value, torch.Tensor) and rng.random() < 0.8:
-        return rng.choice((value[:1], value.double(), value.to(torch.int8), value[..., None], value.flatten()))
-    return rng.choice(HOSTILE)
+        return rng.choice((value[:1], value.double(), value.char(), value[..., None], value.flatten()))
+    return rng.choice(hostile)
 
 
-def damaged_file(path: Path, rng: random.Random) -> None:
-    """Half of those that have a structure are damaged in it, else in their bytes."""
-    if path.suffix == ".pt" and rng.random() < 0.7:
-        torch.save(damaged_value(torch.load(path, weights_only=True), rng), path)
-    elif path.suffix in (".json", ".jsonl") and rng.random() < 0.6:
-        lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+def damage(path: Path, rng: random.Random) -> None:
+    """Damage a file: about half of those that have a structure in it, the others in their bytes."""
+    kind, data, inside = path.suffix, path.read_bytes(), rng.random() < 0.6
+    if kind in (".pt", ".pth") and inside:
+        found = torch.load(path, weights_only=True)
+        torch.save(damaged_value(found, rng, [*HOSTILE, Bomb(), Bomb()]), path)
+        return
+    if kind in (".json", ".jsonl") and inside:
+        lines = data.split(b"\n") if kind == ".jsonl" else [data]
         number = rng.randrange(len(lines))
-        lines[number] = json.dumps(damaged_value(json.loads(lines[number]), rng))
-        path.write_text("\n".join(lines) + "\n")
-    elif path.suffix == ".gz" and rng.random() < 0.5:
-        path.write_bytes(gzip.compress(damaged_bytes(gzip.decompress(path.read_bytes()), rng)))
+        lines[number] = json.dumps(damaged_value(json.loads(lines[number] or "0"), rng, HOSTILE)).encode()
+        data = b"\n".join(lines)
+    elif kind == ".gz" and inside:
+        data = gzip.compress(damaged_bytes(gzip.decompress(data), rng))
     else:
-        path.write_bytes(damaged_bytes(path.read_bytes(), rng))
+        data = damaged_bytes(data, rng)
+    path.write_bytes(data)
 
 
-# ---- the readers ----
+# ---- trials ----
 
 
-def weights(path: Path) -> dict:
-    checkpoint = load(path)
-    return {"config": checkpoint["config"], **{k: (x.dtype, x.tolist()) for k, x in checkpoint["model"].items()}}
-
-
-def readers(root: Path) -> dict[str, Reader]:
-    """Make a good file for each, in a folder of its name."""
-    data, run = root / "data", root / "run"
-    prepare(PrepareConfig("own", text=OWN_TEXT[:3], vocab_size=400, out=str(data)))
-    shape = ["--n_layer", 2, "--n_head", 4, "--dim", 32, "--block_size", 32, "--batch_size", 2, "--eval_tokens", 64]
-    trained = ["--dataset", data, "--max_steps", 2, "--out_dir"]
-    good = (
-        quick("train.py", *shape, *trained, run),
-        quick("train.py", "--init_from", run / "ckpt.pt", "--lora_r", 2, "--batch_size", 2, *trained, root / "tuned"),
-    )
-    assert not any(done.returncode for done in good), good
-    ckpt, tokenizer = run / "ckpt.pt", (data / "tokenizer.model").read_bytes()
-    few = ["--dataset", data, "--calibration_tokens", 256, "--refit", "none"]
-    folders = {
-        name: root / "good" / name for name in ("run", "adapter", "groups", "log", "data", "hf", "llama2c", "records")
-    }
-    for folder in folders.values():
-        folder.mkdir(parents=True)
-    shutil.copy(ckpt, folders["run"])
-    shutil.copy(root / "tuned" / "ckpt.pt", folders["adapter"])
-    groups = {"k_groups": [[0, 0, 1, 2], [0, 1, 1, 1]], "v_groups": [[0, 0, 0, 0], [0, 1, 2, 3]]}
-    (folders["groups"] / "groups.json").write_text(json.dumps(groups))
-    found = ["--kv_budget", 0.5, "--method", "random", "--max_evals", 3, "--search_tokens", 64, *few, "--overwrite"]
-    assert quick("search_groups.py", ckpt, *found, "--out", folders["log"] / "log.json").returncode == 0
-    (folders["log"] / "log.json").unlink()
-    shutil.copytree(data, folders["data"], dirs_exist_ok=True)
-    save_folder(their_model(vocab_size=400), folders["hf"], "safetensors")
-    (folders["hf"] / "tokenizer.model").write_bytes(tokenizer)
-    write_llama2c(folders["llama2c"] / "model.bin", sharp_model(vocab_size=400, tie_embeddings=True))
-    write_llama2c_tokenizer(folders["llama2c"] / "tok.bin", Tokenizer(tokenizer).sp)
-    records = [{"instruction": f"Count to {n}.", "input": "", "output": " ".join("one" * n)} for n in range(1, 30)]
-    (folders["records"] / "records.json").write_text(json.dumps(records))
-    (folders["records"] / "records.jsonl").write_text("\n".join(map(json.dumps, records)))
-    save(root / "small.pt", checkpoint_of(sharp_model(vocab_size=400), tokenizer))
-
-    def resume(f: Path, out: Path) -> list:
-        out.mkdir(exist_ok=True)
-        shutil.copy(f / "ckpt.pt", out / "ckpt.pt")
-        return ["train.py", "--resume", "--out_dir", out, "--dataset", data, "--max_steps", 3]
-
-    def searched(out: Path, said: str) -> object:
-        record = json.loads(out.with_suffix(".json").read_text())
-        return record["k_groups"], record["v_groups"]
-
-    def stored(out: Path, said: str) -> object:
-        return weights(out.with_suffix(".pt"))
-
-    def searching(f: Path, out: Path) -> list:
-        return ["search_groups.py", ckpt, *found, "--out", out.with_suffix(".json"), "--log", f / "log.jsonl"]
-
-    return {
-        "checkpoint, resumed": Reader("run/ckpt.pt", resume, lambda out, said: weights(out / "ckpt.pt")),
-        "checkpoint, evaluated": Reader(
-            "run/ckpt.pt", lambda f, out: ["eval_ppl.py", f / "ckpt.pt", "--dataset", data, "--max_tokens", 40],
-            lambda out, said: re.findall(r"perplexity [\d.]+", said),
-        ),
-        "adapter, merged": Reader(
-            "adapter/ckpt.pt",
-            lambda f, out: ["lora.py", "merge", f / "ckpt.pt", "--out", out.with_suffix(".pt")], stored
-        ),
-        "group file": Reader(
-            "groups/groups.json", lambda f, out: ["gqa.py", ckpt, "--groups", f / "groups.json", "--out",
-                                                  out.with_suffix(".pt"), "--eval_tokens", 64, *few], stored
-        ),
-        "log of a search": Reader("log/log.jsonl", searching, searched),
-        **{f"data set: {name}": Reader(
-            f"data/{name}", lambda f, out: ["eval_ppl.py", ckpt, "--dataset", f, "--max_tokens", 40],
-            lambda out, said: re.findall(r"perplexity [\d.]+", said),
-        ) for name in ("meta.json", "val.bin", "tokenizer.model")},
-        **{f"Hugging Face: {name}": Reader(
-            f"hf/{name}", lambda f, out: ["checkpoint.py", "import", f, out.with_suffix(".pt")], stored
-        ) for name in ("config.json", "model.safetensors", "tokenizer.model")},
-        **{f"llama2.c: {name}": Reader(
-            f"llama2c/{name}", lambda f, out: ["checkpoint.py", "import", f / "model.bin", out.with_suffix(".pt"),
-                                               "--tokenizer", f / "tok.bin"], stored
-        ) for name in ("model.bin", "tok.bin")},
-        **{f"instructions: {name}": Reader(
-            f"records/{name}", lambda f, out, name=name: ["data/prepare.py", "mine", "--from", f / name, "--out", out,
-                                                          "--tokenizer", root / "small.pt"],
-            lambda out, said: (out / "train.bin").read_bytes()
-        ) for name in ("records.json", "records.jsonl")},
-    }  # fmt: skip
-
-
-# ---- the trials ----
-
-
-def outcome(reader: Reader, folder: Path, out: Path, right: object) -> str:
-    """What became of one input."""
-    size = (folder / Path(reader.file).name).stat().st_size
-    before = peak_memory_bytes(CPU)
-    reset_peak_memory(CPU)
-    before = min(before, peak_memory_bytes(CPU))
+def attempt(line: str, size: int) -> tuple[str, subprocess.CompletedProcess | None]:
+    """Run a command on an input of so many bytes: "refused", "accepted" or a fault; and what it printed."""
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # on Linux, count the peak anew
+    before = peak_memory_bytes(torch.device("cpu"))
+    signal.alarm(60)
     try:
-        signal.alarm(60)
-        done = quick(*reader.read(folder, out))
-    except Hang:
-        return "hang"
+        done = quick(*line.split())
     except Exception:
         traceback.print_exc()
-        return "traceback"
+        return "traceback", None
     finally:
         signal.alarm(0)
-    grown = peak_memory_bytes(CPU) - before
-    reader.most = max(reader.most, grown)
-    if grown > 3 * size + SLACK:
-        return "memory"
+    if done.returncode == 128 + signal.SIGINT:
+        return "hang", done
+    if Bomb.marker.exists():
+        Bomb.marker.unlink()
+        return "code run", done
+    if peak_memory_bytes(torch.device("cpu")) - before > 3 * size + SLACK:
+        return "memory", done
+    if done.returncode == 0:
+        return "accepted", done
     errors = [line for line in done.stderr.splitlines() if "error: " in line]
-    if done.returncode:
-        return "refused" if done.returncode == 2 and len(errors) == 1 and len(errors[0]) < 600 else "traceback"
-    return "accepted, same" if reader.result(out, done.stdout) == right else "accepted, other"
+    is_clean = done.returncode == 2 and len(errors) == 1 and len(errors[0]) < 600
+    return "refused" if is_clean else "traceback", done
 
 
-def clear(out: Path) -> None:
-    for path in out.parent.glob(out.name + "*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+def content(path: Path) -> object:
+    """What can be compared of a file that a command wrote."""
+    if path.suffix == ".pt":
+        found = load(path)
+        weights = {name: (x.dtype, x.tolist()) for name, x in found["model"].items()}
+        return found["config"], found["tokenizer"], weights
+    if path.suffix == ".json":
+        return [json.loads(path.read_text())[name] for name in ("k_groups", "v_groups")]
+    return path.read_bytes()
 
 
-def trials(root: Path, inputs: int, seed: int, keep: Path | None = None) -> dict[str, Reader]:
-    """So many inputs, spread evenly over the readers."""
-    signal.signal(signal.SIGALRM, ring)
-    found, out, rights = readers(root), root / "out" / "x", {}
-    out.parent.mkdir()
-    for number in range(inputs):
-        name, reader = list(found.items())[number % len(found)]
-        good = root / "good" / Path(reader.file).parent
-        if name not in rights:
-            done = quick(*reader.read(good, out))
-            assert done.returncode == 0, (name, done.stderr)
-            rights[name] = reader.result(out, done.stdout)
-            clear(out)
-        folder, rng = root / "in", random.Random(f"{seed} {number}")
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(good, folder)
-        damaged_file(folder / Path(reader.file).name, rng)
-        what = outcome(reader, folder, out, rights[name])
-        reader.counts[what] += 1
-        if what in ("hang", "traceback", "memory"):
-            print(f"input {number}, {name}: {what}", file=sys.stderr, flush=True)
-            if keep:
-                shutil.copytree(folder, keep / str(number), dirs_exist_ok=True)
-        clear(out)
-    return found
+def trials(good: Path, root: Path, inputs: int, seed: int) -> dict[str, Counter]:
+    """What became of so many inputs, spread evenly over the files: {file: {word: count}}."""
+    readers, rights = [(file, *reader) for files, *reader in READERS for file in files.split()], {}
+    counts = {file: Counter() for file, *_ in readers}
+    for number in range(-len(readers), inputs):  # at first each undamaged
+        file, line, result = readers[number % len(readers)]
+        path, out, rng = root / file, root / "out", random.Random(f"{seed} {number}")
+        for folder in (path.parent, out):
+            shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(good / path.parent.name, path.parent)
+        out.mkdir()
+        if number >= 0:
+            damage(path, rng)
+        names = {"f": path.parent, "n": path.name, "o": out, "r": good}
+        what, done = attempt(line.format(**names), path.stat().st_size)
+        if what == "accepted":
+            printed = re.findall("perplexity .*", done.stdout)
+            got = content(Path(result.format(**names))) if result else printed
+            what = "the same" if got == rights.setdefault(file, got) else "another"
+        assert number >= 0 or what == "the same", (file, what, done)
+        counts[file][what] += number >= 0
+        if what in FAULTS:
+            print(f"input {number}, {file}: {what}", file=sys.stderr, flush=True)
+    return counts
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inputs", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", type=Path)
-    config = parser.parse_args()
-    torch.set_num_threads(1)
+    config = checked(FuzzConfig, parse(__doc__, FuzzConfig))
     os.environ["TQDM_DISABLE"] = "1"
     with tempfile.TemporaryDirectory() as root:
-        found = trials(Path(root), config.inputs, config.seed, config.keep)
-    columns = ("refused", "accepted, same", "accepted, other", "traceback", "hang", "memory")
-    print(f"{'':30}" + "".join(f"{column:>17}" for column in columns) + "   most memory")
-    for name, reader in found.items():
-        print(f"{name:30}" + "".join(f"{reader.counts[c]:>17}" for c in columns) + f"{reader.most / 2**20:>10.1f} MiB")
-    total = sum((reader.counts for reader in found.values()), Counter())
-    print(f"{'all':30}" + "".join(f"{total[c]:>17}" for c in columns))
-    sys.exit(any(total[fault] for fault in columns[3:]))
+        good = good_files(Path(root, "good"))
+        counts = trials(good, Path(root, "trials"), config.inputs, config.seed)
+    counts["all"] = sum(counts.values(), Counter())
+    print(f"{'':32}" + "".join(f"{word:>11}" for word in FINE + FAULTS))
+    for file, of_file in counts.items():
+        print(f"{file:32}" + "".join(f"{of_file[word]:>11}" for word in FINE + FAULTS))
+    sys.exit(any(counts["all"][fault] for fault in FAULTS))
 
 
 if __name__ == "__main__":

@@ -1,165 +1,120 @@
-"""The tables of bench.py: what can be known of them in advance."""
+"""Slices of products equal the whole; of the benchmarks' tables, what can be predicted."""
 
 import json
-import mmap
 import sys
+from unittest import mock
 
 import pytest
 import torch
-from conftest import quick, refused
-from torch.utils.flop_counter import FlopCounterMode
+import torch.nn.functional as F
+from conftest import assert_close, quick, refused, sharp_model, small_run
 
-import attention
-from attention import HeadGroups
-from bench_attention import kernel_rows, only
-from bench_speed import operations
-from device import memory_bytes, peak_memory_bytes, reset_peak_memory
-from model import Llama, ModelConfig
+import model
+from common import UserError
+from lora import TARGETS, LoRAConfig, adapt, adapters
+from study.attention import finetune, kernel_rows
+from study.compare_groups import ROWS
+from study.sliced import product, slice_model
 
-SHAPE = ["--n_layer", 2, "--dim", 32, "--n_head", 4, "--vocab_size", 64, "--block_size", 16]
+SHAPE = ["--n_layer", 1, "--n_head", 4, "--dim", 32, "--vocab_size", 64, "--block_size", 40]
 
 
-@pytest.fixture(scope="module")
-def memory_rows() -> dict:
-    """Of a shape whose activations are most of the memory."""
-    shape = ["--n_layer", 8, "--dim", 64, "--n_head", 4, "--vocab_size", 64, "--block_size", 128, "--batch_size", 32]
-    done = quick("bench.py", "memory", *shape, "--steps", 1, "--lora_r", 2, "--json")
+def table(*args) -> list[dict] | dict:
+    done = quick("study", *args, "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)["rows"]
 
 
-def test_each_memory_saver_changes_what_it_should(memory_rows):
-    full, lora, both = memory_rows["full fine-tune"], memory_rows["LoRA"], memory_rows["all together"]
-    assert full["optimizer"] == 8 * full["trainable"] and lora["optimizer"] == 8 * lora["trainable"]
-    assert lora["trainable"] == 8 * 4 * 2 * (64 + 64) == both["trainable"]
-    assert lora["weights"] == full["weights"] + 4 * lora["trainable"]
-    blocks = 8 * (4 * 64 * 64 + 3 * 64 * 192)  # weights that 4 bits hold in "QLoRA"
-    saved = lora["weights"] - memory_rows["QLoRA"]["weights"]
-    assert saved == pytest.approx(blocks * (4 - 4.127 / 8), rel=0.01)
-    assert all(row["tokens_per_s"] > 0 for row in memory_rows.values()) and len(memory_rows) == 8
+def test_slices_are_rows_side_by_side_or_columns_added_up():
+    x, W = torch.randn(3, 6).double(), torch.randn(4, 6).double()
+    assert torch.equal(product(x, W, 2, columns=False), torch.cat((x @ W[:2].T, x @ W[2:].T), dim=1))
+    assert torch.equal(product(x, W, 2, columns=True), x[:, :3] @ W[:, :3].T + x[:, 3:] @ W[:, 3:].T)
+    with pytest.raises(UserError, match="3 slices do not divide a matrix of 32 rows"):
+        slice_model(sharp_model(vocab_size=66), 3)
 
 
-def test_accumulation_and_checkpointing_lower_the_peak(memory_rows):
-    """Four times fewer rows, or one block's activations instead of eight."""
-    whole = memory_rows["LoRA"]["peak"]
-    peaks = {name: row["peak"] / whole for name, row in memory_rows.items()}
-    assert peaks["LoRA + accumulation"] < 0.8 and peaks["LoRA + activation checkpointing"] < 0.8, peaks
-    assert peaks["all together"] < 0.5, peaks
+@pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
+def test_slices_equal_the_whole(kind):
+    tokens, found, products, names = torch.randint(64, (2, 20)), {}, {}, set()
+    for n in (1, 2, 4):
+        small = sharp_model(k_groups=[[0, 1, 1, 1]] * 2, v_groups=[[0, 0, 0, 0]] * 2)
+        how = {"quantize": "nf4" if kind == "qlora" else "none", "lora_r": 3 * (kind != "full")}
+        adapt(small, LoRAConfig(lora_targets=list(TARGETS), **how))
+        for layer in adapters(small):
+            torch.nn.init.normal_(layer.lora_B, std=0.1)
+        small.double()
+        if n > 1:
+            slice_model(small, n)
+        with mock.patch.object(F, "linear", wraps=F.linear) as linear:
+            loss = small(tokens[:, :-1], tokens[:, 1:])
+        products[n] = linear.call_count
+        found[n] = [loss, small(tokens)]
+        found[n] += torch.autograd.grad(loss, [p for p in small.parameters() if p.requires_grad])
+        names.add((*small.state_dict(), small.num_params()))
+    matrices = (2 * 7 + 1) * (1 if kind == "full" else 2)  # of an adapter one of the two is sliced
+    assert [products[n] - products[1] for n in (2, 4)] == [matrices, 3 * matrices] and len(names) == 1
+    for n in (2, 4):
+        for ours, theirs in zip(found[n], found[1], strict=True):
+            assert_close(ours, theirs, 1e-12, f"{n} slices")
 
 
-def test_the_peak_is_reset_and_seen_again():
-    device, size = torch.device("cpu"), 2**28
-
-    def touched() -> mmap.mmap:
-        """Memory that goes back to the system when it is closed, as a freed tensor's need not."""
-        memory = mmap.mmap(-1, size)
-        memory[:: mmap.PAGESIZE] = bytes(size // mmap.PAGESIZE)
-        return memory
-
-    held = touched()
-    high = peak_memory_bytes(device)
-    assert high >= memory_bytes(device) >= size
-    held.close()
-    reset_peak_memory(device)
-    low = peak_memory_bytes(device)
-    assert low < high - 0.9 * size or sys.platform != "linux"
-    touched()
-    assert peak_memory_bytes(device) >= low + 0.9 * size
-
-
-def test_mistakes_about_benchmarks_get_one_line():
-    refused(quick("bench.py", "speed"), "speed", "memory")
-    refused(quick("bench.py", "memory", "--batch_size", 6), "batch_size 6", "divisor")
-    refused(quick("bench.py", "memory", "--quantize", "nf4"), "--quantize")
-    refused(quick("bench.py", "attention"), "--init_from ckpt.pt")
-    refused(quick("bench.py", "attention", "--n_layer", 3), "attention does not use --n_layer")
-    refused(quick("bench.py", "kernel", "--steps", 3), "kernel does not use --steps")
-    if not torch.cuda.is_available():
-        refused(quick("bench.py", "kernel"), "GPU", "cpu")
-
-
-def test_each_attention_is_computed_and_loses_the_same(tiny_run):
-    done = quick(
-        "bench.py", "attention", "--init_from", tiny_run, "--steps", 1, "--lora_r", 2, "--batch_size", 4, "--json"
-    )
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)["rows"]
-    assert [(row["attention"], row["pretraining_tp"]) for row in rows][:6] == [
-        (a, n) for a in ("naive", "blocks", "sdpa") for n in (1, 2)
-    ]
-    assert len({row["val_loss"] for row in rows}) > 1, "all rows computed the same"
-    assert max(row["val_loss"] for row in rows) < 1.001 * min(row["val_loss"] for row in rows)
+def test_each_attention_trains_to_the_same_loss(tiny_run):
+    rows = table("attention", "--init_from", tiny_run, "--steps", 1, "--batch_size", 4)
+    found = [f"{row['attention']} {row['pretraining_tp']}" for row in rows]
+    assert found[:6] == ["naive 1", "naive 2", "blocks 1", "blocks 2", "sdpa 1", "sdpa 2"]
+    losses = {row["val_loss"] for row in rows}
+    assert 1 < max(losses) / min(losses) < 1.001
     assert all(row["generation_s"] > 0 and row["peak"] > 2**20 and row["step_ms"] > 0 for row in rows)
 
 
-@pytest.mark.parametrize("backend", ["naive", "blocks", "sdpa"])
-def test_another_attention_than_the_one_named_is_an_error(backend):
-    x, split, shared = torch.randn(1, 2, 1, 4), HeadGroups([0, 1]), HeadGroups([0, 0])
-    with only("sdpa"):  # leaves this to the textbook
-        attention.attend(x, x, x[:, :1], split, shared, None, "sdpa")
-    with pytest.raises(AssertionError, match="computed"), only(backend):
-        attention.attend(x, x, x, split, split, None, "sdpa" if backend == "naive" else "naive")
-    with pytest.raises(AssertionError, match="computed"), only(backend):
-        pass
+def test_another_attention_than_the_rows_is_an_error(tiny_run, tmp_path, monkeypatch):
+    flags = ["--init_from", str(tiny_run), "--lora_r", "2", "--max_steps", "2", "--batch_size", "2"]
+    monkeypatch.setitem(model.ATTENTION, "naive", model.sdpa)
+    monkeypatch.setattr(sys, "argv", [])
+    with mock.patch("signal.signal"), pytest.raises(AssertionError, match=r"naive computed .'sdpa'"):
+        finetune(flags, "naive", 2, str(tmp_path / "run"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
-def test_kernel_rows_count_operations_and_bytes():
-    """The rows that a GPU would time; here once each, under the interpreter."""
-
-    def milliseconds(run):
-        run()
-        return 1.0
-
-    rows = kernel_rows(1, 8, 16, 20, torch.device("cuda" if torch.cuda.is_available() else "cpu"), milliseconds)
-    assert len(rows) == 3 * 3 * 3
-    of = {(row["groups"], row["direction"], row["attention"]): row for row in rows}
-    assert of["equal", "forward", "triton"]["operations"] == 4 * 8 * 20 * 20 * 16 / 2
-    assert of["every head", "decode", "sdpa"]["bytes"] == 20 * (8 + 8) * 16 * 2
-    assert of["equal", "decode", "sdpa"]["bytes"] == of["uneven", "decode", "sdpa"]["bytes"] == 20 * (2 + 2) * 16 * 2
+@mock.patch.multiple("study.attention", H=8, D=16)
+def test_kernel_rows_are_of_all_groups_directions_and_ways():
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = kernel_rows(1, 20, device, lambda run: 1.0 + 0 * len(run()))
+    of = {(row["groups"], row["direction"], row["attention"]): row["tflops"] for row in rows}
+    assert len(of) == len(rows) == 3 * 3 * 3
+    assert of["equal", "forward", "triton"] == 4 * 8 * 20 * 20 * 16 / 2 / 1e9
 
 
-def test_decode_halves_the_cache_with_the_heads():
-    shape = ["--n_layer", 1, "--n_head", 4, "--dim", 32, "--vocab_size", 64, "--block_size", 40]
-    done = quick("bench.py", "decode", "--json", *shape, "--batch_size", 4, "--steps", 3)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)["rows"]
-    assert [row["heads"] for row in rows] == [4, 2, 1]
-    assert [row["cache_bytes"] for row in rows] == [4 * 40 * 2 * heads * 8 * 4 for heads in (4, 2, 1)]
-    assert rows[0]["ratio"] == 1
-    refused(quick("bench.py", "decode", *shape, "--steps", 39), "steps 39", "38")
-    refused(quick("bench.py", "decode", *shape, "--lora_r", 2), "--lora_r")
+def test_each_memory_saver_changes_what_it_should():
+    # activations are most of its memory
+    shape = "--n_layer 6 --dim 64 --n_head 4 --vocab_size 64 --block_size 128 --batch_size 32 --steps 1"
+    rows = table("memory", *shape.split())
+    full, lora, both = (rows[name] for name in ("full fine-tune", "LoRA", "all together"))
+    assert all(row["optimizer"] == 8 * row["trainable"] and row["tokens_per_s"] > 0 for row in rows.values())
+    assert lora["trainable"] == 6 * 4 * 8 * (64 + 64) == both["trainable"] and len(rows) == 8
+    assert lora["weights"] == full["weights"] + 4 * lora["trainable"]
+    saved = lora["weights"] - rows["QLoRA"]["weights"]
+    assert saved == pytest.approx(6 * (4 * 64 * 64 + 3 * 64 * 192) * (4 - 4.127 / 8), rel=0.01)
+    for how in ("accumulation", "activation checkpointing"):  # fewer rows, or those of one block of six
+        assert rows[f"LoRA + {how}"]["peak"] < 0.85 * lora["peak"]
 
 
-def test_speeds_of_training_and_writing_are_printed():
-    done = quick("bench.py", "train", *SHAPE, "--batch_size", 4, "--no-compile", "--json")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert min(found[key] for key in ("train_tok_s", "eval_tok_s", "first_step_s", "peak_gb", "matmul_gflops")) > 0
-    assert sum(found["shares"].values()) == pytest.approx(1) and min(found["shares"].values()) >= 0
-    assert "training" in quick("bench.py", "train", *SHAPE, "--no-compile").stdout
-    done = quick("bench.py", "generate", *SHAPE, "--batch", 3, "--no-compile", "--json")
-    found = json.loads(done.stdout)
-    assert found["tok_s"] > 0 and found["batch"] == 3 and not found["compiled"]
-    refused(quick("bench.py", "generate", "--batch", 0), "batch is 0", "--batch")
-    refused(quick("bench.py", "train", "--batch", 2), "train does not use --batch")
+def test_decoding_training_and_texts_are_timed(tiny_run, monkeypatch):
+    rows = table("decode", *SHAPE, "--batch_size", 4, "--steps", 3)
+    assert [(r["heads"], r["cache_bytes"]) for r in rows] == [(n, 4 * 40 * 2 * n * 8 * 4) for n in (4, 2, 1)]
+    refused(quick("study", "decode", *SHAPE, "--steps", 39), "steps is 39", "1 to 38")
+    rows = table("latency", "--ckpts", tiny_run, "--steps", 3) + table("generate", *SHAPE, "--steps", 3)
+    assert [(row["layers"], row["tokens"]) for row in rows] == [(2, 31), (1, 39)]
+    assert all(0 < row["p5"] <= row["median"] <= row["p95"] for row in rows)
+    monkeypatch.setattr("study.bench.compiling_pays", lambda *_: False)  # it takes half a minute
+    (row,) = table("train", *SHAPE, "--batch_size", 4)
+    assert min(row.values()) > 0 and "reached" in row
 
 
-def test_operations_are_those_of_the_products():
-    """Counted by PyTorch: its counter knows no causal mask, so the scores and values count twice."""
-    shape = {"n_layer": 2, "dim": 32, "n_head": 4, "vocab_size": 64, "block_size": 16}
-    c = ModelConfig(**shape, attention="naive", tie_embeddings=False, novel=True)
-    model, x = Llama(c), torch.zeros(1, 16, dtype=torch.int64)
-    with FlopCounterMode(display=False) as counter:
-        model(x, x).backward()
-    attention_twice = 6 * c.n_layer * 32 * 16
-    assert counter.get_total_flops() == 16 * (operations(c, model) + attention_twice)
-
-
-def test_latencies_are_of_each_checkpoint(tiny_run):
-    done = quick("bench.py", "latency", "--ckpts", tiny_run, "--steps", 3, "--json")
-    assert done.returncode == 0, done.stderr
-    [row] = json.loads(done.stdout)["rows"]
-    assert 0 < row["p5"] <= row["median"] <= row["p95"] and row["layers"] == 2
-    assert f"{row['params']:,}" in quick("bench.py", "latency", "--ckpts", tiny_run, "--steps", 1).stdout
-    refused(quick("bench.py", "latency"), "--ckpts")
+def test_comparisons_have_their_rows(tiny_run, tiny_data, tmp_path):
+    done = quick("study", "compare-groups", tiny_run, "--calibration_tokens", 2048, "--shares", 0.5)
+    assert all(f"| {name} | " in done.stdout for name in ROWS), done.stderr
+    run = [*small_run(tiny_data, tmp_path / "run"), "--max_steps", 2]
+    done = quick("study", "time-to-loss", "transformers", "-", *run)
+    assert done.returncode == 0 and "val perplexity" in done.stdout, done.stderr
+    refused(quick("study", "attention"), "--init_from ckpt.pt")

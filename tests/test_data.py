@@ -1,126 +1,162 @@
-"""Text in, tokens out: exact round trips, splits that do not leak, downloads that are whole or absent."""
+"""Text in, tokens out: exact round trips, splits that do not leak, downloads that are whole or absent; and
+instruction data: loss on answers only, no example that sees another, nothing cut in silence."""
 
-import ast
-import hashlib
+import gzip
 import http.server
 import json
 import math
+import shutil
 import threading
-import zipfile
+from hashlib import sha256
+from itertools import chain
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
-from conftest import OWN_TEXT, ROOT
+import torch
+from conftest import quick, refused, sharp_model
+from corpus import write_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data.prepare as module
-from config import UserError
-from data.corpora import Piece, docstrings, functions, split, whole_file
+from checkpoint import build, load, save
+from common import IGNORE, UserError
+from data import corpora
+from data.corpora import download, functions, split, whole_file
+from data.instruct import encode_answer, encode_prompt, read_splits
+from data.loader import SPLITS, Examples, open_split, read_meta
 from data.prepare import PrepareConfig, prepare
-from dataset import open_split, read_meta
-from download import download
+from data.tokenizer import Tokenizer, read_tokenizer, with_special
 from eval_ppl import bits_per_byte
-from sample import readable
-from tokenizer import SETTINGS, Tokenizer
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tiny_data):
-    return Tokenizer((tiny_data / "tokenizer.model").read_bytes())
+def tokenizer_of(folder: Path) -> Tokenizer:
+    return read_tokenizer((folder / "tokenizer.model").read_bytes())
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
-@given(text=st.text(st.characters(exclude_categories=["Cs"])) | st.text(" \u2581\t\n\r\x00é<s>0x41\ufeff", max_size=30))
-def test_any_text_round_trips(tokenizer, text):
+def made(out: Path, *args, **how) -> tuple[dict, Tokenizer, dict[str, np.ndarray]]:
+    """What meta.json says of the splits, the tokenizer and the tokens of a data set prepared in `out`."""
+    folder, meta = read_meta(str(prepare(PrepareConfig(*args, out=str(out), **how))))
+    return meta["splits"], tokenizer_of(folder), {name: open_split(folder, meta, name) for name in SPLITS}
+
+
+# ---- tokenizers ----
+
+ANY = st.text(st.characters(exclude_categories=["Cs"]))
+TRICKY = st.text(" \u2581\t\n\r\x00é<s>0x41\ufeff", max_size=30)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(text=ANY | TRICKY)
+def test_any_text_round_trips(tiny_data, text):
+    tokenizer = tokenizer_of(tiny_data)
     ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text
-    assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
+    assert tokenizer.decode(ids) == text and tokenizer.token_bytes()[ids].sum() == len(text.encode())
 
 
-def other_tokenizer(monkeypatch, **settings):
+def other_tokenizer(**settings) -> Tokenizer:
     """A tokenizer of other people's settings."""
-    monkeypatch.setattr("tokenizer.SETTINGS", {**SETTINGS, **settings})
-    return Tokenizer.train(
-        iter(["some words, and some more words"] * 20), 290 if settings.get("byte_fallback", 1) else 22
-    )
+    size = 290 if settings.get("byte_fallback", 1) else 22
+    with mock.patch.dict("data.tokenizer.SETTINGS", settings):
+        return Tokenizer.train(["some words, and some more words"] * 20, size)
 
 
-def test_a_space_before_every_text_counts_for_no_byte(monkeypatch):
-    tokenizer, text = other_tokenizer(monkeypatch, add_dummy_prefix=True), "some words\nand more"
-    assert tokenizer.dummy_prefix and tokenizer.decode(tokenizer.encode(text)) == text
-    ids = np.array(tokenizer.prompt(text))
-    assert tokenizer.token_bytes()[ids].sum() == len(text)
-    assert bits_per_byte(math.log(2), ids, tokenizer) == (len(ids) - 1) / len(text)
+def test_other_peoples_tokenizers_keep_their_ways_and_those_that_lose_text_are_told_apart(tiny_data):
+    prefix, text = other_tokenizer(add_dummy_prefix=True), "some words\nand more"
+    ids = np.array(prefix.prompt(text))
+    assert prefix.dummy_prefix and prefix.decode(ids.tolist()) == text
+    assert prefix.token_bytes()[ids].sum() == len(text), "a space before every text is no byte"
+    assert bits_per_byte(math.log(2), ids, prefix) == (len(ids) - 1) / len(text)
+    bare = other_tokenizer(bos_id=-1, eos_id=-1)
+    assert bare.bos == -1 and bare.prompt("some") == bare.encode("some")
+    assert tokenizer_of(tiny_data).is_exact() and prefix.is_exact()
+    assert not other_tokenizer(normalization_rule_name="nmt_nfkc").is_exact()
+    assert not other_tokenizer(byte_fallback=False).is_exact()
 
 
-def test_tokenizers_that_lose_text_are_told_apart(monkeypatch, tokenizer):
-    assert tokenizer.is_exact()
-    assert not other_tokenizer(monkeypatch, normalization_rule_name="nmt_nfkc").is_exact()
-    assert not other_tokenizer(monkeypatch, byte_fallback=False).is_exact()
+# ---- text ----
 
 
-def test_a_tokenizer_without_bos_begins_with_the_text(monkeypatch):
-    tokenizer = other_tokenizer(monkeypatch, bos_id=-1, eos_id=-1)
-    assert tokenizer.bos == -1 and tokenizer.prompt("some") == tokenizer.encode("some")
+def test_token_files_are_the_documents_end_to_end_and_the_same_each_time(tiny_data, tmp_path):
+    paths = write_corpus(tmp_path / "corpus")
+    again, tokenizer, tokens = made(tmp_path / "again", "own", text=list(map(str, paths)), vocab_size=400)
+    texts = []
+    for name, record in again.items():
+        ends = np.flatnonzero(tokens[name] == tokenizer.eos) + 1
+        documents = [tokens[name][a:b].tolist() for a, b in zip([0, *ends[:-1]], ends)]
+        assert ends[-1] == len(tokens[name]) == record["tokens"] and len(documents) == record["documents"]
+        assert all(ids[0] == tokenizer.bos and ids.count(tokenizer.bos) == 1 for ids in documents)
+        assert max(map(len, documents)) == record["longest"]
+        texts += [tokenizer.decode(ids) for ids in documents]
+        same = (tiny_data / f"{name}.bin").read_bytes()
+        assert record["sha256"] == sha256(same).hexdigest() and tokens[name].tobytes() == same
+    assert sorted(texts) == sorted(path.read_text("utf-8") for path in paths), "a file is lost, or cut"
 
 
-def test_streamed_text_holds_back_unfinished_characters(tokenizer):
-    text = "naïve 😀 words"
-    ids = tokenizer.encode(text)
-    parts = list(readable([tokenizer.bos], iter(ids), tokenizer))
-    assert "".join(parts) == text and not any("\ufffd" in part for part in parts)
-    cut = ids[: ids.index(tokenizer.encode("😀")[0]) + 2]  # two of the four bytes of the last character
-    assert "".join(readable([tokenizer.bos], iter(cut), tokenizer)).startswith("naïve ")
-
-
-def test_token_files_are_the_documents_end_to_end(tiny_data, tokenizer):
-    folder, meta = read_meta(str(tiny_data))
-    bos, eos, texts = tokenizer.bos, tokenizer.eos, {}
-    for name, record in meta["splits"].items():
-        tokens = open_split(folder, meta, name)
-        assert len(tokens) == record["tokens"] == record["documents"] * 2 + sum(tokens > 2)
-        assert tokens[0] == bos and tokens[-1] == eos and (tokens == bos).sum() == record["documents"]
-        ends = np.flatnonzero(tokens == eos)
-        starts = [0, *(ends[:-1] + 1)]
-        texts[name] = [tokenizer.decode(tokens[a:b].tolist()) for a, b in zip(starts, ends)]
-        assert sum(len(text.encode()) for text in texts[name]) == record["bytes"]
-    for i, path in enumerate(OWN_TEXT):
-        assert texts["train"][i] + texts["val"][i] + texts["test"][i] == Path(path).read_text()
-
-
-def test_documents_are_split_whole_by_their_names_and_repeated_ones_dropped(tmp_path):
+def test_files_are_split_by_their_names_and_repeated_ones_dropped(tmp_path):
+    folder = tmp_path / "texts"
+    (folder / "__pycache__").mkdir(parents=True)
     for i in range(60):
-        (tmp_path / f"{i}.txt").write_text(f"document number {i % 50} " * 20)  # ten of them repeat others
-    pieces = [whole_file(path) for path in sorted(tmp_path.iterdir())]
-    parts = split(pieces)
-    names = [piece.name for part in parts.values() for piece in part]
-    assert sorted(names) == sorted(piece.name for piece in pieces) and min(map(len, parts.values())) >= 3
-    assert split(pieces[::-1]) == parts, "the order in which files are found must not matter"
-    folder = prepare(PrepareConfig("x", text=[str(tmp_path)], vocab_size=300, out=str(tmp_path / "out")))
-    meta = read_meta(str(folder))[1]
-    assert sum(record["documents"] for record in meta["splits"].values()) == 50
-    assert sum(record["repeated"] for record in meta["splits"].values()) == 10
-    tokenizer = Tokenizer((folder / "tokenizer.model").read_bytes())
-    seen = {}
-    for name in meta["splits"]:
-        for text in tokenizer.decode(open_split(folder, meta, name).tolist()).split("document number "):
-            seen.setdefault(text.strip(), set()).add(name)
-    assert all(len(places) == 1 for text, places in seen.items() if text)
+        (folder / f"{i}.txt").write_text(f"document number {i % 50} " * 20)  # ten of them repeat others
+    for name in (".hidden", "__pycache__/c.pyc", "image.png"):
+        (folder / name).write_bytes(b"\x89PNG\0\xff" * 100)
+    pieces = corpora.own_text([str(folder)])
+    assert sorted(piece.name for piece in pieces) == sorted(f"{i}.txt" for i in range(60))
+    assert split(pieces) == split(pieces[::-1]), "the order in which files are found must not matter"
+    records, tokenizer, tokens = made(tmp_path / "out", "x", text=[str(folder)], vocab_size=300)
+    counts = [(record["documents"], record["repeated"]) for record in records.values()]
+    assert np.sum(counts, 0).tolist() == [50, 10] and min(counts)[0] >= 2
+    found = [set(tokenizer.decode(tokens[name].tolist()).split("document number ")) - {""} for name in SPLITS]
+    assert sum(map(len, found)) == len(set.union(*found)) == 50, "a document is in two splits"
 
 
-def test_preparing_twice_gives_the_same_bytes(tmp_path, tiny_data):
-    again = prepare(PrepareConfig("own", text=OWN_TEXT, vocab_size=400, out=str(tmp_path / "again")))
-    for name in ("tokenizer.model", "train.bin", "val.bin", "test.bin"):
-        assert (again / name).read_bytes() == (tiny_data / name).read_bytes(), name
+def test_few_files_are_cut_at_line_ends(tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_text("".join(f"{name} line {i:03}\n" for i in range(200)))
+    _, tokenizer, tokens = made(tmp_path / "out", "x", text=[str(tmp_path / "[ab]")], vocab_size=280)
+    parts = [tokenizer.decode(tokens[name].tolist()) for name in SPLITS]
+    counts = [len(set(part.splitlines())) for part in parts]
+    assert len(set("".join(parts).splitlines())) == 400 == sum(counts)
+    assert np.allclose(counts, (360, 20, 20), atol=4)
 
 
-def test_standard_library_is_real_code_without_tests():
-    pieces = module.standard_library()
-    names = {piece.name for piece in pieces}
-    assert {"argparse.py", "json/decoder.py"} <= names and len(pieces) > 300
+def test_wikitext_keeps_its_splits_and_the_tokenizer_learns_from_train_alone(tmp_path):
+    marks = {"train": "xylophone", "valid": "quizzical", "test": "wyvernjaw"}
+    parts = {name: f" = {name} = \n {mark} and {mark} \n" * 60 for name, mark in marks.items()}
+    folder = tmp_path / "wikitext-2-raw"
+    folder.mkdir()
+    for name, text in parts.items():
+        (folder / f"wiki.{name}.raw").write_text(text)
+    archive = shutil.make_archive(str(tmp_path / "w"), "zip", tmp_path, folder.name)
+    shutil.rmtree(folder)
+    with mock.patch("data.corpora.DATA", tmp_path):
+        _, tokenizer, tokens = made(tmp_path / "out", "wikitext2", from_=[archive], vocab_size=290)
+    assert [tokenizer.decode(tokens[name].tolist()) for name in SPLITS] == list(parts.values())
+    lengths = [len(tokenizer.encode(mark)) for mark in marks.values()]
+    assert lengths[0] <= 3 < 7 < min(lengths[1:]), lengths
+
+
+def test_tinystories_validation_becomes_val_and_test(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "CHUNK", 1000)  # of which train has several
+    for name, first, last in (("train", 0, 200), ("valid", 200, 240)):
+        text = "\n<|endoftext|>\n".join(f"Once there was a cät called {i}." for i in range(first, last))
+        (tmp_path / f"TinyStoriesV2-GPT4-{name}.txt").write_text(text)
+    records, *_ = made(tmp_path / "out", "tinystories", from_=[str(tmp_path)], vocab_size=300)
+    counts = [records[name]["documents"] for name in SPLITS]
+    assert counts[0] == 200 and sum(counts[1:]) == 40 and abs(counts[1] - 20) <= 1
+
+
+def test_the_standard_library_is_code_and_no_question_stands_in_train(tmp_path, monkeypatch):
+    names = {piece.name for piece in corpora.standard_library()}
+    assert {"argparse.py", "json/decoder.py"} <= names and len(names) > 300
     assert not [name for name in names if "/test" in name or "site-packages" in name or "encodings/" in name]
+    for i in range(60):  # every third function stands in two files
+        text = 'def f{0}(x):\n    """Add {0}."""\n    return x + {0}\n'
+        (tmp_path / f"{i}.py").write_text("\n".join(text.format(j) for j in (i, i - i % 3)))
+    monkeypatch.setattr(corpora, "standard_library", lambda: corpora.own_text([str(tmp_path)]))
+    found = [{record["input"] for record in part} for part in corpora.docstrings().values()]
+    assert len(set.union(*found)) == 60 and all(found) and not found[0] & (found[1] | found[2])
 
 
 def test_functions_come_without_what_their_docstrings_say(tmp_path):
@@ -134,97 +170,54 @@ class A:
         And more.
         """
         return 3
-
     async def wait(self): "Wait."; return 4
-
     def empty(self):
         """Nothing to do."""
-
-def plain(x):
-    return x
-
-def outer():
-    """Outer one."""
-    def inner(y):
-        """Inner one."""
-        return y
-    return inner
 '''
     (tmp_path / "a.py").write_text(source)
-    (tmp_path / "b.py").write_text("a template, not a program")
     found = {record["output"]: record["input"] for record in functions(whole_file(tmp_path / "a.py"))}
-    assert set(found) == {"The size, in bytes.", "Outer one.", "Inner one."}
-    assert found["The size, in bytes."] == "def size(self):\n    return 3"
-    assert found["Inner one."] == "def inner(y):\n    return y"
-    for said, code in found.items():
-        assert ast.parse(code).body[0].name in ("size", "outer", "inner") and f'"{said}' not in code
-    assert not list(functions(whole_file(tmp_path / "b.py")))
+    assert found == {"The size, in bytes.": "def size(self):\n    return 3"}
 
 
-def test_no_function_of_val_or_test_stands_in_train():
-    """Also where several files hold the same."""
-    records = docstrings()
-    train = {record["input"] for record in records["train"]}
-    assert len(train) > 1000 and len(records["test"]) > 50
-    assert not any(record["input"] in train for name in ("val", "test") for record in records[name])
+def test_a_given_tokenizer_is_kept_and_a_large_one_takes_uint32(tmp_path, tiny_data):
+    (tmp_path / "a.txt").write_text("".join(f"some words {i}\n" for i in range(99)))
+    own, tokens = tokenizer_of(tiny_data), {}
+    for size, given_one in ((2, own), (4, with_special(own, 1, True, [2, 70000]))):
+        (tmp_path / f"{size}.model").write_bytes(given_one.data)
+        how = {"text": [str(tmp_path / "a.txt")], "tokenizer": str(tmp_path / f"{size}.model")}
+        _, found, tokens[size] = made(tmp_path / f"{size}", "x", **how)
+        assert found.data == given_one.data and tokens[size]["val"].itemsize == size
+    assert tokens[2]["val"].tolist() == tokens[4]["val"].tolist()
 
 
-def test_large_vocabularies_get_uint32(tmp_path, tiny_data):
-    class Large(Tokenizer):
-        def __init__(self, model):
-            super().__init__(model)
-            self.vocab_size = 70000
-
-    (tmp_path / "a.txt").write_text("some words\n" * 50)
-    large = Large((tiny_data / "tokenizer.model").read_bytes())
-    dtype = module.token_dtype(large)
-    record = module.write_split([whole_file(tmp_path / "a.txt")], large, tmp_path / "x.bin", set(), dtype)
-    assert (tmp_path / "x.bin").stat().st_size == 4 * record["tokens"]
+def test_unusable_text_is_refused_and_leaves_nothing(tmp_path):
+    for name, content in (("no text", ""), ("does not fit", "hello\n"), ("is not UTF-8", "Bj\xf6rk\n")):
+        (tmp_path / name).write_text(content, "latin1")
+    files = sorted(tmp_path.iterdir())
+    for path in (*files, tmp_path / "No such file"):
+        with pytest.raises(UserError, match=path.name):
+            prepare(PrepareConfig("x", text=[str(path)], out=str(tmp_path / "out")))
+    assert sorted(tmp_path.iterdir()) == files
 
 
-def test_separated_documents_are_found_across_chunks(tmp_path, monkeypatch):
-    stories = [f"story {i} " + "é" * (i % 7) for i in range(50)]
-    (tmp_path / "s.txt").write_text("\n<|endoftext|>\n".join(stories))
-    monkeypatch.setattr("data.corpora.CHUNK", 13)
-    piece = whole_file(tmp_path / "s.txt", separator=b"<|endoftext|>")
-    assert list(piece.documents()) == [story.strip() for story in stories]
+def test_prepared_data_is_not_replaced_unless_asked(tiny_data, tmp_path):
+    (tmp_path / "precious.txt").write_text("".join(f"mine {i}\n" for i in range(200)))
+    text = [str(tmp_path / "precious.txt")]
+    with pytest.raises(UserError, match="--overwrite"):
+        prepare(PrepareConfig("x", text=text, out=str(tiny_data)))
+    with pytest.raises(UserError, match="something else"):
+        prepare(PrepareConfig("x", text=text, out=str(tmp_path), overwrite=True))
+    for size in (274, 275):
+        assert made(tmp_path / "out", "x", text=text, vocab_size=size, overwrite=True)[1].vocab_size == size
 
 
-@pytest.mark.parametrize("source", ["zip", "folder"])
-def test_wikitext_keeps_its_own_splits(tmp_path, source):
-    parts = {name: f" = {name} = \n some words of {name} \n" * 30 for name in ("train", "valid", "test")}
-    folder = tmp_path / "wikitext-2-raw"
-    folder.mkdir()
-    for name, text in parts.items():
-        (folder / f"wiki.{name}.raw").write_text(text)
-    if source == "zip":
-        with zipfile.ZipFile(tmp_path / "w.zip", "w") as archive:
-            for name, text in parts.items():
-                archive.writestr(f"wikitext-2-raw/wiki.{name}.raw", text)
-    given_path = tmp_path / "w.zip" if source == "zip" else folder
-    out = prepare(PrepareConfig("wikitext2", from_=[str(given_path)], vocab_size=300, out=str(tmp_path / "out")))
-    meta = read_meta(str(out))[1]
-    tokenizer = Tokenizer((out / "tokenizer.model").read_bytes())
-    for ours, theirs in (("train", "train"), ("val", "valid"), ("test", "test")):
-        assert tokenizer.decode(open_split(out, meta, ours).tolist()) == parts[theirs]
-
-
-def test_tinystories_validation_becomes_val_and_test(tmp_path):
-    def stories(first, number):
-        return "\n<|endoftext|>\n".join(f"Once there was a cat called {i}." for i in range(first, first + number))
-
-    (tmp_path / "TinyStoriesV2-GPT4-train.txt").write_text(stories(0, 200))
-    (tmp_path / "TinyStoriesV2-GPT4-valid.txt").write_text(stories(1000, 40))
-    out = prepare(PrepareConfig("tinystories", from_=[str(tmp_path)], vocab_size=300, out=str(tmp_path / "out")))
-    records = read_meta(str(out))[1]["splits"]
-    assert records["train"]["documents"] == 200 and records["val"]["documents"] + records["test"]["documents"] == 40
-    assert abs(records["val"]["documents"] - 20) <= 1
+# ---- downloads ----
 
 
 class Server(http.server.BaseHTTPRequestHandler):
     """Serves BODY, breaks off after BREAK_AFTER bytes of each answer, and honours ranges when RANGES."""
 
-    body, break_after, ranges, requests = b"", 0, True, []
+    body, break_after, ranges, requests = bytes(range(256)) * 1000, None, True, []
 
     def do_GET(self):
         start = int(self.headers["Range"].split("=")[1].rstrip("-")) if self.ranges else 0
@@ -232,109 +225,157 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.send_response(206 if self.ranges else 200)
         self.send_header("Content-Length", str(len(self.body) - start))
         self.end_headers()
-        self.wfile.write(self.body[start : start + self.break_after] if self.break_after else self.body[start:])
+        self.wfile.write(self.body[start:][: self.break_after])
 
     def log_message(self, *args):
         pass
 
 
 @pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setattr("download.time.sleep", lambda seconds: None)
-    monkeypatch.setattr(Server, "requests", [])
-    monkeypatch.setattr(Server, "body", bytes(range(256)) * 1000)
+def url(monkeypatch):
+    monkeypatch.setattr("data.corpora.time.sleep", lambda seconds: None)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{running.server_port}/corpus.txt"
         running.shutdown()
 
 
-def test_a_broken_download_continues_where_it_stopped(server, tmp_path, monkeypatch):
+def test_a_broken_download_continues_where_it_stopped_or_begins_again(url, tmp_path, monkeypatch):
+    checksum = sha256(Server.body).hexdigest()
     monkeypatch.setattr(Server, "break_after", 100_000)
-    path = download(server, hashlib.sha256(Server.body).hexdigest(), tmp_path)
-    assert path.read_bytes() == Server.body and Server.requests == [0, 100_000, 200_000]
+    path = download(url, checksum, tmp_path)
+    assert path.read_bytes() == Server.body and Server.requests[-3:] == [0, 100_000, 200_000]
     assert [p.name for p in tmp_path.iterdir()] == ["corpus.txt"]
-
-
-def test_a_server_without_ranges_begins_again(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(Server, "break_after", None)
     monkeypatch.setattr(Server, "ranges", False)
-    (tmp_path / "corpus.txt.part").write_bytes(b"old beginning")
-    assert download(server, hashlib.sha256(Server.body).hexdigest(), tmp_path).read_bytes() == Server.body
+    path.rename(tmp_path / "corpus.txt.part").write_bytes(b"an old beginning")
+    assert download(url, checksum, tmp_path).read_bytes() == Server.body
 
 
-def test_a_download_with_another_checksum_is_not_kept(server, tmp_path):
+def test_a_download_that_is_another_or_never_comes_is_refused(url, tmp_path):
     with pytest.raises(UserError, match="sha256"):
-        download(server, "0" * 64, tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_download_that_never_comes_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setattr("download.time.sleep", lambda seconds: None)
+        download(url, "0" * 64, tmp_path)
     with pytest.raises(UserError, match="--from"):
-        download("http://127.0.0.1:9/corpus.txt", "0" * 64, tmp_path)
+        download("http://127.0.0.1:9/corpus.txt", "0" * 64, tmp_path / "new")
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
 
-@pytest.mark.parametrize(
-    "content, word",
-    [
-        (b"", "no text"),
-        (b"hello\n", "does not fit"),
-        ("Bj\u00f6rk\n".encode("latin1") * 99, "not UTF-8"),
-        (None, "no such"),
-    ],
-)
-def test_unusable_text_is_refused_and_leaves_nothing(tmp_path, content, word):
-    path = tmp_path / "a.txt"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UserError, match=word):
-        prepare(PrepareConfig("x", text=[str(path)], out=str(tmp_path / "out")))
-    assert {p.name for p in tmp_path.iterdir()} <= {"a.txt"}
+# ---- instructions ----
 
 
-def test_a_folder_gives_its_text_files_and_one_bad_file_its_own_error(tmp_path):
-    folder = tmp_path / "texts"
-    (folder / "__pycache__").mkdir(parents=True)
-    for name in ("a.md", "b.txt", ".hidden", "__pycache__/c.pyc"):
-        (folder / name).write_text(f"{name}: some words\n" * 30)
-    (folder / "image.png").write_bytes(b"\x89PNG\0\xff" * 100)
-    assert [piece.name for piece in module.own_text([str(folder)])] == ["a.md", "b.txt"]
-    (folder / "latin.txt").write_bytes("Bj\u00f6rk\n".encode("latin1") * 99)
-    with pytest.raises(UserError, match=r"latin\.txt is not UTF-8"):
-        prepare(PrepareConfig("x", text=[str(folder)], out=str(tmp_path / "out")))
+def tasks() -> list[dict]:
+    """Of very different lengths, some without an input."""
+    rng, found = np.random.default_rng(0), []
+    for i in range(60):
+        text = " ".join(rng.choice(["red", "green", "blue", "cat", "dog", "bird"], 1 + i % 13))
+        told = {"instruction": f"Repeat {i}: {text}", "input": "", "output": text}
+        found.append(told if i % 3 else {"instruction": f"Copy {i}.", "input": text, "output": text})
+    return found
 
 
-def test_prepared_data_is_not_replaced_unless_asked(tiny_data, tmp_path):
-    config = {"text": [str(ROOT / "model.py")], "vocab_size": 350}
-    with pytest.raises(UserError, match="--overwrite"):
-        prepare(PrepareConfig("own", out=str(tiny_data), **config))
-    (tmp_path / "precious.txt").write_text("mine")
-    with pytest.raises(UserError, match="something else"):
-        prepare(PrepareConfig("own", out=str(tmp_path), **config))
-    assert (tmp_path / "precious.txt").read_text() == "mine"
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> tuple[Path, dict]:
+    source = tmp_path_factory.mktemp("tasks") / "tasks.json"
+    source.write_text(json.dumps(tasks()))
+    made(source.parent / "out", "tasks", from_=[str(source)], vocab_size=330)
+    return read_meta(str(source.parent / "out"))
 
 
-def test_long_lines_are_learned_from_too(tmp_path):
-    (tmp_path / "a.txt").write_text("".join("albatross zeppelin " * 600 + f"{i}\n" for i in range(40)))
-    out = prepare(PrepareConfig("x", text=[str(tmp_path / "a.txt")], vocab_size=300, out=str(tmp_path / "out")))
-    tokenizer = Tokenizer((out / "tokenizer.model").read_bytes())
-    assert len(tokenizer.encode("albatross zeppelin")) < 6
+def test_an_example_is_prompt_answer_and_end_and_the_mask_is_the_answer(data):
+    (folder, meta), seen, tokenizer = data, [], tokenizer_of(data[0])
+    for name in SPLITS:
+        tokens, mask = open_split(folder, meta, name), np.fromfile(folder / f"{name}.mask", np.uint8)
+        kept, start = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()], 0
+        seen += kept
+        for record in kept:
+            prompt, answer = encode_prompt(record, tokenizer), encode_answer(record, tokenizer)
+            stop = start + len(prompt) + len(answer)
+            assert tokens[start:stop].tolist() == prompt + answer and prompt[0] == tokenizer.bos
+            assert mask[start:stop].tolist() == [0] * len(prompt) + [1] * len(answer)
+            assert tokenizer.decode(answer) == record["output"] and tokens[stop - 1] == tokenizer.eos
+            start = stop
+        assert start == len(tokens) and meta["splits"][name]["documents"] == len(kept)
+        assert meta["splits"][name]["answer_tokens"] == mask.sum()
+    assert {json.dumps(record) for record in seen} == {json.dumps(record) for record in tasks()}
 
 
-def test_an_existing_tokenizer_is_used_as_it_is(tmp_path, tiny_data, tiny_run):
-    for given_path in (tiny_data / "tokenizer.model", tiny_run):
-        out = tmp_path / given_path.name
-        prepare(PrepareConfig("x", text=[str(ROOT / "*.py")], tokenizer=str(given_path), out=str(out)))
-        assert (out / "tokenizer.model").read_bytes() == (tiny_data / "tokenizer.model").read_bytes()
+def test_a_prompt_is_in_one_split_only_and_given_splits_are_kept(tmp_path):
+    same = [{"instruction": f"task {i % 40}", "input": "", "output": f"answer {i}"} for i in range(400)]
+    parts = read_splits([same])
+    prompts = [{record["instruction"] for record in parts[name]} for name in SPLITS]
+    assert list(map(len, prompts)) == [34, 2, 4] and len(set.union(*prompts)) == 40
+    assert sum(map(len, parts.values())) == 400
+    assert list(read_splits([same[:9], same[9:12], same[12:]]).values()) == [same[:9], same[9:12], same[12:]]
+    both = {"instruction": "", "input": "the same", "output": "twice"}
+    paths = [tmp_path / "train.json", tmp_path / "test.json"]
+    for path, part in zip(paths, ([*tasks(), both, {**both, "output": "other"}], [both, tasks()[4]])):
+        path.write_text(json.dumps(part))
+    made(tmp_path / "out", "x", from_=list(map(str, paths)), vocab_size=330)
+    kept = {name: (tmp_path / "out" / f"{name}.jsonl").read_text() for name in SPLITS}
+    assert kept["test"].count("\n") == 2 and "the same" not in kept["train"] + kept["val"]
 
 
-def test_meta_records_what_was_made(tiny_data):
-    meta = json.loads((tiny_data / "meta.json").read_text())
-    assert {"source", "splits", "vocab_size", "dtype", "tokenizer", "tokenizer_sha256", "python"} <= set(meta)
-    for name, record in meta["splits"].items():
-        assert record["sha256"] == hashlib.sha256((tiny_data / f"{name}.bin").read_bytes()).hexdigest()
+@pytest.mark.parametrize("packed", [False, True])
+def test_records_come_from_other_fields_jsonl_parallel_texts_and_gzip(tmp_path, packed):
+    def write(name, text):
+        path = tmp_path / (name + ".gz" * packed)
+        path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+        return str(path)
+
+    rows = [{"dialogue": f"a{i}\u2028b", "summary": f" s{i} ", "more": 1} for i in range(30)]
+    lines = write("x.jsonl", "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n")
+    texts = [write(f"x.{name}", "".join(f"{name} {i}\n" for i in range(30))) for name in ("en", "de")]
+    ways = {"s3": {"from_": [lines], "fields": ["dialogue,summary"]}, "de 3": {"parallel": texts}}
+    for expected, how in ways.items():
+        made(tmp_path / expected, "x", vocab_size=300, instruction="Do.", **how)
+        kept = "".join((tmp_path / expected / f"{name}.jsonl").read_text() for name in SPLITS).split("\n")
+        found = {row["output"]: row for row in map(json.loads, filter(None, kept))}
+        assert len(found) == 30 and found[expected]["input"] in ("a3\u2028b", "en 3")
 
 
-def test_a_piece_reads_its_bytes_alone(tmp_path):
-    (tmp_path / "a").write_text("0123456789")
-    assert list(Piece("a", Path(tmp_path / "a"), 2, 5).documents()) == ["234"]
+def test_an_epoch_has_every_example_once_in_batches_of_like_length(data):
+    examples = Examples(*data, "train", 120)
+    rows, count = len(examples.spans), -(-len(examples.spans) // 4)
+    epochs = [[batch.tolist() for batch in examples.epoch(4, *key)] for key in ((0, 0), (0, 1), (1, 0))]
+    assert all(sorted(chain(*of)) == list(range(rows)) and len(of) == count for of in epochs)
+    assert len(set(map(str, epochs))) == 3
+    batches = [batch for step in range(count) for batch in examples.step_batches(4, 2, 0, step)]
+    again, real = examples.step_batches(4, 2, 0, 5), (np.diff(examples.spans) - 1).sum()
+    assert all(torch.equal(a, b) for a, b in zip(chain(*batches[10:12]), chain(*again)))
+    assert 2 * real <= sum(x.numel() for x, _ in batches) < 1.3 * 2 * real, "much padding"
+    lengths = [x.shape[1] for x, _ in batches[:count]]
+    assert lengths != sorted(lengths) and len(set(lengths)) > 2, "short examples always come first"
+
+
+def test_no_example_sees_another_and_padding_carries_no_loss(data):
+    """Float64: an example by itself, without padding, has the loss that it has in a batch."""
+    examples, total = Examples(*data, "train", 120), 0.0
+    model = sharp_model(vocab_size=330, block_size=120).double()
+    x, y = examples.batch(range(12))
+    assert (y == IGNORE).any(1).all() and len({(row != 0).sum().item() for row in x}) > 3
+    for prompt, answer in map(examples.parts, range(12)):
+        ids = torch.tensor([[*prompt.tolist(), *answer.tolist()]])
+        log_p = model(ids)[0].log_softmax(-1)[len(prompt) - 1 : -1]
+        total -= log_p[range(len(answer)), answer.tolist()].sum().item()
+    assert model(x, y).item() == pytest.approx(total, rel=1e-9)
+
+
+def test_too_long_examples_are_counted_and_not_cut(data, tmp_path):
+    lengths = np.diff(Examples(*data, "train", 10**6).spans)[:, 0]
+    assert lengths.max() == data[1]["splits"]["train"]["longest"]
+    block = int(lengths.max()) - 6
+    examples, out = Examples(*data, "train", block), (lengths - 1 > block).sum()
+    assert out > 0 and len(examples.spans) + out == len(lengths) and f"{out} of " in examples.note
+    assert len(Examples(*data, "train", int(lengths.max()) - 1).spans) == len(lengths)
+    assert all(examples.parts(row)[1][-1] == 2 for row in range(len(examples.spans)))
+    flags = ["--dataset", data[0], "--out_dir", tmp_path, "--block_size", 8]
+    refused(quick("train.py", *flags), "longer than block_size 8")
+
+
+def test_a_task_is_answered_from_the_command_line(tiny_run, tmp_path):
+    checkpoint, task = load(tiny_run), {"instruction": "Add", "input": "1"}
+    save(tmp_path / "x.pt", {**checkpoint, "config": {**checkpoint["config"], "block_size": 64}})
+    model, tokenizer = build(load(tmp_path / "x.pt"))
+    answer = model.generate([encode_prompt(task, tokenizer)], 9, stop=tokenizer.stop)[0]
+    flags = ["--instruction", "Add", "--input", 1, "--temperature", 0, "--max_new_tokens", 9]
+    assert quick("sample.py", tmp_path / "x.pt", *flags).stdout.strip() == tokenizer.decode(answer).strip()

@@ -1,20 +1,30 @@
-"""Perplexity against Hugging Face's, and each protocol against its definition."""
+"""Perplexity against Hugging Face's and float64, each protocol against its definition; streamed text."""
 
 import json
 import math
+import random
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, quick, sharp_model, to_hugging_face
+import torch.nn.functional as F
+from conftest import ROOT, assert_close, quick, sharp_model, to_hugging_face
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from checkpoint import build, load
-from eval_ppl import EvalConfig, evaluate, mean_nll, perplexities, window_nll
-from model import ModelConfig
+from data.tokenizer import read_tokenizer
+from eval_ppl import EvalConfig, evaluate, mean_nll, split_tokens, window_nll
+from sample import readable
 
 
 def random_tokens(number, vocab_size=64):
     return np.random.default_rng(0).integers(vocab_size, size=number)
+
+
+def scored(path, *flags) -> dict:
+    done = quick("eval_ppl.py", path, "--json", *flags)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("settings", [{}, {"n_kv_head": 2, "tie_embeddings": False}])
@@ -23,76 +33,98 @@ def test_perplexity_equals_hugging_face_on_the_same_tokens(settings):
     twin, nll, block_ppl = to_hugging_face(model), [], []
     for start in range(0, 999, context):
         x = torch.from_numpy(tokens[start : start + context + 1])[None]
-        losses = torch.nn.functional.cross_entropy(twin(x[:, :-1]).logits[0], x[0, 1:], reduction="none")
-        nll.append(losses.double())
-        block_ppl += [losses.mean().exp().item()] if len(losses) == context else []
-    record, nats = perplexities(model, tokens, ["blocks", "block_mean"], context, context, torch.float32, 4)
-    theirs = torch.cat(nll).mean().exp().item()
-    assert f"{record['blocks']:.4e}" == f"{theirs:.4e}" and abs(record["blocks"] / theirs - 1) < 1e-5
+        nll.append(F.cross_entropy(twin(x[:, :-1]).logits[0], x[0, 1:], reduction="none").double())
+        block_ppl += [nll[-1].mean().exp().item()] if len(nll[-1]) == context else []
+    how = {"context": context, "stride": context, "batch_size": 4, "method": "all"}
+    record, _ = evaluate(EvalConfig("", **how), model, tokens, torch.float32)
+    assert abs(record["blocks"] / torch.cat(nll).mean().exp().item() - 1) < 1e-5
     assert abs(record["block_mean"] / np.mean(block_ppl) - 1) < 1e-5
-    assert record["sliding"] is None and abs(math.exp(nats) - record["blocks"]) < 1e-9
+    assert record["block_mean"] > record["blocks"] == pytest.approx(record["sliding"], rel=1e-7)
 
 
-@pytest.mark.parametrize(
-    "context, stride, number", [(32, 32, 200), (32, 8, 200), (32, 1, 60), (48, 20, 49), (48, 20, 3)]
-)
+@pytest.mark.xfail(strict=True, reason="the loss is taken over a strided axis")
+@torch.no_grad()
+def test_losses_at_49152_classes_equal_float64():
+    """49,152 exponentials of very different size: one running sum in float32 loses 2e-5 of it."""
+    model, tokens = sharp_model(vocab_size=49152, tie_embeddings=False, n_layer=1), random_tokens(257, 49152)
+    x = torch.from_numpy(tokens)
+    model.output.weight *= 2.5 / model(x[:-1].view(4, 64)).std()  # a trained model's spread
+    logits = model(x[:-1].view(4, 64)).flatten(0, 1)  # the softmax is tested, not the model
+    exact = F.cross_entropy(logits.double(), x[1:], reduction="none")
+    found = window_nll(model, tokens, 64, 64, torch.float32)
+    assert abs(mean_nll(found) - exact.mean().item()) < 1e-6
+    assert_close(torch.cat(found), exact, 1e-6, "losses")
+
+
+def test_products_in_bfloat16_come_near_float64(tiny_run):
+    """Some 15 products stand between a token and its logits. Each rounds operands and results by up to 2^-9,
+    up or down: together by sqrt(3 * 15) 2^-9 / sqrt(3) = 0.8% of a logit, and a loss by as much of their
+    spread. Tokens are rounded differently, so the mean is far closer."""
+    model, tokenizer = build(load(tiny_run))
+    tokens = split_tokens(load(tiny_run), tokenizer, None, "val")[0][:4097]
+    found = window_nll(model, tokens, 32, 32, torch.bfloat16)
+    exact = window_nll(model.double(), tokens, 32, 32, torch.float64)
+    one = 0.008 * model(torch.from_numpy(tokens[:-1].astype(np.int64)).view(-1, 32)).std(-1).mean()
+    difference = torch.cat(found) - torch.cat(exact)
+    assert 0.1 * one < difference.square().mean().sqrt() < one  # it was rounded, but not more
+    assert difference.mean().abs() < 0.1 * one
+    assert (torch.cat(found).bfloat16() != torch.cat(found)).any(), "the losses themselves were rounded"
+    record = scored(tiny_run, "--dtype", "bfloat16", "--max_tokens", 4096)
+    assert math.log(record["blocks"]) == pytest.approx(mean_nll(found), abs=1e-6)
+
+
+@pytest.mark.parametrize("context, stride, number", [(32, 32, 200), (32, 8, 200), (32, 1, 60), (48, 20, 3)])
 def test_every_token_is_scored_once_with_enough_past(context, stride, number):
     model, tokens = sharp_model(), random_tokens(number)
     windows, place = window_nll(model, tokens, context, stride, torch.float32, batch_size=3), 1
     for i, window in enumerate(windows):
-        first, end = i * stride, place + len(window)  # this window reads from `first` on and predicts tokens[place:end]
-        assert len(window) > 0 and place - first >= min(place, context - stride), f"token {place}: past {place - first}"
+        first, end = i * stride, place + len(window)  # it reads from `first` on, predicts tokens[place:end]
+        assert len(window) > 0 and place - first >= min(place, context - stride), f"token {place}"
         x = torch.from_numpy(tokens[first:end])[None]
-        expected = torch.nn.functional.cross_entropy(model(x[:, :-1])[0], x[0, 1:], reduction="none")[-len(window) :]
+        expected = F.cross_entropy(model(x[:, :-1])[0], x[0, 1:], reduction="none")[-len(window) :]
         torch.testing.assert_close(window, expected, rtol=1e-4, atol=1e-5)
         place = end
     assert place == number, "some tokens were not scored"
 
 
-def test_a_larger_stride_samples_blocks_evenly():
-    model, tokens = sharp_model(), random_tokens(1000)
-    blocks, some = (window_nll(model, tokens, 32, stride, torch.float32) for stride in (32, 160))
-    assert len(some) == 7 and all(torch.allclose(a, b, atol=1e-5) for a, b in zip(some, blocks[::5], strict=True))
-
-
-def test_stride_of_the_context_is_blocks_and_block_mean_lies_above():
-    record, _ = perplexities(
-        sharp_model(), random_tokens(500), ["blocks", "sliding", "block_mean"], 32, 32, torch.float32, 8
-    )
-    assert record["blocks"] == pytest.approx(record["sliding"], rel=1e-7)
-    assert record["block_mean"] > record["blocks"]
-
-
 def test_batch_size_does_not_change_the_number():
     model, tokens = sharp_model().double(), random_tokens(333)
-    losses = [mean_nll(window_nll(model, tokens, 32, 12, torch.float64, batch_size)) for batch_size in (1, 5, 64)]
-    assert max(losses) - min(losses) < 1e-6
+    losses = [mean_nll(window_nll(model, tokens, 32, 12, torch.float64, rows)) for rows in (1, 5, 64)]
+    assert max(losses) - min(losses) < 1e-12
 
 
-def test_bits_per_byte_counts_the_bytes_of_the_text(tiny_run):
-    record, _ = evaluate(EvalConfig(str(tiny_run), text=str(ROOT / "README.md"), method="all"))
-    size = (ROOT / "README.md").stat().st_size
-    nats = math.log(record["blocks"]) * record["tokens"]
-    assert record["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-9)
-
-
-def test_json_has_the_promised_keys_and_the_text_output_the_same_number(tiny_run):
-    done = quick("eval_ppl.py", tiny_run, "--split", "test", "--json")
-    record = json.loads(done.stdout)
-    keys = (
-        "blocks sliding block_mean bits_per_byte tokens context stride tokenizer params kv_bytes_per_token tokens_per_s"
-    )
-    assert list(record) == keys.split() and record["sliding"] is None and record["block_mean"] is None
-    model, _ = build(load(tiny_run))
+def test_the_command_prints_what_it_measures(tiny_run):
+    flags = ["--text", ROOT / "README.md", "--method", "all"]
+    record, (model, _) = scored(tiny_run, *flags), build(load(tiny_run))
+    bits = math.log2(record["blocks"]) * record["tokens"] / (ROOT / "README.md").stat().st_size
+    assert record["bits_per_byte"] == pytest.approx(bits, rel=1e-9)
     assert record["params"] == sum(p.numel() for p in set(model.parameters()))
     assert record["kv_bytes_per_token"] == 2 * 2 * 32 * 4  # K and V, 2 layers, width 32, float32
-    assert f"perplexity {record['blocks']:.4f}" in quick("eval_ppl.py", tiny_run, "--split", "test").stdout
+    assert f"perplexity {record['sliding']:.4f} | sliding" in quick("eval_ppl.py", tiny_run, *flags).stdout
+    few = scored(tiny_run, "--max_tokens", 100, "--split", "test")
+    assert few["tokens"] == 100 and few["sliding"] is None
+    assert scored(tiny_run)["blocks"] < 0.6 * model.config.vocab_size  # far better than a uniform guess
 
 
-def test_max_tokens_bounds_the_tokens_scored(tiny_run):
-    assert evaluate(EvalConfig(str(tiny_run), max_tokens=100))[0]["tokens"] == 100
+def json_tokenizer(byte_level: bool) -> bytes:
+    """A tokenizer.json whose tokens are the 256 bytes, written as GPT-2's or as Llama's."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = letters if byte_level else [f"<0x{byte:02X}>" for byte in range(256)]
+    backend = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [], byte_fallback=True))
+    backend.decoder = decoders.ByteLevel() if byte_level else decoders.ByteFallback()
+    return backend.to_str().encode()
 
 
-def test_trained_model_is_far_better_than_a_uniform_guess(tiny_run):
-    record, _ = evaluate(EvalConfig(str(tiny_run)))
-    assert record["blocks"] < 0.6 * ModelConfig(**load(tiny_run)["config"]).vocab_size
+LATER = pytest.mark.xfail(strict=True, reason="a byte that completes no character hides those before it")
+
+
+@pytest.mark.parametrize("kind", ["learned", "prefixed", "GPT-2", pytest.param("Llama", marks=LATER)])
+def test_streamed_text_of_random_tokens_is_the_decoded_text(tiny_data, prefixed, kind):
+    learned, spaced = (tiny_data / "tokenizer.model").read_bytes(), prefixed.serialized_model_proto()
+    data = {"learned": learned, "prefixed": spaced}.get(kind) or json_tokenizer(kind == "GPT-2")
+    tokenizer = read_tokenizer(data)
+    for seed in range(100):
+        ids = random.Random(seed).choices(range(tokenizer.vocab_size), k=35)
+        prompt, new = tokenizer.prompt(tokenizer.decode(ids[:5])), ids[5:]
+        text = tokenizer.decode(prompt) + "".join(readable(list(prompt), iter(new), tokenizer))
+        assert text == tokenizer.decode(prompt + new)

@@ -1,184 +1,153 @@
-"""Figures and the study: what can be known of them without looking."""
+"""Figures, scores of answers and the study: what can be known of them in advance."""
 
+import importlib
 import json
 import math
-import shlex
-import shutil
+import sys
 
+import numpy as np
 import pytest
+import sacrebleu
 import torch
-from conftest import quick, refused, sharp_model, to_hugging_face
+from conftest import quick, sharp_model, to_hugging_face
 from PIL import Image  # matplotlib needs it, too
+from rouge_score.rouge_scorer import RougeScorer
 
-import study
-import study_report
-from bench import BenchConfig
-from checkpoint import CheckpointConfig, load
-from compare_groups import CompareConfig
-from config import UserError, parse
-from data.prepare import PrepareConfig
-from eval_ppl import EvalConfig
-from eval_text import AnswerConfig
-from gqa import GroupConfig
-from lora import LoRAConfig
-from model import ModelConfig
-from plot import attention_weights, curve
-from search_groups import SearchConfig
-from settings import TrainConfig
-
-FLAGS = {
-    "train.py": [TrainConfig, ModelConfig, LoRAConfig], "bench.py": [BenchConfig, ModelConfig, LoRAConfig],
-    "eval_ppl.py": [EvalConfig], "eval_text.py": [AnswerConfig], "gqa.py": [GroupConfig],
-    "search_groups.py": [SearchConfig], "checkpoint.py": [CheckpointConfig], "data/prepare.py": [PrepareConfig],
-    "compare_groups.py": [CompareConfig],
-}  # fmt: skip
-
-
-def test_a_curve_is_read_from_a_log_that_is_still_written(tmp_path):
-    lines = [
-        {"step": 0},
-        {"step": 1, "loss": 5.0, "seconds": 2.5},
-        {"step": 1, "val_loss": 4.5},
-        {"step": 2, "loss": 4.0},
-    ]
-    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 2, "val_lo')
-    assert curve(str(tmp_path), "seconds") == ([2.5], [4.5])
-    with pytest.raises(UserError, match="out/RUN"):
-        curve(str(tmp_path / "none"), "seconds")
+from checkpoint import build, load
+from common import UserError
+from data.instruct import encode_answer, encode_prompt
+from study import report, run
+from study.__main__ import COMMANDS
+from study.plot import attention_weights
 
 
 @pytest.mark.parametrize("settings", [{}, {"n_kv_head": 2}])
-def test_attention_maps_are_hugging_faces(settings):
-    model = sharp_model(**settings)
-    ids = [1, 5, 9, 33, 2, 60, 7]
+def test_attention_maps_equal_those_of_transformers(settings):
+    model, ids = sharp_model(**settings), [1, 5, 9, 33, 2, 60, 7]
     theirs = to_hugging_face(model)(torch.tensor([ids]), output_attentions=True).attentions
     assert torch.allclose(attention_weights(model, ids), torch.cat(theirs), atol=1e-5)
 
 
 def test_every_figure_is_drawn(tiny_run, tmp_path):
     for number, action in enumerate(("loss", "attention", "similarity", "groups", "architecture")):
-        of, out, dark = tiny_run.parent if action == "loss" else tiny_run, tmp_path / f"{action}.png", number % 2
-        done = quick("plot.py", action, of, "--out", out, *["--dark"] * dark)
+        source = tiny_run.parent if action == "loss" else tiny_run
+        out, dark = tmp_path / f"{action}.png", number % 2
+        done = quick("study", "plot", action, source, "--out", out, *["--dark"] * dark)
         assert done.returncode == 0, done.stderr
         picture = Image.open(out).convert("RGB")
         assert picture.getpixel((0, 0)) == ((13, 17, 23) if dark else (255, 255, 255))
         assert len(picture.resize((64, 64)).getcolors(4096)) > 20, "it is nearly empty"
-    refused(quick("plot.py", "attention", tiny_run, "--text", "x" * 999), "--text has")
-    refused(quick("plot.py", "attention", tiny_run, tiny_run), "one checkpoint")
-    refused(quick("plot.py", "loss", tiny_run.parent, "--out", tmp_path / "a.jpg"), "a.jpg", ".png")
 
 
-@pytest.mark.parametrize("size", [study.Size(), study.FAST])
-def test_every_step_of_the_study_has_flags_that_exist(size, tmp_path):
-    steps = {name: step for part in study.PARTS.values() for name, step in part(size, tmp_path).items()}
-    for line in filter(lambda step: isinstance(step, str), steps.values()):
-        script, *words = shlex.split(line)
-        assert shlex.split(line) == line.split(), "the study cuts at spaces"
-        if script in FLAGS:
-            parse("", *FLAGS[script], argv=words)
-    assert len(steps) > 40
+def test_what_models_answer_is_kept_and_scored(tiny_run, tmp_path):
+    words = ["red", "green", "blue", "cat", "dog", "bird"]
+    texts = [" ".join(words[i % 5 :: 1 + i % 3]) + f" {i}" for i in range(60)]
+    tasks = [{"instruction": "Repeat.", "input": text, "output": text} for text in texts]
+    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
+    data, paths = tmp_path / "tasks", [tmp_path / f"{steps}" / "ckpt.pt" for steps in (1, 20)]
+    quick("data/prepare.py", "tasks", "--from", f"{data}.json", "--tokenizer", tiny_run, "--out", data)
+    for path in paths:
+        size = ["--block_size", 160, "--max_steps", path.parent.name, "--out_dir", path.parent]
+        assert quick("train.py", "--init_from", tiny_run, "--dataset", data, *size).returncode == 0
+    done = quick("study", "score", paths[1], "--base", paths[0], "--max_new_tokens", 20, "--json")
+    first, *lines = (tmp_path / "20" / "ckpt-answers-tasks-test.jsonl").read_text().splitlines()
+    summary, kept = json.loads(first), [json.loads(line) for line in lines]
+    assert summary == json.loads(done.stdout) and len(kept) == summary["examples"]
+    for name, path in zip(("base", "ckpt"), paths):
+        pairs, (model, tokenizer), nats, count = [], build(load(path)), 0.0, 0
+        for row in kept:
+            pairs.append((row["output"], row["answers"][name]))
+            prompt, answer = encode_prompt(row, tokenizer), encode_answer(row, tokenizer)
+            log_p = model(torch.tensor([[*prompt, *answer]])).log_softmax(-1)[0, len(prompt) - 1 : -1]
+            nats, count = nats - log_p[range(len(answer)), answer].sum().item(), count + len(answer)
+        references, answers = zip(*pairs)
+        rouge = [RougeScorer(["rougeL"]).score(*pair)["rougeL"].fmeasure for pair in pairs]
+        assert summary[name]["loss"] == pytest.approx(nats / count, rel=1e-5)
+        assert summary[name]["bleu"] == sacrebleu.corpus_bleu(answers, [references]).score
+        assert summary[name]["rougeL"] == pytest.approx(100 * np.mean(rouge))
+    assert summary["ckpt"]["loss"] < summary["base"]["loss"], "twenty steps taught no more than one"
 
 
-def test_a_done_step_is_skipped_and_a_failed_one_says_how_to_try(tmp_path, tiny_run):
-    (tmp_path / "logs").mkdir()
-    study.run("show", f"checkpoint.py show {tiny_run}", tmp_path)
-    log = tmp_path / "logs" / "show.txt"
-    assert "parameters by part" in log.read_text()
-    log.write_text(log.read_text().splitlines()[0] + "\nkept")
-    study.run("show", f"checkpoint.py show {tiny_run}", tmp_path)
+class ParsedError(Exception):
+    """The command has taken its flags."""
+
+
+def test_every_step_has_flags_that_exist(monkeypatch):
+    def parse_only(parser):
+        parser.parse_args()
+        raise ParsedError
+
+    monkeypatch.setattr("common.Parser.parse_intermixed_args", parse_only)
+    assert not set("[]<>") & set("".join(run.steps(list(run.STEPS), fast=False).values()))
+    for line in run.steps(list(run.STEPS), fast=True).values():
+        argv, module, function = line.split(), line.split()[0].removesuffix(".py").replace("/", "."), "main"
+        if argv[0] == "-m":
+            argv, module = argv[1:], f"{argv[1]}.__main__"
+        if argv[0] == "study":
+            argv, (module, function) = argv[1:], f"study.{COMMANDS[argv[1]][0]}".rsplit(".", 1)
+        if module not in ("fetch", "write_texts"):  # functions of run.py
+            monkeypatch.setattr(sys, "argv", argv)
+            with pytest.raises(ParsedError):
+                getattr(importlib.import_module(module), function)()
+
+
+def test_steps_are_skipped_resumed_or_leave_no_log(tmp_path, tiny_data, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    shape = "--n_layer 1 --n_head 2 --dim 16 --block_size 16 --batch_size 2 --eval_tokens 64"
+    line, log = f"train.py --dataset {tiny_data} {shape} --max_steps 3", tmp_path / "logs" / "short.txt"
+    run.run("short", line)
+    log.write_text(line + "\nkept")
+    run.run("short", line)
     assert log.read_text().endswith("kept")
     with pytest.raises(UserError, match="another command"):
-        study.run("show", "checkpoint.py show other.pt", tmp_path)
-    with pytest.raises(UserError, match=r"step bad failed: .*nosuch.pt.* python checkpoint.py show nosuch.pt"):
-        study.run("bad", "checkpoint.py show nosuch.pt", tmp_path)
-    assert not (tmp_path / "logs" / "bad.txt").exists()
+        run.run("short", line + " --seed 1")
+    with pytest.raises(UserError, match=r"step bad: .*nosuch.pt.*checkpoint.py show nosuch.pt"):
+        run.run("bad", "checkpoint.py show nosuch.pt")
+    assert not log.with_name("bad.txt").exists()
+    weights = load("short/ckpt.pt")["model"]
+    log.unlink()  # as if killed before it was written
+    run.run("short", line)
+    assert all(torch.equal(weights[name], p) for name, p in load("short/ckpt.pt")["model"].items())
+    assert (tmp_path / "short" / "log.jsonl").read_text().count('"loss"') == 3, "it began anew"
 
 
-def test_an_interrupted_run_of_the_study_goes_on(tmp_path, tiny_data):
+def test_tables_hold_what_the_logs_say(tmp_path):
+    """At 5 layers novel's perplexity is 1.1 of plain's, then 0.9; groups double it, 1.5 times when healed."""
+
+    def written(name: str, printed: dict, run_folder: str | None = None) -> None:
+        (tmp_path / "logs" / f"{name}.txt").write_text("...\nnote: ...\n" + json.dumps(printed))
+        if run_folder:
+            (tmp_path / run_folder).mkdir()
+            (tmp_path / run_folder / "ckpt.pt").write_bytes(b"0" * 200_000)
+            records = {"step": 0, "params": 9, "trainable": 3}, {"step": 1, "loss": 3.0, "seconds": 60.0}
+            records += ({"step": 1, "val_loss": math.log(20), "peak_memory_bytes": 7},)
+            (tmp_path / run_folder / "log.jsonl").write_text("\n".join(map(json.dumps, records)))
+
     (tmp_path / "logs").mkdir()
-    shape = "--n_layer 1 --n_head 2 --dim 16 --block_size 16 --batch_size 2 --eval_tokens 64"
-    line = f"train.py --dataset {tiny_data} {shape} --max_steps 3 --out_dir {tmp_path}/run"
-    study.run("run", line, tmp_path)
-    weights = load(tmp_path / "run" / "ckpt.pt")["model"]
-    (tmp_path / "logs" / "run.txt").rename(tmp_path / "logs" / "run.begun")  # as if killed before its last words
-    with pytest.raises(UserError, match="another command"):
-        study.run("run", line.replace("--max_steps 3", "--max_steps 4"), tmp_path)
-    study.run("run", line, tmp_path)
-    assert "continued from step 3" in (tmp_path / "logs" / "run.txt").read_text()
-    assert all(torch.equal(weights[name], p) for name, p in load(tmp_path / "run" / "ckpt.pt")["model"].items())
-
-
-@pytest.mark.parametrize(
-    "seeds, val, test, mean",
-    [
-        (2, "30.00 (20.00, 40.00)", "15.00 (10.00, 20.00)", "Mean 1.0000, standard deviation 0.1414, over 2 pairs"),
-        (1, "20.00", "10.00", "Mean 1.1000, over 1 pairs"),
-    ],
-)
-def test_tables_hold_ratios_of_each_seed(tmp_path, seeds, val, test, mean):
-    """At 5 layers novel's perplexity is 1.1 of plain's with the first seed and 0.9 with the second."""
-    (tmp_path / "logs").mkdir()
-    (tmp_path / "figures").mkdir()
-    rows = []
-    for kind, perplexities in (("", (10.0, 20.0)), ("-novel", (11.0, 18.0))):
-        for seed, perplexity in enumerate(perplexities[:seeds]):
-            name = f"depth-5{kind}-{seed}"
-            (tmp_path / name).mkdir()
-            scored = {"blocks": perplexity, "bits_per_byte": 1.25, "tokens": 9}
-            (tmp_path / "logs" / f"{name}-test.txt").write_text("python ...\n" + json.dumps(scored))
-            records = [{"step": 0, "params": 1000}, {"step": 1, "loss": 3.0, "ms": 9.0, "seconds": 60.0, "tokens": 9}]
-            records += [{"step": 1, "val_loss": math.log(2 * perplexity), "bits_per_byte": 1.5}]
-            (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        rows += [{"ckpt": f"x/depth-5{kind}-0/ckpt.pt", "median": 9.0, "p5": 8.0, "p95": 11.0}]
-    (tmp_path / "logs" / "depth-latency-eager.txt").write_text(json.dumps({"rows": rows}))
-    study_report.report(tmp_path)
+    for name, perplexity in (("5-0", 10.0), ("5-1", 20.0), ("5-novel-0", 11.0), ("5-novel-1", 18.0)):
+        written(f"depth-{name}-test", {"blocks": perplexity, "bits_per_byte": 1.25}, f"depth-{name}")
+    times = [
+        {"ckpt": f"depth-{name}-0/ckpt.pt", "median": 9, "p5": 8, "p95": 11} for name in ("5", "5-novel")
+    ]
+    written("depth-latency-eager", {"rows": times})
+    for when, original, grouped in (("before", 10.0, 20.0), ("after", 8.0, 12.0)):
+        written(f"{when}-base", {"blocks": original, "kv_bytes_per_token": 64})
+        for merge in run.LOOPS["merge"]:
+            written(f"{when}-{merge}-1of2", {"blocks": grouped, "kv_bytes_per_token": 32})
+    score = {"loss": 3.25, "bleu": 4.5, "rouge1": 30.0, "rouge2": 10.0, "rougeL": 29.0}
+    written("tuning-lora8-score", {"ckpt": score}, "tuning-lora8-answers")
+    written("tuning-memory", {"rows": {"LoRA": {"peak": 3 * 2**20, "tokens_per_s": 700.0}}})
+    report.report(tmp_path)
     text = (tmp_path / "tables.md").read_text()
-    assert f"| 5 | plain | 1,000 | 1.0 min | {val} | {test} | 1.2500 |" in text
-    assert f"5 layers {', '.join(['1.1000', '0.9000'][:seeds])}" in text and mean in text
-    assert (tmp_path / "figures" / "depth.png").exists() and (tmp_path / "figures" / "depth-dark.png").exists()
-
-
-def test_tables_of_groups_hold_ratios_to_the_original_treated_alike(tmp_path, tiny_run):
-    """A perplexity of 10, 8 when healed; grouped 20, 12 when healed: ratios of 2 and 1.5."""
-    for folder in ("logs", "base", "figures"):
-        (tmp_path / folder).mkdir()
-    shutil.copy(tiny_run, tmp_path / "base" / "ckpt.pt")
-    shutil.copy(tiny_run, tmp_path / "ours-1of2.pt")
-    for name in ("base", *(f"{merge}-1of2" for merge in study.MERGES)):
-        for when, perplexity in (
-            (("before", 10.0), ("after", 8.0)) if name == "base" else (("before", 20.0), ("after", 12.0))
-        ):
-            found = {"blocks": perplexity, "tokens": 9, "kv_bytes_per_token": 64 if name == "base" else 32}
-            (tmp_path / "logs" / f"{when}-{name}.txt").write_text("python ...\n" + json.dumps(found))
-    study_report.report(tmp_path)
-    text = (tmp_path / "tables.md").read_text()
-    assert "| bytes a token of the cache | 32 (0.500) |" in text
-    assert text.count(" | 2.000 -> 1.500 |") == len(study.MERGES)
-    for name in ("groups", "heads", "similarity", "attention", "architecture"):
+    assert "| 5 | plain | 0 | 9 | 60 | 20 | 10 | 1.25 | 8 | 9 | 11 | 1 |" in text
+    assert "| 5 | novel | 1 | 9 | 60 | 20 | 18 | 1.25 |  |  |  | 0.9 |" in text
+    assert (
+        "mean 1.0000, deviation 0.1414, 2 pairs" in text
+        and "bytes a token of the cache | 32 (0.500) |" in text
+    )
+    assert text.count(" | 2.000 -> 1.500 |") == len(run.LOOPS["merge"])
+    assert "| lora8 | 3 | 200000 | 60 | 7 | 3.25 | 4.5 | 30 | 10 | 29 |" in text
+    assert "| LoRA | 3145728 | 700 |" in text
+    for name in ("depth", "groups", "memory"):
         assert (tmp_path / "figures" / f"{name}-dark.png").exists()
-
-
-def test_tables_of_tuning_and_attention_hold_what_was_printed(tmp_path):
-    for folder in ("logs", "tuning-lora8-answers", "figures"):
-        (tmp_path / folder).mkdir()
-    score = {"ckpt": {"loss": 3.25, "bleu": 4.5, "rouge1": 30.0, "rouge2": 10.0, "rougeL": 29.0}}
-    rows = [{"attention": "naive", "pretraining_tp": 2, "val_loss": 3.3, "training_s": 5.0, "step_ms": 90.0,
-             "peak": 2**30, "generation_s": 0.5}]  # fmt: skip
-    memory = {"full fine-tune": {"peak": 3 * 2**20, "tokens_per_s": 700.0}}
-    logs = {
-        "tuning-lora8-score": score,
-        "attention": {"rows": rows, "bench": {"steps": 5}},
-        "tuning-memory": {"rows": memory},
-    }
-    for name, found in logs.items():
-        (tmp_path / "logs" / f"{name}.txt").write_text("python ...\nnote: of what\n" + json.dumps(found))
-    records = [{"step": 0, "trainable": 1000}, {"step": 1, "loss": 3.0, "ms": 9.0, "seconds": 90.0}]
-    records += [{"step": 1, "val_loss": 3.5, "peak_memory_bytes": 2**29}]
-    folder = tmp_path / "tuning-lora8-answers"
-    (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    (folder / "ckpt.pt").write_bytes(b"0" * 200_000)
-    study_report.report(tmp_path)
-    text = (tmp_path / "tables.md").read_text()
-    assert "| lora8 | 1,000 | 0.2 MB | 1.5 min | 0.50 GiB | 3.250 | 4.50 | 30.0 / 10.0 / 29.0 |" in text
-    assert "| naive | 2 | 3.300000 | 5.0 s | 90 ms | 1024 MiB | 0.500 s |" in text
-    assert "50 steps" in text and "| full fine-tune | 3.0 | 700 |" in text

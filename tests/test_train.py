@@ -1,312 +1,347 @@
-"""Training: accumulation, resuming, stopping, and what a run leaves behind."""
+"""Training against transformers and torch.optim; accumulation, resuming, stopping, and what a run leaves."""
 
+import errno
 import json
 import math
+import shutil
 import signal
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, command, quick, sharp_model, small_run, start_command
+import torch.nn.functional as F
+from conftest import TINY, assert_close, quick, refused, sharp_model, small_run, start_command
+from conftest import to_hugging_face as theirs_of
 
-import device
-import settings
-from checkpoint import load
-from config import UserError
-from cross_entropy import IGNORE
-from dataset import step_batches
+import train
+from checkpoint import load, model_config, save
+from common import IGNORE, UserError, autocast, exit_cleanly, replacing
+from data.loader import step_batches
 from lora import LoRAConfig, adapt
 from model import Llama, ModelConfig
-from train import Log, TrainConfig, forward_backward, learning_rate, make_optimizers, update
+from muon import Muon, orthogonalised
+from train import TrainConfig, distilled, make_optimizers, train_step
 
-NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
-
-
-def gradients(model):
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
+CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_accumulation_equals_big_batch(masked):
-    model = sharp_model().double().train()
-    x = torch.randint(64, (16, 24), generator=torch.Generator().manual_seed(0))
-    y = torch.randint(64, (16, 24), generator=torch.Generator().manual_seed(1))
-    if masked:  # micro-batches of very different token counts, one of them empty
-        for row in range(16):
-            y[row, : 24 if 4 <= row < 8 else row] = IGNORE
-    losses, grads = [], []
-    for size in (16, 4):
-        model.zero_grad()
-        losses.append(forward_backward(model, list(zip(x.split(size), y.split(size))), torch.float64, NO_SCALER))
-        grads.append(gradients(model))
-    difference = (grads[0] - grads[1]).abs().max().item()
-    assert difference < 1e-12 and abs(losses[0] - losses[1]) < 1e-12, f"gradients differ by {difference:.1e}"
-    each = -model(x).log_softmax(-1).gather(-1, y.clamp(min=0)[..., None])[..., 0]
-    assert abs(losses[0] - each[y != IGNORE].mean().item()) < 1e-12
+def seeded(number=0):
+    return torch.Generator().manual_seed(number)
 
 
-def test_an_epoch_shows_every_block_once_and_steps_are_reproducible():
-    tokens, T = np.arange(1000, dtype=np.uint16), 16
-    blocks, steps = (len(tokens) - T) // T, [step_batches(tokens, T, 3, 2, seed=5, step=step) for step in range(21)]
-    starts = [x[row, 0].item() for batches in steps for x, _ in batches for row in range(3)]
-    assert len(starts) >= 2 * blocks
-    for epoch in (starts[:blocks], starts[blocks : 2 * blocks]):
-        assert len(set(epoch)) == blocks and len({start % T for start in epoch}) == 1
-    assert starts[:blocks] != starts[blocks : 2 * blocks]
-    for (x, y), (again, _) in zip(steps[4], step_batches(tokens, T, 3, 2, seed=5, step=4)):
-        assert torch.equal(x, again) and torch.equal(y, x + 1)
-    assert not torch.equal(steps[4][0][0], step_batches(tokens, T, 3, 2, seed=6, step=4)[0][0])
+def batch(rows, seed=0):
+    tokens = torch.randint(64, (rows, 33), generator=seeded(seed))
+    return tokens[:, :-1], tokens[:, 1:].clone()
 
 
-def test_learning_rate_warms_up_and_falls_to_its_minimum():
-    config = TrainConfig(lr=1.0, warmup_steps=10, max_steps=111)
-    rates = [learning_rate(config, step) for step in range(111)]
-    assert rates[0] == 0.1 and rates[9] == 1.0 and rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
-    assert rates[10:] == sorted(rates[10:], reverse=True)
+def train_py(data, out, *flags):
+    done = quick("train.py", *small_run(data, out), *flags)
+    assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_decay_is_on_matrices_only_and_every_parameter_is_stepped_once(optimizer):
-    model = Llama(ModelConfig(**TINY, novel=True))
-    optimizers = make_optimizers(model, TrainConfig(optimizer=optimizer, weight_decay=0.3))
-    groups = [group for o in optimizers for group in o.param_groups]
-    stepped = [id(p) for group in groups for p in group["params"]]
-    assert sorted(stepped) == sorted(id(p) for p in model.parameters())
-    assert all(group["weight_decay"] == (0.3 if p.dim() == 2 else 0) for group in groups for p in group["params"])
-
-
-HERE = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-DEVICES = [
-    pytest.param(name, marks=pytest.mark.skipif(not here, reason=f"needs {name}")) for name, here in HERE.items()
-]
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("where", DEVICES)
-def test_overfits_one_batch_and_again_with_the_same_bits(where, dtype, optimizer):
-    x, runs = torch.randint(64, (4, 33), generator=torch.Generator().manual_seed(0)), []
-    for _ in range(2 if where == "cpu" else 1):
-        torch.manual_seed(0)
-        model = Llama(ModelConfig(**TINY, novel=True)).to(where).train()
-        config = TrainConfig(optimizer=optimizer, weight_decay=0.0)
-        optimizers, scaler = make_optimizers(model, config), torch.amp.GradScaler(where, enabled=dtype == torch.float16)
-        losses = []
-        for _ in range(150):
-            losses.append(forward_backward(model, [(x[:, :-1], x[:, 1:])], dtype, scaler))
-            update(model, optimizers, scaler, config, 0.01)
-        assert losses[-1] < 0.01, f"loss is still {losses[-1]:.3f}"
-        runs.append(losses)
-    assert runs[0] == runs[-1]
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_a_gradient_that_is_not_finite_anywhere_steps_no_parameter(dtype):
-    model, config = Llama(ModelConfig(**TINY)), TrainConfig(optimizer="muon")
-    optimizers, scaler = make_optimizers(model, config), torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
-    x = torch.randint(64, (2, 33), generator=torch.Generator().manual_seed(0))
-    for bad in (math.inf, math.nan):
-        before = [p.clone() for p in model.parameters()]
-        forward_backward(model, [(x[:, :-1], x[:, 1:])], dtype, scaler)
-        model.layers[0].attention.wq.weight.grad[0, 0] = bad  # one matrix of Muon's; all else is AdamW's or finite
-        assert not math.isfinite(update(model, optimizers, scaler, config, 0.01))
-        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
-
-
-def test_float16_scaler_skips_an_overflowing_step():
-    model, config = Llama(ModelConfig(**TINY)), TrainConfig()
-    optimizers, scaler = make_optimizers(model, config), torch.amp.GradScaler("cpu", init_scale=2.0**40)
-    x = torch.randint(64, (2, 33), generator=torch.Generator().manual_seed(0))
-    before, steps = [p.clone() for p in model.parameters()], 0
-    while all(torch.equal(a, b) for a, b in zip(before, model.parameters())):
-        forward_backward(model, [(x[:, :-1], x[:, 1:])], torch.float16, scaler)
-        update(model, optimizers, scaler, config, 0.01)
-        steps += 1
-        assert steps < 60, "no step was ever taken"
-    assert steps > 3 and all(p.isfinite().all() for p in model.parameters())
-
-
-def records(out, key):
+def records(out, key) -> dict:
+    """{step: value} of all lines of the log that have the key."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return {line["step"]: line[key] for line in lines if key in line}
 
 
-def assert_same_run(a, b):
-    one, two = load(a / "ckpt.pt"), load(b / "ckpt.pt")
-    assert one["step"] == two["step"] and one["tokens"] == two["tokens"]
-    for name, tensor in one["model"].items():
-        assert torch.equal(tensor, two["model"][name]), (
-            f"{name} differs by {(tensor - two['model'][name]).abs().max():.1e}"
-        )
-    assert records(a, "loss") == records(b, "loss") and records(a, "val_loss") == records(b, "val_loss")
+def weights(model) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-@pytest.mark.parametrize("dtype, optimizer", [("float32", "adamw"), ("bfloat16", "muon")])
-def test_resume_after_kill_equals_uninterrupted(tiny_data, tmp_path, dtype, optimizer):
-    flags = [
-        "--max_steps",
-        20,
-        "--eval_every",
-        5,
-        "--dropout",
-        0.1,
-        "--dtype",
-        dtype,
-        "--optimizer",
-        optimizer,
-        "--grad_accum",
-        2,
-    ]
-    straight, killed = ([*small_run(tiny_data, tmp_path / name), *flags] for name in ("straight", "killed"))
-    assert command("train.py", *straight).returncode == 0
-    process = start_command("train.py", *killed)
-    log = tmp_path / "killed" / "log.jsonl"
-    while process.poll() is None and not (log.exists() and '"step": 11,' in log.read_text()):
+def their_optimizers(twin, with_muon: bool, decay: float, momentum: float) -> list:
+    learning = dict(twin.named_parameters())
+    blocks = {name: p for name, p in learning.items() if "_proj" in name and with_muon}
+    rest = [p for name, p in learning.items() if name not in blocks]
+    groups = [{"params": [p for p in rest if p.dim() == 2], "weight_decay": decay}]
+    groups += [{"params": [p for p in rest if p.dim() == 1], "weight_decay": 0}]
+    how = {"momentum": momentum, "weight_decay": decay, "adjust_lr_fn": "match_rms_adamw"}
+    muon = [torch.optim.Muon(blocks.values(), **how)] if with_muon else []
+    return [torch.optim.AdamW(groups, betas=(0.9, 0.95)), *muon]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_ten_steps_equal_those_of_transformers_and_torch_optim(tiny_data, tmp_path, optimizer, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda x: x)  # both Muons in float32, without noise
+    lr, clip, decay, momentum = 0.02, 0.9, 0.3, 0.7
+    flags = ["--n_kv_head", 2, "--no-tie_embeddings", "--optimizer", optimizer, "--momentum", momentum]
+    flags += ["--batch_size", 3, "--grad_accum", 2, "--grad_clip", clip, "--weight_decay", decay, "--lr", lr]
+    flags += ["--min_lr", lr / 20, "--warmup_steps", 3, "--max_steps", 10, "--seed", 5, "--eval_tokens", 0]
+    train_py(tiny_data, tmp_path, *flags, "--dtype", "float32", "--device", "cpu")
+    checkpoint = load(tmp_path / "ckpt.pt")
+    torch.manual_seed(5)
+    model = Llama(model_config(checkpoint))
+    start, twin = theirs_of(model).state_dict(), theirs_of(model).train()
+    optimizers = their_optimizers(twin, optimizer == "muon", decay, momentum)
+    tokens, losses, norms = np.memmap(tiny_data / "train.bin", np.uint16, "r"), [], []
+    for step in range(10):
+        ((x, y),) = step_batches(tokens, 32, 6, 1, seed=5, step=step)
+        loss = F.cross_entropy(twin(x).logits.flatten(0, 1), y.flatten())
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(twin.parameters(), clip).item())
+        losses.append(loss.item())
+        cosine = lr / 20 + lr * 0.95 * (1 + math.cos(math.pi * (step - 3) / 6)) / 2
+        for o in optimizers:
+            for group in o.param_groups:
+                group["lr"] = lr * (step + 1) / 3 if step < 3 else cosine
+            o.step()
+            o.zero_grad()
+    assert min(norms) < clip < max(norms), f"clipping is not tested: {norms}"
+    for key, theirs in (("loss", losses), ("norm", norms)):
+        assert list(records(tmp_path, key).values()) == pytest.approx(theirs, rel=1e-4), key
+    model.load_state_dict(checkpoint["model"])
+    for name, ours in theirs_of(model).state_dict().items():
+        change = twin.state_dict()[name] - start[name]
+        difference = (ours - start[name] - change).norm() / change.norm()
+        assert difference < 2e-4, f"{name} differs by {difference:.1e} of its change"
+
+
+def test_orthogonalised_equals_the_svd():
+    """Singular vectors stay; singular values, here from 0.02 to 1 of the largest, come to some 0.7 to 1.2."""
+    for shape in ((48, 48), (64, 32), (32, 64)):
+        U, S, Vh = torch.linalg.svd(torch.randn(shape, generator=seeded()), full_matrices=False)
+        inside = U.T @ orthogonalised(U * torch.logspace(0, -1.7, len(S)) @ Vh).float() @ Vh.T
+        values = inside.diagonal()
+        assert values.min() > 0.65 and values.max() < 1.25
+        assert (inside - values.diag()).abs().max() < 0.05
+
+
+def test_muon_equals_torch_optim():
+    for shape in ((48, 48), (64, 32), (32, 64)):
+        ours, theirs = (torch.nn.Parameter(torch.ones(shape)) for _ in "ab")
+        how = {"lr": 0.02, "momentum": 0.8, "weight_decay": 0.3}
+        one, two = Muon([ours], **how), torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **how)
+        for step in range(10):
+            ours.grad = torch.randn(shape, generator=seeded(step))
+            theirs.grad = ours.grad.clone()
+            one.step()
+            two.step()
+        assert_close(ours, theirs, 1e-6, f"{shape}")
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_accumulation_equals_big_batch(masked):
+    (x, y), found = batch(16), []
+    if masked:  # micro-batches of very different token counts, one of them empty
+        for row in range(16):
+            y[row, : 32 if 4 <= row < 8 else row] = IGNORE
+    for size in (16, 4):
+        model, batches = sharp_model().double().train(), list(zip(x.split(size), y.split(size)))
+        sgd, scaler = [torch.optim.SGD(model.parameters())], torch.amp.GradScaler("cpu", enabled=False)
+        loss, _ = train_step(model, batches, sgd, 1.0, torch.float64, scaler, grad_clip=0)
+        found.append((loss, weights(model)))
+    assert_close(found[1][1], found[0][1], 1e-12, "weights after the step")
+    exact = F.cross_entropy(sharp_model().double()(x).flatten(0, 1), y.flatten(), ignore_index=IGNORE).item()
+    assert abs(found[0][0] - exact) < 1e-12 and abs(found[1][0] - exact) < 1e-12
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
+def test_distillation_at_49152_classes_equals_float64(weight):
+    ours = 2 * torch.randn(1, 64, 49152, generator=seeded())
+    theirs = ours + 0.3 * torch.randn(ours.shape, generator=seeded(1))
+    y = torch.randint(49152, (1, 64), generator=seeded())
+    y[0, ::5] = IGNORE
+    found = distilled(lambda x: ours, lambda x: theirs, None, y, weight)
+    q, p = (logits[y != IGNORE].double().log_softmax(-1) for logits in (ours, theirs))
+    kl, entropy = (p.exp() * (p - q)).sum(), F.nll_loss(q, y[y != IGNORE], reduction="sum")
+    assert_close(found, (1 - weight) * entropy + weight * kl, 1e-5, "loss")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("where", ["cpu"] + ["cuda"] * torch.cuda.is_available())
+def test_overfits_one_batch_and_again_with_the_same_bits(where, dtype):
+    runs = []
+    for steps in (100, 5 if where == "cpu" else 0):
+        torch.manual_seed(0)
+        model = Llama(ModelConfig(**TINY, novel=True)).to(where).train()
+        optimizers = make_optimizers(model, TrainConfig(weight_decay=0.0))
+        scaler = torch.amp.GradScaler(where, enabled=dtype == "float16")
+        how = ([batch(4)], optimizers, 0.01, getattr(torch, dtype), scaler)
+        runs.append([train_step(model, *how)[0] for _ in range(steps)])
+    assert runs[0][-1] < 0.02 and runs[0][: len(runs[1])] == runs[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_gradient_that_is_not_finite_anywhere_steps_no_parameter(dtype):
+    model = Llama(ModelConfig(**TINY))
+    optimizers = make_optimizers(model, TrainConfig())
+    scaler, before = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16), weights(model)
+    matrix = model.layers[0].attention.wq.weight  # of Muon's; all else is finite or AdamW's
+    for bad in (math.inf, math.nan):
+        hook = matrix.register_hook(lambda g, bad=bad: g.where(torch.arange(32) > 0, bad))
+        _, norm = train_step(model, [batch(2)], optimizers, 0.01, dtype, scaler)
+        hook.remove()
+        assert not math.isfinite(norm) and torch.equal(weights(model), before)
+
+
+def test_float16_scaler_skips_an_overflowing_step():
+    model, scaler, steps = Llama(ModelConfig(**TINY)), torch.amp.GradScaler("cpu", init_scale=2.0**40), 0
+    optimizers, before = make_optimizers(model, TrainConfig()), weights(model)
+    while torch.equal(weights(model), before) and steps < 60:
+        train_step(model, [batch(2)], optimizers, 0.01, torch.float16, scaler)
+        steps += 1
+    assert 3 < steps < 60 and weights(model).isfinite().all()
+
+
+def test_an_epoch_shows_every_block_once_and_accumulation_cuts_a_batch():
+    tokens, T = np.arange(1000, dtype=np.uint16), 16
+    steps = [step_batches(tokens, T, 3, 2, seed=5, step=step) for step in range(21)]
+    starts = [x[row, 0].item() for batches in steps for x, _ in batches for row in range(3)]
+    blocks = (len(tokens) - T) // T
+    for epoch in (starts[:blocks], starts[blocks : 2 * blocks]):
+        assert len(set(epoch)) == blocks and len({start % T for start in epoch}) == 1
+    assert starts[:blocks] != starts[blocks : 2 * blocks]
+    for step in (0, 4, 20):  # --grad_accum 2 --batch_size 3 reads the rows of 1 x 6
+        ((x, y),) = step_batches(tokens, T, 6, 1, seed=5, step=step)
+        assert torch.equal(x, torch.cat([part for part, _ in steps[step]])) and torch.equal(y, x + 1)
+        assert not torch.equal(x, step_batches(tokens, T, 6, 1, seed=6, step=step)[0][0])
+
+
+def started(data, out, step, *flags):
+    """The process of a run that has done this step."""
+    process, log = start_command("train.py", *small_run(data, out), *flags), out / "log.jsonl"
+    while process.poll() is None and not (log.exists() and f'"step": {step},' in log.read_text()):
         time.sleep(0.005)
+    return process
+
+
+@pytest.mark.parametrize("dtype, optimizer, step", [("float32", "adamw", 11), ("bfloat16", "muon", 3)])
+def test_resume_after_kill_equals_uninterrupted(tiny_data, tmp_path, dtype, optimizer, step):
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    flags = ["--max_steps", 20, "--eval_every", 5, "--dropout", 0.1, "--grad_accum", 2]
+    flags += ["--dtype", dtype, "--optimizer", optimizer]
+    train_py(tiny_data, straight, *flags)
+    process = started(tiny_data, killed, step, *flags)  # 3 is before its second checkpoint
     process.kill()  # SIGKILL: nothing is saved on the way out
     assert process.wait() == -signal.SIGKILL, process.stdout.read()
-    done = command("train.py", *killed, "--resume")
-    assert done.returncode == 0, done.stderr
-    assert_same_run(tmp_path / "straight", tmp_path / "killed")
-
-
-def test_a_run_without_evaluations_learns_the_same(tiny_data, tmp_path):
-    for name, tokens in (("with", 512), ("without", 0)):
-        flags = ["--max_steps", 4, "--eval_every", 2, "--eval_tokens", tokens]
-        done = quick("train.py", *small_run(tiny_data, tmp_path / name), *flags)
-        assert done.returncode == 0, done.stderr
-    one, two = (load(tmp_path / name / "ckpt.pt")["model"] for name in ("with", "without"))
-    assert all(torch.equal(p, two[name]) for name, p in one.items())
-    assert len(records(tmp_path / "with", "val_loss")) == 2 and not records(tmp_path / "without", "val_loss")
-    assert "perplexity" not in done.stdout and records(tmp_path / "without", "peak_memory_bytes")
-
-
-def test_a_run_killed_before_its_second_checkpoint_begins_again(tiny_data, tmp_path):
-    flags = [*small_run(tiny_data, tmp_path / "run"), "--eval_every", 1000, "--max_steps"]
-    process = start_command("train.py", *flags, 100_000)
-    log = tmp_path / "run" / "log.jsonl"
-    while process.poll() is None and not (log.exists() and '"step": 3,' in log.read_text()):
-        time.sleep(0.005)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    done = command("train.py", *flags, 2, "--resume")
-    assert done.returncode == 0 and load(tmp_path / "run" / "ckpt.pt")["step"] == 2, done.stderr
+    with open(killed / "log.jsonl", "a") as log:
+        log.write('{"step": 12, "lo')  # half a line
+    train_py(tiny_data, killed, *flags, "--resume")
+    one, two = load(straight / "ckpt.pt"), load(killed / "ckpt.pt")
+    assert one["step"] == two["step"] == 20 and one["tokens"] == two["tokens"]
+    assert all(torch.equal(x, two["model"][name]) for name, x in one["model"].items())
+    assert all(records(straight, key) == records(killed, key) for key in ("loss", "val_loss", "lr"))
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_the_run_can_go_on(tiny_data, tmp_path, number, code):
-    flags = [*small_run(tiny_data, tmp_path / "run"), "--eval_every", 1000]
-    process = start_command("train.py", *flags, "--max_steps", 100_000)
-    log = tmp_path / "run" / "log.jsonl"
-    while process.poll() is None and not (log.exists() and '"step": 3,' in log.read_text()):
-        time.sleep(0.01)
+def test_a_run_that_was_stopped_can_go_on(tiny_data, tmp_path, number, code):
+    process = started(tiny_data, tmp_path, 3, "--eval_every", 1000, "--max_steps", 100_000)
     process.send_signal(number)
     output = process.communicate(timeout=60)[0]
-    assert process.returncode == code and "--resume" in output and "Traceback" not in output
-    step = load(tmp_path / "run" / "ckpt.pt")["step"]
-    assert step == max(records(tmp_path / "run", "loss")) >= 3
-    done = command("train.py", *flags, "--max_steps", step + 2, "--resume")
-    assert done.returncode == 0 and load(tmp_path / "run" / "ckpt.pt")["step"] == step + 2, done.stderr
+    assert process.returncode == code and "Traceback" not in output, output
+    step = load(tmp_path / "ckpt.pt")["step"]
+    assert step == max(records(tmp_path, "loss")) >= 3 and "--resume" in output
+    train_py(tiny_data, tmp_path, "--resume", "--max_steps", step + 2)
+    assert load(tmp_path / "ckpt.pt")["step"] == step + 2
 
 
-def test_a_tuned_run_resumes_by_the_same_command(tiny_data, tiny_run, tmp_path):
-    flags = ["--dataset", tiny_data, "--init_from", tiny_run, "--batch_size", 2, "--lr", 0.001]
-    environment = {"cwd": tmp_path}
-    assert command("train.py", *flags, "--max_steps", 2, **environment).returncode == 0
-    done = command("train.py", *flags, "--max_steps", 3, "--resume", **environment)
-    assert done.returncode == 0, done.stderr
-    assert load(tmp_path / "out" / "own-2x32-tuned" / "ckpt.pt")["step"] == 3
+def test_a_resumed_run_takes_some_flags_and_refuses_others(tiny_data, tiny_run, tmp_path):
+    train_py(tiny_data, tmp_path, "--max_steps", 2, "--grad_accum", 2, "--momentum", 0.7)
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    fixed = {"seed": 1, "batch_size": 2, "grad_accum": 1, "momentum": 0.9, "optimizer": "adamw", "dim": 64}
+    fixed |= {"dropout": 0.1, "n_layer": 3, "lora_r": 4, "dataset": "stdlib", "init_from": tiny_run}
+    fixed |= {"teacher": tiny_run, "max_steps": 1}
+    for name, value in fixed.items():
+        refused(quick("train.py", "--resume", "--out_dir", tmp_path, f"--{name}={value}"), f"--{name}")
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+    free = ["--max_steps", 4, "--attention", "naive", "--lr", 0.001, "--dtype", "bfloat16", "--eval_every", 1]
+    assert quick("train.py", "--resume", "--out_dir", tmp_path, *free).returncode == 0
+    after = load(tmp_path / "ckpt.pt")
+    assert after["step"] == 4 and after["config"]["attention"] == "naive" and after["train"]["lr"] == 0.001
+    assert after["train"]["grad_accum"] == 2 and after["train"]["momentum"] == 0.7
 
 
-def test_a_resumed_log_drops_what_the_checkpoint_does_not_know(tmp_path):
-    path = tmp_path / "log.jsonl"
-    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "val_loss": 1.5}\n{"step": 3, "loss": 1.0}\n{"step": 4, "lo')
-    log = Log(path, resume_step=2)
-    log.write({"step": 3, "loss": 1.25, "norm": math.inf})
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3] and lines[2] == {"step": 3, "loss": 1.25, "norm": None}
-    assert log.evaluated == {2} and not list(tmp_path.glob("*.tmp"))
+def test_a_run_that_replaced_another_keeps_its_guards_when_resumed(tiny_data, tmp_path):
+    data, out = shutil.copytree(tiny_data, tmp_path / "data"), tmp_path / "run"
+    for flags in ([], ["--overwrite"]):
+        train_py(data, out, *flags, "--max_steps", 2)
+    shutil.copy(data / "val.bin", data / "train.bin")  # another text of the same tokenizer
+    meta = json.loads((data / "meta.json").read_text())
+    meta["splits"]["train"] = meta["splits"]["val"]
+    (data / "meta.json").write_text(json.dumps(meta))
+    refused(quick("train.py", "--resume", "--out_dir", out, "--max_steps", 3), "is not the data of the run")
+    refused(quick("train.py", *small_run(data, out), "--max_steps", 3), "already holds a run")
 
 
-def test_the_log_holds_config_batch_arithmetic_and_every_step(tiny_run):
-    first, *rest = [json.loads(line) for line in tiny_run.with_name("log.jsonl").read_text().splitlines()]
-    assert first["model"]["n_layer"] == 2 and first["train"]["lr"] == 0.01
-    assert first["batch"]["tokens_per_step"] == 4 * 32 and first["batch"]["tokens"] == 30 * 4 * 32
-    steps = [line for line in rest if "loss" in line]
-    assert [line["step"] for line in steps] == list(range(1, 31))
-    assert {"loss", "lr", "norm", "ms", "tok_s", "tokens", "seconds"} <= set(steps[0])
-    assert rest[-1]["val_loss"] > 0 and rest[-1]["peak_memory_bytes"] > 0
+def test_a_tuned_run_resumes_by_the_same_command(tiny_data, tiny_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--dataset", tiny_data, "--init_from", tiny_run, "--batch_size", 2, "--lr", 0]
+    for more in (["--max_steps", 2], ["--max_steps", 3, "--resume"]):
+        assert quick("train.py", *flags, *more).returncode == 0
+    ours, theirs = load(tmp_path / "out" / "own-2x32-tuned" / "ckpt.pt"), load(tiny_run)
+    assert ours["step"] == 3 and ours["config"]["n_layer"] == 2
+    assert all(torch.equal(x, theirs["model"][name]) for name, x in ours["model"].items())  # for lr is 0
 
 
-def test_the_last_line_of_a_run_is_the_number_that_eval_ppl_prints(tiny_run):
-    final = json.loads(tiny_run.with_name("log.jsonl").read_text().splitlines()[-1])
-    done = command("eval_ppl.py", tiny_run)
-    assert f"perplexity {math.exp(final['val_loss']):.4f} | blocks" in done.stdout
+def test_evaluations_change_nothing_and_the_last_is_what_eval_ppl_prints(tiny_data, tmp_path):
+    for name, tokens in (("with", 512), ("without", 0)):
+        train_py(tiny_data, tmp_path / name, "--max_steps", 4, "--eval_every", 2, "--eval_tokens", tokens)
+    one, two = (load(tmp_path / name / "ckpt.pt")["model"] for name in ("with", "without"))
+    assert all(torch.equal(p, two[name]) for name, p in one.items())
+    found = records(tmp_path / "with", "val_loss")
+    assert list(found) == [2, 4] and not records(tmp_path / "without", "val_loss")
+    printed = quick("eval_ppl.py", tmp_path / "with" / "ckpt.pt").stdout
+    assert f"perplexity {math.exp(found[4]):.4f} | blocks" in printed
 
 
-def test_a_new_run_starts_from_other_weights(tiny_data, tiny_run, tmp_path):
-    flags = [
-        "--dataset",
-        tiny_data,
-        "--init_from",
-        tiny_run,
-        "--out_dir",
-        tmp_path,
-        "--batch_size",
-        2,
-        "--max_steps",
-        1,
-        "--lr",
-        0,
-    ]
-    done = command("train.py", *flags)
-    assert done.returncode == 0, done.stderr
-    ours, theirs = load(tmp_path / "ckpt.pt"), load(tiny_run)
-    assert all(torch.equal(ours["model"][name], theirs["model"][name]) for name in theirs["model"])
-    assert ours["step"] == 1 and ours["config"]["n_layer"] == 2
-
-
-def test_compiled_blocks_keep_the_names_and_the_loss():
-    torch._dynamo.reset()
-    model = sharp_model(novel=True).train()
-    names, x = list(model.state_dict()), torch.randint(64, (2, 40), generator=torch.Generator().manual_seed(0))
-    plain = model(x, x).item()
-    for layer in model.layers:
-        layer.compile(backend="aot_eager")
-    assert list(model.state_dict()) == names and abs(model(x, x).item() / plain - 1) < 1e-5
-
-
-def test_compiled_blocks_of_every_kind_have_the_gradients_of_the_others():
-    """An adapter on 4-bit matrices, the novel layer, uneven groups, recomputed activations, half precision."""
+def test_compiled_blocks_have_the_names_and_the_gradients_of_the_others():
+    """An adapter on 4-bit matrices, novel layer, uneven groups, recomputed activations, half precision."""
     torch._dynamo.reset()
     model = sharp_model(novel=True, n_layer=1, k_groups=[[0, 1, 1, 1]], v_groups=[[0, 0, 0, 0]])
     adapt(model, LoRAConfig(lora_r=2, quantize="nf4")).train()
     model.checkpoint_activations = True
-    x, found = torch.randint(64, (2, 40), generator=torch.Generator().manual_seed(0)), []
-    for compiled in (False, True):
-        if compiled:
-            model.layers[0].compile(backend="aot_eager")
+    names, found = list(model.state_dict()), []
+    for _ in range(2):
         model.zero_grad()
-        forward_backward(model, [(x, x)], torch.bfloat16, NO_SCALER)
+        with autocast(CPU, torch.bfloat16):
+            model(*batch(2)).backward()
         found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-    assert found[0].norm() > 0 and (found[0] - found[1]).norm() < 0.02 * found[0].norm()
+        model.layers[0].compile(backend="aot_eager")
+    assert list(model.state_dict()) == names and found[0].norm() > 0
+    assert (found[0] - found[1]).norm() < 0.02 * found[0].norm()
 
 
 def test_a_run_compiles_if_it_is_long_enough(monkeypatch):
-    monkeypatch.setattr(device, "compiler_missing", lambda: None)
-    monkeypatch.setattr(device.sys, "platform", "linux")
-    enough, cpu = 200 * 1.25e11 * torch.get_num_threads() / 6e6, torch.device("cpu")  # tokens for 10^6 parameters
+    enough = 200 * 1.25e11 * torch.get_num_threads()  # operations
+    monkeypatch.setattr(train.sys, "platform", "linux")
 
-    def compiles(tokens, where=cpu, shape=TINY, **flags):
-        return settings.compiling_pays(TrainConfig(**flags), ModelConfig(**shape), int(tokens), 10**6, where)
+    def compiles(flops, where=CPU, k_groups=None, missing=None, **flags):
+        monkeypatch.setattr(train, "compiler_missing", lambda device: missing)
+        config, c = TrainConfig(**flags), ModelConfig(**TINY, k_groups=k_groups)
+        return train.compiling_pays(config, c, flops, where)
 
     assert compiles(1.01 * enough) and not compiles(0.99 * enough)
     assert compiles(1, compile=True) and not compiles(1.01 * enough, compile=False)
-    assert not compiles(100 * enough, torch.device("mps"))
-    two_kinds = {**TINY, "k_groups": [[0, 1, 1, 1], [0, 1, 2, 3]]}
-    assert compiles(2.01 * enough, shape=two_kinds) and not compiles(1.99 * enough, shape=two_kinds)
-    monkeypatch.setattr(device, "compiler_missing", lambda: "a C++ compiler, g++")
-    assert not compiles(100 * enough)
+    assert not compiles(100 * enough, torch.device("mps")) and not compiles(100 * enough, missing="g++")
+    two_kinds = [[0, 1, 1, 1], [0, 1, 2, 3]]
+    assert compiles(2.01 * enough, k_groups=two_kinds) and not compiles(1.99 * enough, k_groups=two_kinds)
     with pytest.raises(UserError, match="--no-compile"):
-        compiles(1, compile=True)
+        compiles(1, compile=True, missing="g++")
+
+
+def test_too_little_memory_is_one_line_and_a_bug_keeps_its_traceback(capsys):
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+    for main in (mock.Mock(side_effect=full), lambda: torch.empty(2**60)):
+        with pytest.raises(SystemExit) as left:
+            exit_cleanly(main)
+        told = capsys.readouterr().err
+        assert left.value.code == 2 and told.count("\n") == 1 and "memory" in told
+    with pytest.raises(RuntimeError, match="single memory location"):
+        exit_cleanly(lambda: torch.zeros(1).expand(3).add_(1))
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt(), RuntimeError("a bug")])
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, error):
+    path = tmp_path / "ckpt.pt"
+    save(path, {"a": 1})
+    before, kind = path.read_bytes(), UserError if isinstance(error, OSError) else type(error)
+    full = mock.Mock(write=mock.Mock(side_effect=[None, *[error] * 9]))  # torch.save hides what it met
+    for write in (lambda: file.write(b"half"), lambda: torch.save({"a": 2}, full)):
+        with pytest.raises(kind), replacing(path, "wb") as file:
+            write()
+            raise error
+    with pytest.raises(TypeError):
+        save(path, {"a": 1, "b": (i for i in "cannot be pickled")})
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]

@@ -1,0 +1,285 @@
+"""What every script shares: flags from dataclasses, one-line errors, the device, files that appear whole.
+
+A script describes its settings as a flat dataclass. A field is a flag of the same name (`n_layer` is
+`--n_layer`), the comment behind it its `--help`; without a default it is positional. Scripts end with
+`exit_cleanly(main)`.
+
+    # only what the user typed: {field name: value}
+    flags = parse(__doc__, ModelConfig, TrainConfig)
+    config = checked(ModelConfig, pick(ModelConfig, flags))        # names, types, bounds
+"""
+
+import argparse
+import ctypes
+import dataclasses
+import difflib
+import fcntl
+import hashlib
+import inspect
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import sys
+import sysconfig
+import time
+import types
+import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+IGNORE = -1  # a target that carries no loss
+POSITIONAL, NO_FLAG = {"flag": "positional"}, {"flag": "none"}  # metadata of a field
+
+
+class UserError(ValueError):
+    """A mistake of the user's: one line that says what was wrong and which flag or command mends it."""
+
+
+# ---- settings ----
+
+
+def bounded(default, low: float, high: float = math.inf):
+    """A dataclass field whose number must lie in low..high; None, where the type allows it, has no bounds."""
+    return dataclasses.field(default=default, metadata={"bounds": (low, high)})
+
+
+def is_a(value: object, kind: object) -> bool:
+    """Whether a value has a type such as int, float | None, Literal["a", "b"] or list[list[int]]."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:
+        return any(is_a(value, k) for k in args)
+    if origin is typing.Literal:
+        return value in args
+    if origin in (list, dict):
+        items = value.values() if isinstance(value, dict) else value
+        return isinstance(value, origin) and all(is_a(item, args[-1]) for item in items)
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
+def checked(cls: type, values: dict):
+    """cls(**values). Raises UserError for an unknown name, a wrong type or a number out of bounds."""
+    kinds, fields = typing.get_type_hints(cls), {field.name: field for field in dataclasses.fields(cls)}
+    for name, value in values.items():
+        if name not in kinds or not is_a(value, kinds[name]):
+            raise UserError(f"{str(name)[:80]} {repr(value)[:80]} is no setting here: a damaged file?")
+        low, high = fields[name].metadata.get("bounds", (-math.inf, math.inf))
+        if isinstance(value, int | float) and not low <= value <= high:  # nan fails, too
+            limit = f"{low} or more" if high == math.inf else f"{low} to {high}"
+            raise UserError(f"{name} is {repr(value)[:80]}: give --{name} {limit}")
+    return cls(**values)
+
+
+def pick(cls: type, values: dict) -> dict:
+    """The part of a dict that are fields of `cls`."""
+    return {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        for word in re.findall(r"--\w+", message) if "unrecognized" in message else ():
+            near = difflib.get_close_matches(word, self._option_string_actions, n=1, cutoff=0.8)
+            message += f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def add_flags(parser: Parser, cls: type) -> None:
+    """Give the parser one argument for each field of `cls`."""
+    comments = dict(re.findall(r"^    (\w+): [^#\n]*# (.+)$", inspect.getsource(cls), re.MULTILINE))
+    kinds, group = typing.get_type_hints(cls), parser.add_argument_group(cls.__doc__)
+    for field in dataclasses.fields(cls):
+        if field.metadata == NO_FLAG:
+            continue
+        assert field.name in comments, f"{cls.__name__}.{field.name} has no comment behind it"
+        options: dict = {"help": comments[field.name].replace("%", "%%")}
+        if field.default not in (dataclasses.MISSING, None):
+            options["help"] += f" (default: {field.default})"
+        kind = kinds[field.name]
+        if isinstance(kind, types.UnionType):  # `int | None`: None means "derive it", and cannot be typed
+            kind = typing.get_args(kind)[0]
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(kind) is typing.Literal:
+            options["choices"] = typing.get_args(kind)
+        elif typing.get_origin(kind) is list:
+            options |= {"type": typing.get_args(kind)[0], "nargs": "+"}
+        else:
+            options["type"] = kind
+        if field.metadata == POSITIONAL:
+            options["nargs"] = "?"
+        positional = field.default is dataclasses.MISSING or field.metadata == POSITIONAL
+        # `from` is a Python keyword, so its field is called `from_`
+        group.add_argument(field.name if positional else "--" + field.name.rstrip("_"), **options)
+
+
+def parse(doc: str, *classes: type) -> dict:
+    """{field name: value} for what the user typed, and nothing for what they left at its default."""
+    how = {"argument_default": argparse.SUPPRESS, "allow_abbrev": False}
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **how)
+    for cls in classes:
+        add_flags(parser, cls)
+    typed = vars(parser.parse_intermixed_args())
+    return {("from_" if name == "from" else name): value for name, value in typed.items()}
+
+
+def note(text: str) -> None:
+    """One line on stderr, from rank 0."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def exit_cleanly(main: typing.Callable[[], None]) -> None:
+    """Call main(); a user's mistake, a full disk or too little memory is one line on stderr and exit 2."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a letter shows ? in its place
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` closed our output: nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        lost = isinstance(error, RuntimeError) or os.environ.get("RANK", "0") != "0"
+        if "TORCHELASTIC_RUN_ID" in os.environ and lost:
+            time.sleep(5)  # torchrun ends all processes once one has failed: let the root cause report first
+        message = str(error).strip().split("\n")[0]
+        full = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if full or "DefaultCPUAllocator: can't allocate memory" in message:
+            message = f"out of memory: try a smaller batch, context or model ({message[:160]})"
+        elif not isinstance(error, UserError | OSError):
+            raise  # a bug keeps its traceback
+        name = os.path.basename(sys.argv[0].removesuffix("/__main__.py"))
+        print(f"{name}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ---- the machine ----
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA, else Apple's MPS, else the CPU. Raises UserError for a device that is not here."""
+    gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    here = ["cuda", *(f"cuda:{i}" for i in range(gpus))] if gpus else []
+    here += ["mps"] * (torch.backends.mps.is_available() and processes == 1) + ["cpu"]
+    if name not in ["auto", *here]:
+        raise UserError(f"--device {name} is not here; this machine has {', '.join(here)}")
+    device = torch.device(here[0] if name == "auto" else name)
+    if device.type == "cuda" and processes > 1 and (device.index is not None or processes > gpus):
+        remedy = f"give --nproc_per_node {gpus} and --device cuda, or --device cpu"
+        raise UserError(f"{processes} processes on --device {device} need a GPU each: {remedy}")
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if device.type == "cpu" else None
+    if mallopt and sys.platform == "linux":
+        # glibc gives freed blocks back, and mapping the next step's tensors anew takes a sixth of a training
+        # step: let it keep them (M_MMAP_MAX, M_TRIM_THRESHOLD)
+        mallopt(-4, 0)
+        mallopt(-1, 2**31 - 1)
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The format of matrix products; weights, norms, softmax sums and the loss stay in float32. `auto` is
+    bfloat16 where the hardware multiplies it (recent GPUs; CPUs with AVX512-BF16 or AMX), float16 on older
+    GPUs, and float32 elsewhere: an emulated bfloat16 is slower than float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Matrix products in `dtype` inside this context; float32 and float64 switch it off."""
+    return torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16))
+
+
+def compiler_missing(device: torch.device) -> str | None:
+    """What torch.compile needs for a CPU and does not find here; None if all is there."""
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    header = f"{sysconfig.get_path('include')}/Python.h"
+    found = {
+        f"a C++ compiler, {compiler}": shutil.which(compiler),
+        f"{header} (python3-dev)": os.path.exists(header),
+    }
+    missing = [name for name, there in found.items() if not there]
+    return missing[0] if missing and device.type == "cpu" else None
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: allocated on a GPU, else resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "linux":  # unlike getrusage's, this peak can be reset
+        return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+# ---- files ----
+
+
+@contextmanager
+def replacing(path: Path, mode: str) -> Iterator[typing.IO]:
+    """A file that takes the place of `path`, whole and on the disk, when the block ends; an error changes
+    nothing. Raises UserError for a full or read-only disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # or a power failure could undo the replacement
+        os.close(folder)
+    except (OSError, RuntimeError) as error:
+        # torch's zip writer turns a full disk, and Ctrl-C, into a RuntimeError
+        cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, OSError):
+            raise UserError(f"cannot write {path}: {cause}; what was there is kept") from None
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other processes that ask for it out of a folder, made if need be, until the block or this process
+    ends. Raises UserError if another has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"{folder} is in use by another process: wait for it, or name another") from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        if folder.exists() and not any(folder.iterdir()):
+            folder.rmdir()  # a mistake leaves nothing behind
+        os.close(descriptor)
+
+
+def writable(path: Path, overwrite: bool) -> None:
+    """Raise UserError if `path` is a folder, or a file that must not be replaced."""
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise UserError(f"{path} exists: give the name of a new file, or --overwrite one")
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,86 @@
+"""Checkpoints, adapters and tokenizers of other programs, in and out.
+
+python -m formats import TinyLlama-1.1B/ tiny.pt                     # a Hugging Face folder, or Meta's own
+python -m formats import stories260K.bin stories.pt --tokenizer tok512.bin              # llama2.c's
+python -m formats import ADAPTER both.pt --base base.pt              # PEFT's folder, or our own .pt
+python -m formats export out/RUN/ckpt.pt FOLDER                      # a Hugging Face folder
+python -m formats export out/RUN/ckpt.pt FOLDER_OR_PT --adapter      # the adapter, for PEFT or in a .pt
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from checkpoint import load, model_config, save, show
+from common import UserError, bounded, exit_cleanly, parse, writable
+from formats import adapters, models
+from formats.tokenizers import find_tokenizer
+
+
+@dataclass
+class FormatsConfig:
+    """formats"""
+
+    action: Literal["import", "export"]  # what to do
+    source: str  # import: a model's folder, a llama2.c .bin, or an adapter; export: a checkpoint
+    out: str  # import: the checkpoint to write; export: the folder, or for an adapter also a .pt
+    tokenizer: str | None = None  # import: tokenizer.model, .json or llama2.c's .bin (default: the folder's)
+    block_size: int | None = bounded(None, 1, 2**24)  # import: longest context, tokens (default: its own)
+    base: str | None = None  # import an adapter: the checkpoint of its base
+    adapter: bool = False  # export the adapter only
+    overwrite: bool = False  # replace an existing .pt
+
+
+def import_model(source: Path, tokenizer: str | None = None, block_size: int | None = None) -> dict:
+    """A checkpoint made of `source`. Raises UserError when it is damaged, or a model that ours cannot be."""
+    if source.is_file() and source.suffix == ".bin":
+        settings, weights = models.read_llama2c(source)
+    elif (source / "config.json").exists():
+        settings, weights = models.read_hugging_face(source)
+    elif (source / "params.json").exists():
+        settings, weights = models.read_meta(source)
+    elif source.exists():
+        kinds = "a folder with config.json (Hugging Face) or params.json (Meta), or a .bin of llama2.c"
+        raise UserError(f"{source} is no model: name {kinds}; for an adapter, give --base BASE.pt")
+    else:
+        hint = "to download one from the hub: hf download NAME --local-dir FOLDER"
+        raise UserError(f"{source}: no such file or folder; {hint}")
+    if block_size:
+        settings["block_size"] = block_size
+    c = model_config({"config": settings})
+    if c.tie_embeddings and not torch.equal(weights["output.weight"], weights["tok_embeddings.weight"]):
+        raise UserError(f"{source} contradicts itself: its embeddings are tied, and its output differs")
+    for name, x in weights.items():
+        if not all(bound.isfinite() for bound in x.aminmax()):  # which needs no memory, and passes nan on
+            raise UserError(f"{source} is damaged: {name} holds numbers that are not finite")
+    data = find_tokenizer(source, tokenizer, c.vocab_size)
+    return {"model": weights, "config": settings, "tokenizer": data, "source": str(source)}
+
+
+def main() -> None:
+    flags = parse(__doc__, FormatsConfig)
+    config = FormatsConfig(**flags)
+    source, out = Path(config.source), Path(config.out)
+    other = {"import": ["adapter"], "export": ["tokenizer", "block_size", "base"]}[config.action]
+    if unused := [name for name in other if name in flags]:
+        raise UserError(f"{config.action} does not use --{unused[0]}: leave it out")
+    if config.adapter:
+        adapters.export(source, out, config.overwrite)
+    elif config.action == "export":
+        models.export(source, out)
+    else:
+        writable(out, config.overwrite)
+        if config.base:
+            checkpoint = adapters.with_adapter(load(config.base), source)
+        else:
+            checkpoint = import_model(source, config.tokenizer, config.block_size)
+        save(out, checkpoint)
+        show(out)
+        if checkpoint["tokenizer"]:
+            print(f"--- next:\npython eval_ppl.py {out} --text FILE\npython sample.py {out}")
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

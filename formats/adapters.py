@@ -1,0 +1,138 @@
+"""LoRA adapters as files of their own, in and out: a .pt of ours (settings, and tensors under our names), and
+PEFT's folder (adapter_config.json, adapter_model.safetensors), where the rows of q_proj and k_proj, and so of
+their lora_B, stand in Hugging Face's order.
+"""
+
+import json
+import math
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from checkpoint import build_model, check_tensors, empty_model, load, lora_config, map_file, save
+from common import UserError, checked, note, writable
+from formats.files import Weights, new_folder, read_json, read_tensors, reading, write_tensors
+from formats.models import NAMES, permute_rows, their_name
+from lora import TARGETS, LoRAConfig, adapt
+from model import Llama, ModelConfig
+
+SHORT = {ours.split(".")[-1]: theirs.split(".")[-1] for ours, theirs in NAMES.items()}  # w3: up_proj
+PLAIN = {  # an ordinary LoRA's settings; others would make another function of the same tensors
+    "peft_type": ("LORA",), "bias": (None, "none"), "lora_bias": (None, False),
+    "init_lora_weights": (None, True, False, "gaussian"), "fan_in_fan_out": (None, False),
+    "modules_to_save": (None, []), "rank_pattern": (None, {}), "alpha_pattern": (None, {}),
+    "trainable_token_indices": (None, []), "alora_invocation_tokens": (None, []),
+    "layer_replication": (None, []),
+}  # fmt: skip
+HARMLESS = ("use_rslora", "loftq_config", "eva_config")  # other use_... and ..._config are variants of LoRA
+ROTATED = ("wq.lora_B", "wk.lora_B")
+
+
+def check_order(c: ModelConfig) -> None:
+    """Raise UserError for a model whose heads Hugging Face's format would lay out otherwise."""
+    even = [[head * c.n_kv_head // c.n_head for head in range(c.n_head)]] * c.n_layer
+    if c.novel or c.gated or c.k_groups != even or c.v_groups != even:
+        raise UserError("PEFT has no uneven groups, --novel or --gated: name a .pt, or merge the adapter")
+
+
+def peft_name(ours: str) -> str:
+    """layers.3.attention.wq.lora_A -> base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight"""
+    layer, part = ours.rsplit(".", 1)
+    return f"base_model.model.{their_name(layer + '.weight').removesuffix('weight')}{part}.weight"
+
+
+def with_adapter(base: dict, source: Path) -> dict:
+    """A checkpoint of the base, in NF4 if the adapter was trained so, with the adapter in `source`. Raises
+    UserError when the adapter is damaged, or of another model than the base."""
+    if base.get("lora"):
+        raise UserError("the base has an adapter: merge it, python checkpoint.py merge CKPT --out OUT.pt")
+    model, peft = build_model(base), source.is_dir()
+    settings, tensors = read_peft(source, model) if peft else read_own(source)
+    wanted = empty_model(model.config, settings).state_dict()
+    wanted = {name: x.shape for name, x in wanted.items() if ".lora_" in name}
+    found = {name: x.shape for name, x in tensors.items()}
+    if wanted != found or not found:
+        unlike = min(dict(wanted.items() ^ found.items()), default="all")
+        shapes = f"{unlike} is {found.get(unlike)}, and this base needs {wanted.get(unlike)}"
+        raise UserError(f"{source} is an adapter of another model: {shapes}")
+    if peft:
+        permute_rows(tensors, model.config.head_dim, ROTATED, to_pairs=True)
+    adapt(model, settings).load_state_dict(tensors, strict=False, assign=True)
+    kept = {key: x for key, x in base.items() if key in ("config", "tokenizer", "data", "train")}
+    return {**kept, "model": model.state_dict(), "lora": asdict(settings), "source": str(source)}
+
+
+def read_own(path: Path) -> tuple[LoRAConfig, Weights]:
+    """Settings and tensors of an adapter .pt."""
+    with reading(path, "adapter"):
+        found = map_file(path)
+        check_tensors(found["adapter"], path.stat().st_size)
+        return checked(LoRAConfig, found["lora"]), found["adapter"]
+
+
+def read_peft(folder: Path, base: Llama) -> tuple[LoRAConfig, Weights]:
+    """Settings and tensors of PEFT's folder, under our names, with rows in its order."""
+    check_order(base.config)
+    config = read_json(folder / "adapter_config.json")
+    unlike = [name for name, accepted in PLAIN.items() if config.get(name) not in accepted]
+    variants = [name for name, value in config.items() if value and re.match("use_|.+_config$", name)]
+    unlike += [name for name in variants if name not in HARMLESS]
+    if unlike:
+        given = f"{unlike[0]} {str(config.get(unlike[0]))[:60]}"
+        raise UserError(f"{folder} is not supported, it has {given}: plain LoRA is")
+    kinds = [folder / f"adapter_model.{kind}" for kind in ("safetensors", "bin")]
+    tensors = read_tensors(next((path for path in kinds if path.exists()), kinds[0]))
+    with reading(folder, "LoRA of PEFT's"):
+        # PEFT adds a copy of the base's where lm_head has an adapter
+        copy = tensors.pop("base_model.model.lm_head.base_layer.weight", None)
+        if copy is not None and not torch.equal(copy, base.output.weight.to(copy.dtype)):
+            raise UserError("an adapter of another model: its copy of lm_head differs from the base's")
+        names = empty_model(base.config, LoRAConfig(1, lora_targets=list(TARGETS))).state_dict()
+        ours = {peft_name(name): name for name in names if ".lora_" in name}
+        tensors = {ours.get(name, name): x for name, x in tensors.items()}
+        adapted = {name.split(".")[-2] for name in tensors}
+        fields = {"lora_r": config["r"], "lora_alpha": config["lora_alpha"]}
+        fields["lora_targets"] = [name for name in TARGETS if name in adapted]
+        fields["lora_dropout"] = config.get("lora_dropout", 0.0)
+        settings = checked(LoRAConfig, fields)
+        if config.get("use_rslora"):  # scales by alpha / sqrt(r)
+            settings.lora_alpha *= math.sqrt(settings.lora_r)
+        return settings, tensors
+
+
+def export(source: Path, out: Path, overwrite: bool) -> None:
+    """Write the adapter of a checkpoint by itself, to a .pt or else a PEFT folder."""
+    checkpoint = load(source)
+    settings, model = lora_config(checkpoint), build_model(checkpoint)
+    if not settings.lora_r:
+        raise UserError(f"{source} has no adapter: python train.py --init_from {source} --lora_r 8")
+    tensors = {name: x for name, x in checkpoint["model"].items() if ".lora_" in name}
+    if out.suffix == ".pt":
+        writable(out, overwrite)
+        save(out, {"lora": asdict(settings), "adapter": tensors})
+    else:
+        check_order(model.config)
+        permute_rows(tensors, model.config.head_dim, ROTATED, to_pairs=False)
+        write_peft(out, settings, tensors, str(source))
+    if settings.quantize != "none":
+        note(f"it was trained on a base in {settings.quantize}: use it on such a base")
+    size = sum(path.stat().st_size for path in (out.iterdir() if out.is_dir() else [out]))
+    count, targets = sum(x.numel() for x in tensors.values()), " ".join(settings.lora_targets)
+    print(f"wrote {out}, {size:,} bytes: {count:,} parameters, r {settings.lora_r} on {targets}")
+
+
+def write_peft(folder: Path, settings: LoRAConfig, tensors: Weights, base: str) -> None:
+    """Write PEFT's folder, whole or not at all."""
+    alpha, targets = settings.lora_alpha, [SHORT[name] for name in settings.lora_targets]
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "bias": "none",
+        "r": settings.lora_r, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": settings.lora_dropout, "target_modules": targets, "modules_to_save": None,
+        "fan_in_fan_out": False, "use_dora": False, "use_rslora": False, "inference_mode": True,
+    }  # fmt: skip
+    with new_folder(folder) as partial:
+        theirs = {peft_name(name): x for name, x in tensors.items()}
+        write_tensors(theirs, partial / "adapter_model.safetensors")
+        (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,88 @@
+"""Files of other programs: what reading them may raise, and how a folder is written whole or not at all.
+
+Bytes that another program wrote are read inside `reading`, the one place that turns what a library raises for
+damaged bytes into a line for the user. The readers check only what would give a wrong model without an error.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from checkpoint import check_tensors, map_file
+from common import UserError
+
+Settings, Weights = dict[str, object], dict[str, torch.Tensor]
+
+
+@contextmanager
+def reading(path: Path, what: str) -> Iterator[None]:
+    """A block that reads `path` as `what`; whatever it raises becomes a UserError that names the path."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{'' if str(path) in str(error) else f'{path}: '}{error}") from None
+    except (FileNotFoundError, IsADirectoryError, PermissionError):  # which name the path
+        raise
+    except ImportError as error:
+        raise UserError(f"{path} needs a library to be read: pip install {error.name}") from None
+    except Exception as error:  # whatever the bytes make the libraries stumble over
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).strip()
+        reason = (reason or type(error).__name__).split("\n")[0][:160]
+        raise UserError(f"{path} is damaged or no {what}: {reason}") from None
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file."""
+    with reading(path, "JSON file"):
+        content = json.loads(path.read_bytes())
+        assert isinstance(content, dict), "it holds no object"
+        return content
+
+
+def read_tensors(path: Path) -> Weights:
+    """The tensors of a .safetensors or torch.save file, mapped: a page takes memory once it is used."""
+    with reading(path, "file of tensors"):
+        if path.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with safe_open(path, framework="pt") as file:
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        else:
+            weights = {name: x.detach() for name, x in map_file(path).items()}
+        check_tensors(weights, path.stat().st_size)
+        return weights
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `folder`, empty or new, when the block ends without an error."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not an empty folder: give another name, or delete it first")
+    folder = folder.resolve()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=folder.name + ".", dir=folder.parent) as temporary:
+            partial = Path(temporary) / folder.name
+            partial.mkdir()
+            yield partial
+            partial.rename(folder)
+    except ImportError as error:
+        raise UserError(f"cannot write {folder} without a library: pip install {error.name}") from None
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error}") from None
+
+
+def write_tensors(weights: Weights, path: Path) -> None:
+    """Write a .safetensors file, inside `new_folder`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(weights, path, {"format": "pt"})
+    except SafetensorError as error:  # such as a full disk
+        raise OSError(error) from None
+    path.chmod(0o666 & path.parent.stat().st_mode)  # the library lets only the owner read it

@@ -1,0 +1,250 @@
+"""Models of other programs: Hugging Face's folder in and out, Meta's folder and llama2.c's legacy .bin in.
+
+A reader returns the fields of ModelConfig, and the weights under our names, mapped from the file: a page
+takes memory once it is used. What our model cannot be exactly is refused.
+
+Meta's names and rotary pairs, (2f, 2f + 1), are ours. Hugging Face rotates (f, f + D/2), so rows of wq and wk
+are permuted on the way. And its K/V groups are equal runs of heads: uneven ones are written as the smallest
+number of K/V heads that represents them exactly.
+"""
+
+import json
+import math
+import re
+import struct
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from checkpoint import empty_model, load, load_weights, model_config
+from common import UserError, checked, note
+from data.tokenizer import Tokenizer, read_tokenizer
+from formats.files import Settings, Weights, new_folder, read_json, read_tensors, reading, write_tensors
+from formats.tokenizers import write_tokenizer
+from model import ROPE_SCALING, ModelConfig, rope_angles
+
+NAMES = {  # ours: Hugging Face's; within a layer, and outside
+    "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",
+}  # fmt: skip
+FIELDS = {  # ours: (config.json's, what a missing one means there)
+    "n_layer": ("num_hidden_layers",), "n_head": ("num_attention_heads",),
+    "n_kv_head": ("num_key_value_heads", None), "dim": ("hidden_size",), "head_dim": ("head_dim", None),
+    "hidden_dim": ("intermediate_size",), "block_size": ("max_position_embeddings", 2048),
+    "vocab_size": ("vocab_size",), "norm_eps": ("rms_norm_eps", 1e-6),
+    "tie_embeddings": ("tie_word_embeddings", False), "rope_theta": ("rope_theta", 10000.0),
+}  # fmt: skip
+ACCEPTED = {  # what config.json may give, if it gives it; all else makes another model
+    "architectures": (["LlamaForCausalLM"], ["LLaMAForCausalLM"]), "model_type": ("llama",),
+    "attention_bias": (False,), "mlp_bias": (False,), "quantization_config": (),
+    "hidden_act": ("silu", "swish"), "rope_type": ("default", "llama3"), "partial_rotary_factor": (1,),
+}  # fmt: skip
+ROTATED = ("attention.wq.weight", "attention.wk.weight")
+# what params.json may give; the weights show what multiple_of and ffn_dim_multiplier lead to
+PARAMS = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "norm_eps", "rope_theta", "max_seq_len"}
+PARAMS |= {"use_scaled_rope", "rope_scaling_factor", "rope_high_freq_factor", "max_batch_size"}
+PARAMS |= {"multiple_of", "ffn_dim_multiplier"}
+LLAMA2C_SIZES = ("dim", "hidden_dim", "n_layer", "n_head", "n_kv_head", "vocab_size", "block_size")
+LLAMA2C_ORDER = ("tok_embeddings", "attention_norm", "wq", "wk", "wv", "wo", "ffn_norm", "w1", "w2", "w3")
+LLAMA2C_ORDER += ("norm", "cos", "sin", "output")
+
+
+def their_name(ours: str) -> str:
+    """layers.3.attention.wq.weight -> model.layers.3.self_attn.q_proj.weight"""
+    layer, part = re.fullmatch(r"(layers\.\d+\.)?(.+)\.weight", ours).groups()
+    return f"{'model.' + layer if layer else ''}{NAMES[part]}.weight"
+
+
+def permute_rows(weights: Weights, head_dim: int, names: tuple[str, ...], to_pairs: bool) -> None:
+    """Put rows f, f + D/2 of each head of (H*D, C) at 2f, 2f + 1, or back, in the weights whose names end so.
+    In place: a mapped file's pages become private ones, and nothing is held twice."""
+    split = (2, head_dim // 2) if to_pairs else (head_dim // 2, 2)
+    for name, x in weights.items():
+        if name.endswith(names):
+            x.copy_(x.unflatten(0, (-1, *split)).transpose(1, 2).flatten(0, 2))
+
+
+def read_hugging_face(folder: Path) -> tuple[Settings, Weights]:
+    """config.json, and model.safetensors or pytorch_model.bin, whole or sharded."""
+    path = folder / "config.json"
+    with reading(path, "LlamaForCausalLM"):
+        settings = settings_of(read_json(path))
+        c = checked(ModelConfig, settings)
+    model = empty_model(c)
+    ours = {their_name(name): name for name in model.state_dict()}
+    found = read_shards(folder)
+    # old releases saved RoPE's buffers
+    weights = {ours.get(name, name): x for name, x in found.items() if ".rotary_emb." not in name}
+    if c.tie_embeddings and "tok_embeddings.weight" in weights:
+        weights.setdefault("output.weight", weights["tok_embeddings.weight"])
+    load_weights(model, weights, str(folder))
+    permute_rows(weights, c.head_dim, ROTATED, to_pairs=True)
+    return settings, weights
+
+
+def settings_of(config: dict) -> Settings:
+    """config.json as fields of ModelConfig. Raises UserError for what a Llama of ours cannot be."""
+    # transformers 5 writes rope_parameters; older releases wrote rope_scaling, with rope_theta outside
+    new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    rope = new or old
+    twice = [name for name, value in rope.items() if config.get(name) not in (None, value)]
+    if twice or (new and not old.items() <= new.items()):
+        raise UserError("rope_parameters and rope_scaling, or other settings of RoPE, contradict each other")
+    config = {**config, **rope, "rope_type": rope.get("rope_type", rope.get("type", "default"))}
+    for name, accepted in ACCEPTED.items():
+        if config.get(name) not in (None, *accepted):
+            raise UserError(f"{name} {str(config[name])[:60]} is not supported")
+    settings: Settings = {}
+    for ours, (theirs, *default) in FIELDS.items():
+        settings[ours] = config.get(theirs, *default) if default else config[theirs]
+    if config["rope_type"] == "llama3":
+        *names, context = ROPE_SCALING
+        settings["rope_scaling"] = {name: config[name] for name in names}
+        settings["rope_scaling"][context] = config.get(context) or settings["block_size"]
+    return settings
+
+
+def read_shards(folder: Path) -> Weights:
+    """All tensors of a Hugging Face folder."""
+    for whole in (folder / "model.safetensors", folder / "pytorch_model.bin"):
+        index = folder / (whole.name + ".index.json")
+        if whole.exists():
+            return read_tensors(whole)
+        if index.exists():
+            with reading(index, "index of weight files"):
+                names = sorted({Path(name).name for name in read_json(index)["weight_map"].values()})
+            return {name: x for shard in names for name, x in read_tensors(folder / shard).items()}
+    raise UserError(f"{folder} has no model.safetensors and no pytorch_model.bin: is the download complete?")
+
+
+def read_meta(folder: Path) -> tuple[Settings, Weights]:
+    """params.json and consolidated.00.pth."""
+    params = read_json(folder / "params.json")
+    if (folder / "consolidated.01.pth").exists():
+        raise UserError(f"{folder} is split for several GPUs: import the model's Hugging Face folder instead")
+    weights = read_tensors(folder / "consolidated.00.pth")
+    weights.pop("rope.freqs", None)
+    with reading(folder, "Llama of Meta's"):
+        if unknown := set(params) - PARAMS:
+            raise UserError(f"params.json has {min(unknown)}, which this Llama does not have")
+        if params.get("vocab_size", -1) == -1:  # -1 leaves it to the tokenizer
+            params["vocab_size"] = len(weights["tok_embeddings.weight"])
+        settings: Settings = {
+            "n_layer": params["n_layers"], "n_head": params["n_heads"], "n_kv_head": params.get("n_kv_heads"),
+            "dim": params["dim"], "hidden_dim": len(weights["layers.0.feed_forward.w1.weight"]),
+            "norm_eps": params["norm_eps"], "rope_theta": params.get("rope_theta", 10000.0),
+            "vocab_size": params["vocab_size"], "block_size": params.get("max_seq_len", 2048),
+            "tie_embeddings": "output.weight" not in weights,
+        }  # fmt: skip
+        if params.get("use_scaled_rope"):
+            if "rope_scaling_factor" not in params:
+                raise UserError("add rope_scaling_factor to params.json: 8 for Llama 3.1, 32 for Llama 3.2")
+            values = (params["rope_scaling_factor"], 1, params.get("rope_high_freq_factor", 4), 8192)
+            settings["rope_scaling"] = dict(zip(ROPE_SCALING, values))
+        weights.setdefault("output.weight", weights["tok_embeddings.weight"])
+        c = checked(ModelConfig, settings)
+    load_weights(empty_model(c), weights, str(folder))
+    return settings, weights
+
+
+def read_llama2c(path: Path) -> tuple[Settings, Weights]:
+    """Seven int32, then float32 weights, each kind for all layers. A negative vocabulary size: not tied."""
+    with reading(path, "legacy .bin of llama2.c"):
+        with open(path, "rb") as file:
+            header = file.read(28)
+        if header.startswith(b"24ka"):
+            raise UserError("a later version of llama2.c's format: export it there with --version 0")
+        sizes = dict(zip(LLAMA2C_SIZES, struct.unpack("<7i", header)))
+        tied, sizes["vocab_size"] = sizes["vocab_size"] > 0, abs(sizes["vocab_size"])
+        c = checked(ModelConfig, {**sizes, "tie_embeddings": tied, "norm_eps": 1e-5})
+        shapes = {name.removesuffix(".weight"): x.shape for name, x in empty_model(c).state_dict().items()}
+        shapes |= dict.fromkeys(("cos", "sin"), (c.block_size, c.head_dim // 2))
+        order = [name for part in LLAMA2C_ORDER for name in shapes if name.split(".")[-1] == part]
+        order = order[:-1] if tied else order
+        counts, size = [math.prod(shapes[name]) for name in order], path.stat().st_size
+        wanted = 28 + 4 * sum(counts)
+        assert size == wanted, f"it has {size:,} bytes, and its header asks for {wanted:,}"
+        flat = torch.from_file(str(path), shared=False, size=size // 4, dtype=torch.float32)
+        weights = {f"{name}.weight": x.view(shapes[name]) for name, x in zip(order, flat[7:].split(counts))}
+        weights.setdefault("output.weight", weights["tok_embeddings.weight"])
+        # tables that llama2.c itself no longer reads show whether the base is the one that it assumes
+        for name, angles in zip(("cos.weight", "sin.weight"), rope_angles(c, torch.arange(c.block_size))):
+            same = torch.allclose(weights.pop(name), angles, atol=1e-3)
+            assert same, f"its rotary tables are not those of rope_theta {c.rope_theta:g}"
+    return {name: value for name, value in asdict(c).items() if not name.endswith("_groups")}, weights
+
+
+def export(path: Path, folder: Path) -> None:
+    """Write the Hugging Face folder of a checkpoint. Raises UserError for what it cannot hold."""
+    checkpoint = load(path)
+    c, weights = model_config(checkpoint), dict(checkpoint["model"])
+    if checkpoint.get("lora"):
+        raise UserError(f"{path} has an adapter: python checkpoint.py merge, or export with --adapter")
+    if c.novel or c.gated:
+        raise UserError("a --novel or --gated model cannot be exported: no other Llama has these layers")
+    if c.dim % c.n_head:
+        raise UserError(f"transformers needs a dim that n_head divides, and they are {c.dim} and {c.n_head}")
+    load_weights(empty_model(c), weights, str(path))
+    tokenizer = read_tokenizer(checkpoint["tokenizer"]) if checkpoint["tokenizer"] else None
+    heads = expand_groups(weights, c)
+    permute_rows(weights, c.head_dim, ROTATED, to_pairs=False)
+    if c.tie_embeddings:
+        del weights["output.weight"]
+    dtype = max((x.dtype for x in weights.values()), key=lambda dtype: dtype.itemsize)
+    config = config_of(c, heads, tokenizer, dtype)
+    with new_folder(folder) as partial:
+        write_tensors({their_name(name): x for name, x in weights.items()}, partial / "model.safetensors")
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if tokenizer:
+            write_tokenizer(tokenizer, partial)
+    ours, theirs = c.kv_numbers_per_token, 2 * c.n_layer * heads * c.head_dim
+    if theirs != ours:
+        cost = f"the KV cache takes {dtype.itemsize * theirs:,} bytes a token there"
+        note(f"uneven groups, expanded to {heads} equal ones: {cost} and {dtype.itemsize * ours:,} here")
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    print(f"wrote {folder}, {size:,} bytes, {heads} K/V heads of {c.n_head}")
+
+
+def config_of(c: ModelConfig, heads: int, tokenizer: Tokenizer | None, dtype: torch.dtype) -> dict:
+    """config.json, in the words that transformers 4 and 5, vLLM and llama.cpp all read."""
+    bos, eos = (tokenizer.bos, tokenizer.special["eos"]) if tokenizer else (-1, [])
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        **{theirs: getattr(c, ours) for ours, (theirs, *_) in FIELDS.items()}, "num_key_value_heads": heads,
+        "rope_scaling": {"rope_type": "llama3", **c.rope_scaling} if c.rope_scaling else None,
+        "attention_bias": False, "mlp_bias": False, "torch_dtype": str(dtype).removeprefix("torch."),
+        # a missing BOS would mean 1, and a missing EOS 2
+        "bos_token_id": bos if bos >= 0 else None, "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+    }  # fmt: skip
+
+
+def uniform_heads(c: ModelConfig) -> tuple[int, list[list[int]]]:
+    """The smallest number of equal K/V groups that represents the model, and each layer's order of heads.
+
+    Heads may change places if the columns of wo go with them. Heads with the same K and the same V group form
+    a class. All classes are cut into runs of one length: the greatest common divisor of all layers' classes.
+    """
+    classes = [list(zip(k, v)) for k, v in zip(c.k_groups, c.v_groups)]
+    run = math.gcd(*(size for layer in classes for size in Counter(layer).values()))
+    orders = [sorted(range(c.n_head), key=lambda head, of=of: of.index(of[head])) for of in classes]
+    return c.n_head // run, orders
+
+
+def expand_groups(weights: Weights, c: ModelConfig) -> int:
+    """Rewrite the attention weights, in the dict, for equal runs of heads; return the number of K/V heads."""
+    heads, orders = uniform_heads(c)
+    run = c.n_head // heads
+    for layer, order in enumerate(orders):
+        k_heads = [c.k_groups[layer][head] for head in order[::run]]
+        v_heads = [c.v_groups[layer][head] for head in order[::run]]
+        for part, ids, dim in (("wq", order, 0), ("wo", order, 1), ("wk", k_heads, 0), ("wv", v_heads, 0)):
+            name = f"layers.{layer}.attention.{part}.weight"
+            x = weights[name].unflatten(dim, (-1, c.head_dim))
+            if ids != list(range(x.shape[dim])):  # else nothing is copied
+                weights[name] = x.index_select(dim, torch.tensor(ids)).flatten(dim, dim + 1).contiguous()
+    return heads

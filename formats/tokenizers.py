@@ -1,0 +1,188 @@
+"""Other programs' tokenizers, in and out, and the tokens that open and end a text.
+
+Read are SentencePiece's tokenizer.model, Hugging Face's tokenizer.json and llama2.c's tokenizer.bin, which
+becomes a SentencePiece model. To one of these an export adds the tokenizer.json that gives the same tokens.
+"""
+
+import json
+import re
+import struct
+from pathlib import Path
+
+from common import UserError, note
+from data.tokenizer import SPACE, JsonTokenizer, Tokenizer, read_tokenizer, with_special
+from formats.files import read_json, reading
+
+NORMAL, UNKNOWN, CONTROL, BYTE, BPE = 1, 2, 3, 6, 2  # kinds in sentencepiece_model.proto
+
+
+def find_tokenizer(source: Path, given: str | None, vocab_size: int) -> bytes | None:
+    """The tokenizer in the file `given`, or else in the source's folder, as bytes for the checkpoint. Raises
+    UserError when it is damaged, or does not fit the model's vocabulary."""
+    paths = [source / name for name in ("tokenizer.model", "tokenizer.json") if (source / name).exists()]
+    # Llama 3's tokenizer.model is not SentencePiece's: it has lines of a piece in base64 and its rank
+    paths = [path for path in paths if not re.match(rb"[A-Za-z0-9+/=]+ \d+\n", path.read_bytes())]
+    if not given and not paths:
+        note(f"no tokenizer in {source} can be read; to evaluate or sample, import again, --tokenizer FILE")
+        return None
+    path = Path(given) if given else paths[0]
+    llama2c = path.suffix == ".bin"
+    with reading(path, "tokenizer"):
+        data = path.read_bytes()
+        tokenizer = read_tokenizer(sentencepiece_of_llama2c(data) if llama2c else data)
+    folder = source if (source / "config.json").exists() else path.parent
+    with reading(folder, "folder of a tokenizer"):
+        if not llama2c:
+            tokenizer = with_special(tokenizer, *special_tokens(tokenizer, folder))
+        beside = read_json(paths[1]) if len(paths) == 2 and not given else {}
+        added = [token["content"] for token in beside.get("added_tokens") or []]
+        lost = [piece for piece in added if tokenizer.token_of(piece) is None]
+    needed = tokenizer.vocab_size
+    # llama2.c's file does not hold the number of its tokens, and may have been cut
+    if needed > vocab_size or (llama2c and needed < vocab_size):
+        counts = f"its tokens, BOS and EOS need a vocabulary of {needed}, the model's is {vocab_size}"
+        raise UserError(f"{path}: {counts}; give the model's own, --tokenizer FILE, or correct eos_token_id")
+    if lost:
+        note(f"{path} lacks {len(lost)} tokens of {paths[1]}: to have them, import with that --tokenizer")
+    if tokenizer.eos < 0:
+        note("no token that ends a text is known: samples go on to the end of the context")
+    return tokenizer.data
+
+
+def special_tokens(tokenizer: Tokenizer, folder: Path) -> tuple[int, bool, list[int]]:
+    """BOS, whether it opens a text, and the tokens that end one, from the tokenizer and the folder's configs.
+
+    The tokenizer's own come first: the `bos_token_id` of some config.json, such as llama-160m's, is wrong. A
+    tokenizer.json that adds BOS does so whatever `add_bos_token` is, as in transformers 5.
+    """
+    names = ("tokenizer_config.json", "config.json", "generation_config.json")
+    settings, *configs = (read_json(folder / name) if (folder / name).exists() else {} for name in names)
+
+    def tokens(name: str) -> list[int]:
+        """Those that tokenizer_config.json gives by text, and the others by number, one or several."""
+        text = settings.get(name)
+        text = text.get("content") if isinstance(text, dict) else text
+        found = [tokenizer.token_of(text)] if isinstance(text, str) else []
+        for value in (config.get(name + "_id") for config in configs):
+            found += value if isinstance(value, list) else [value]
+        return [token for token in found if type(token) is int and token >= 0]
+
+    sentencepiece, add_bos = tokenizer.kind == "SentencePiece", settings.get("add_bos_token")
+    add_bos = add_bos is not False if sentencepiece else tokenizer.add_bos or add_bos is True
+    bos = tokenizer.bos if tokenizer.bos >= 0 else [*tokens("bos_token"), -1][0]
+    eos = [tokenizer.eos] if tokenizer.eos >= 0 else []
+    eos = list(dict.fromkeys(eos + tokens("eos_token")))
+    return bos, add_bos, [token for token in eos if token != bos] or eos  # one may be both, as in SmolLM
+
+
+def sentencepiece_of_llama2c(data: bytes) -> bytes:
+    """llama2.c's tokenizer.bin (an int32, then float32 score, int32 length and bytes of each piece) as a
+    SentencePiece model, a protocol buffer: the same scores give the same tokens."""
+    pieces, place = [], 4
+    while place < len(data):
+        score, length = struct.unpack_from("<fi", data, place)
+        piece = data[place + 8 : place + 8 + length]
+        assert 0 < length == len(piece), f"piece {len(pieces)} at byte {place} has length {length}"
+        pieces.append((score, piece.decode().replace(" ", SPACE)))
+        place += 8 + length
+    assert len(pieces) >= 259, f"it has {len(pieces)} pieces, below the 3 + 256 of control tokens and bytes"
+    pieces[:3] = [(0.0, "<unk>"), (0.0, "<s>"), (0.0, "</s>")]
+    kinds = [UNKNOWN, CONTROL, CONTROL] + [BYTE] * 256 + [NORMAL] * (len(pieces) - 259)
+    model = b""
+    for (score, piece), kind in zip(pieces, kinds):
+        model += entry(1, entry(1, piece.encode()) + b"\x15" + struct.pack("<f", score) + entry(3, kind))
+    special, byte_fallback = entry(40, 0) + entry(41, 1) + entry(42, 2), entry(35, 1)
+    trainer = entry(3, BPE) + entry(4, len(pieces)) + byte_fallback + special
+    spaces = entry(3, 1) + entry(4, 0) + entry(5, 1)  # one before the text, all kept, escaped
+    return model + entry(2, trainer) + entry(3, entry(1, b"identity") + spaces)
+
+
+def entry(field: int, value: int | bytes) -> bytes:
+    """One field of a protocol buffer: a varint, or bytes behind their length."""
+    wire_type, body = (0, varint(value)) if isinstance(value, int) else (2, varint(len(value)) + value)
+    return varint(field << 3 | wire_type) + body
+
+
+def varint(value: int) -> bytes:
+    """Seven bits a byte, the lowest first, the high bit on all but the last."""
+    return bytes([value & 127 | 128]) + varint(value >> 7) if value > 127 else bytes([value])
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """tokenizer_config.json, tokenizer.json, and for llama.cpp the SentencePiece model. transformers 5 would
+    make merges of it in the vocabulary's order: with Llama 2's, runs of spaces become other tokens."""
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    settings |= {"add_bos_token": tokenizer.add_bos, "add_eos_token": False}
+    for name, token in (("bos_token", tokenizer.bos), ("eos_token", tokenizer.eos)):
+        if token >= 0 and tokenizer.piece(token) is not None:
+            settings[name] = tokenizer.piece(token)
+    if isinstance(tokenizer, JsonTokenizer):
+        fields, own = json.loads(tokenizer.file), JsonTokenizer(tokenizer.file)
+        if (own.bos, own.add_bos) != (tokenizer.bos, tokenizer.add_bos):
+            fields["post_processor"] = bos_template(tokenizer)
+    else:
+        (folder / "tokenizer.model").write_bytes(tokenizer.file)
+        settings["add_prefix_space"] = tokenizer.dummy_prefix
+        fields = tokenizer_json(tokenizer)
+    if fields:
+        (folder / "tokenizer.json").write_text(json.dumps(fields, ensure_ascii=False), encoding="utf-8")
+    else:
+        settings["tokenizer_class"] = "LlamaTokenizer"
+        note("tokenizer.model is no plain BPE; transformers converts it (pip install protobuf)")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def merges_of(tokenizer: Tokenizer) -> list[str] | None:
+    """The pairs of pieces that BPE joins, best first, written "l r"; None if the model is no plain BPE.
+
+    SentencePiece joins the two neighbours whose joint piece has the best score, `tokenizers` goes by a list
+    of pairs. So the list has the pieces by score, each with all its ways to be cut into two.
+    """
+    sp, merges = tokenizer.sp, []
+    other = (sp.is_control, sp.is_unknown, sp.is_byte, sp.is_unused)
+    ids = [i for i in range(tokenizer.text_size) if not any(kind(i) for kind in other)]
+    scores = {sp.id_to_piece(i): sp.get_score(i) for i in ids}
+    for piece in sorted(scores, key=lambda piece: -scores[piece]):
+        cuts = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+        pairs = [f"{left} {right}" for left, right in cuts if left in scores and right in scores]
+        # unigram models have logarithms for scores; user-defined pieces are not joined
+        if scores[piece] != round(scores[piece]) or (cuts and not pairs):
+            return None
+        merges += pairs
+    return merges
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> dict | None:
+    """The tokenizer.json of a SentencePiece model; None if that is no plain BPE, or changes text."""
+    sp, merges = tokenizer.sp, merges_of(tokenizer)
+    if merges is None or not tokenizer.is_exact():
+        return None
+    vocabulary = {sp.id_to_piece(i): i for i in range(tokenizer.text_size)}
+    special = {piece: i for piece, i in vocabulary.items() if sp.is_control(i) or sp.is_unknown(i)}
+    control = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    prefix = [{"type": "Prepend", "prepend": SPACE}] if tokenizer.dummy_prefix else []
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if tokenizer.dummy_prefix else []
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+    bytes_back = [{"type": "ByteFallback"}, {"type": "Fuse"}]
+    return {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [{"id": i, "content": piece, **control} for piece, i in special.items()],
+        "normalizer": {"type": "Sequence", "normalizers": [*prefix, spaces]},
+        "pre_tokenizer": None, "post_processor": bos_template(tokenizer),
+        "decoder": {"type": "Sequence", "decoders": [back, *bytes_back, *strip]},
+        "model": {"type": "BPE", "dropout": None, "unk_token": sp.id_to_piece(sp.unk_id()), "fuse_unk": True,
+                  "byte_fallback": True, "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                  "ignore_merges": False, "vocab": vocabulary, "merges": merges},
+    }  # fmt: skip
+
+
+def bos_template(tokenizer: Tokenizer) -> dict | None:
+    """The part of tokenizer.json that puts BOS before a text."""
+    piece = tokenizer.piece(tokenizer.bos) if tokenizer.bos >= 0 and tokenizer.add_bos else None
+    if piece is None:
+        return None
+    bos, text = {"SpecialToken": {"id": piece, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    pair = [bos, text, {"Sequence": {"id": "B", "type_id": 1}}]
+    special = {piece: {"id": piece, "ids": [tokenizer.bos], "tokens": [piece]}}
+    return {"type": "TemplateProcessing", "single": [bos, text], "pair": pair, "special_tokens": special}

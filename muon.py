@@ -1,0 +1,55 @@
+"""Muon by hand: a momentum that is orthogonalised before it is added
+(https://kellerjordan.github.io/posts/muon).
+
+A gradient's matrix is dominated by few directions. Muon replaces it, G = U S V^T, by U V^T: all directions
+get a step of the same length. Five Newton-Schulz iterations come near that with products of matrices only,
+which run fast in bfloat16: X -> a X + (b A + c A^2) X with A = X X^T applies the odd polynomial a s + b s^3 +
+c s^5 to every singular value s. These coefficients have the steepest slope at 0, so that small singular
+values grow fast, and leave s somewhere in 0.7 .. 1.2.
+
+It is for the matrices of the blocks. Embeddings, output, norms and biases stay with AdamW.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn as nn
+
+STEPS, A, B, C = 5, 3.4445, -4.7750, 2.0315
+
+
+def orthogonalised(G: torch.Tensor) -> torch.Tensor:
+    """G (m, n) = U S V^T -> about U V^T, in bfloat16."""
+    X = G.bfloat16()
+    if G.shape[0] > G.shape[1]:
+        X = X.T  # the smaller Gram matrix
+    X = X / X.norm().clamp(min=1e-7)  # no singular value is above 1
+    for _ in range(STEPS):
+        gram = X @ X.T
+        X = torch.addmm(X, torch.addmm(gram, gram, gram, beta=B, alpha=C), X, beta=A)
+    return X.T if G.shape[0] > G.shape[1] else X
+
+
+class Muon(torch.optim.Optimizer):
+    """Steps of W (m, n): M <- momentum M + (1 - momentum) grad; W <- (1 - lr decay) W - lr 0.2 sqrt(max(m,
+    n)) O, O the orthogonalised (1 - momentum) grad + momentum M (Nesterov). The factor 0.2 sqrt(max(m, n))
+    gives a step the size of AdamW's (arXiv 2502.16982), so that one learning rate serves both."""
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p.grad)
+                average = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+                update = orthogonalised(p.grad.lerp(average, momentum))
+                p.mul_(1 - lr * group["weight_decay"])
+                p.add_(update, alpha=-lr * (0.2 * math.sqrt(max(p.shape))))

@@ -1,0 +1,45 @@
+"""Experiments, benchmarks, figures, scores: python -m study NAME ...; NAME --help lists the flags of one."""
+
+import importlib
+import sys
+
+from common import UserError, exit_cleanly
+
+COMMANDS = {  # name: module and function, what it does
+    "run": ("run.main", "every experiment of docs/results.md, to tables and figures"),
+    "plot": ("plot.main", "loss curves, attention maps, similarity of heads, head groups, architecture"),
+    "score": ("score.main", "answers of a model: loss, BLEU, ROUGE, exact match, latency"),
+    "memory": ("bench.memory_main", "what each memory saver saves in training, and what it costs"),
+    "decode": ("bench.decode_main", "milliseconds of a token by number of K/V heads"),
+    "attention": ("attention.main", "attention backends and sliced products in a QLoRA run"),
+    "kernel": ("attention.kernel_main", "the Triton kernels by themselves, on a GPU"),
+    "train": ("bench.train_main", "speed of training and evaluation"),
+    "generate": ("bench.write_main", "speed of generation with random weights"),
+    "latency": ("bench.write_main", "milliseconds of a text, checkpoints in turns (--ckpts)"),
+    "compare-groups": ("compare_groups.main", "what each step of merging heads contributes"),
+    "compare-searches": ("compare_groups.searches_main", "best loss by evaluations, beside Optuna"),
+    "compare-speed": ("compare_speed.main", "speed beside transformers, llama2.c, nanoGPT, llama.cpp"),
+    "time-to-loss": ("compare_speed.loss_main", "another project's model trained on the same batches"),
+}
+
+
+def main() -> None:
+    name = "".join(sys.argv[1:2]) or "--help"
+    sys.argv[:2] = [f"study {name}"]
+    if name in ("-h", "--help"):
+        print(__doc__, *(f"{name:18}{what}" for name, (_, what) in COMMANDS.items()), sep="\n")
+        return
+    if name not in COMMANDS:
+        raise UserError(f"{name} is none of the commands: {' '.join(COMMANDS)}")
+    module, function = COMMANDS[name][0].split(".")
+    try:
+        command = getattr(importlib.import_module(f"study.{module}"), function)
+    except ModuleNotFoundError as error:
+        if error.name not in ("matplotlib", "rouge_score", "sacrebleu"):
+            raise
+        raise UserError(f"{error}: pip install -r requirements-dev.txt") from None
+    command()
+
+
+if __name__ == "__main__":  # benchmarks start processes, which import this file again
+    exit_cleanly(main)

@@ -1,0 +1,227 @@
+"""Figures (pip install matplotlib).
+
+    python -m study plot loss out/plain "novel=out/novel" --against tokens  # loss curves; NAME= labels a run
+    python -m study plot attention ckpt.pt --text "def add(a, b):"          # attention weights of every head
+    python -m study plot similarity ckpt.pt                                 # which heads could share one
+    python -m study plot groups ckpt.pt grouped.pt                          # which heads do share one
+    python -m study plot architecture ckpt.pt                               # a diagram with the model's sizes
+
+In `loss`, seconds include compilation and exclude evaluation. A run's last point is the whole val split in
+float32; the earlier ones are a part of it (`--eval_tokens`) in the run's number format. `similarity` is 1
+where two heads share one at no cost (`Costs` in gqa.py), measured on text of the train split.
+"""
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+
+from checkpoint import build, load, model_config
+from common import UserError, checked, parse
+from data.tokenizer import read_tokenizer
+from eval_ppl import split_tokens
+from gqa import Costs, calibration_blocks, open_model, statistics
+from model import Llama, ModelConfig, scores
+
+# Okabe and Ito's, which colour-blind readers can tell apart
+COLOURS = ["#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#999999", "#b3a700"]
+
+
+@dataclass
+class PlotConfig:
+    """figure"""
+
+    action: Literal["loss", "attention", "similarity", "groups", "architecture"]  # what to draw
+    paths: list[str]  # loss: folders of runs, or NAME=FOLDER; all others: checkpoints
+    out: str | None = None  # the file to write, .png, .svg or .pdf (default: ACTION.png)
+    against: Literal["seconds", "tokens", "step"] = "seconds"  # loss: the horizontal axis
+    text: str = "def add(a, b): return a + b"  # attention: the text to read
+    dark: bool = False  # light on dark
+
+
+def save(draw: Callable[[], Figure], path: Path, dark: bool) -> None:
+    """Draw a figure and write it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ink, paper = ("#e6edf3", "#0d1117") if dark else ("#1f2328", "#ffffff")
+    inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    style = dict.fromkeys(inked, ink) | {"axes.prop_cycle": matplotlib.cycler(color=COLOURS)}
+    style |= dict.fromkeys(("figure.facecolor", "axes.facecolor", "legend.facecolor"), paper)
+    with matplotlib.rc_context({**style, "font.size": 10, "grid.alpha": 0.3, "legend.framealpha": 0.6}):
+        draw().savefig(path, dpi=150)
+
+
+def grid(rows: int, columns: int, width: float = 7, height: float = 4):
+    """A figure of width x height inches, and its axes, [row][column]."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def curve(folder: str, against: str) -> tuple[list[float], list[float]]:
+    """The evaluations of a run's log.jsonl: positions, and losses on the val split, nats a token."""
+    path = Path(folder) / "log.jsonl"
+    if not path.exists():
+        raise UserError(f"{folder} has no log.jsonl: give the folder of a run, out/RUN")
+    lines = path.read_text().splitlines()
+    records = [json.loads(line) for line in lines if line.endswith("}")]  # a run may be writing its last line
+    position = {record["step"]: record.get(against, 0) for record in records if "loss" in record}
+    loss = {record["step"]: record["val_loss"] for record in records if "val_loss" in record}
+    steps = sorted(loss.keys() & position.keys())
+    if not steps:
+        raise UserError(f"{path} has no loss on the val split: it comes with --eval_every and --eval_tokens")
+    return [position[step] for step in steps], [loss[step] for step in steps]
+
+
+def draw_loss(runs: list[str], against: str) -> Figure:
+    """A curve for each FOLDER or NAME=FOLDER."""
+    figure, [[axes]] = grid(1, 1)
+    for run in runs:
+        name, folder = ("", run) if Path(run).is_dir() else run.rpartition("=")[::2]
+        axes.plot(*curve(folder, against), marker="o", markersize=3, label=name or Path(folder).name)
+    axes.set(xlabel=against, ylabel="loss on the val split, nats a token")
+    axes.grid()
+    axes.legend()
+    return figure
+
+
+@torch.no_grad()
+def attention_weights(model: Llama, ids: list[int]) -> torch.Tensor:
+    """(layers, H, T, T): how much of its attention each query gives to each token."""
+    found = []
+
+    def observe(attention, inputs):
+        x, cos, sin = inputs[:3]
+        q, k, _ = attention.project(x, cos, sin)
+        found.append(scores(q, k, attention.k_groups).softmax(-1)[0].float().cpu())
+
+    hooks = [layer.attention.register_forward_pre_hook(observe) for layer in model.layers]
+    model.hidden(torch.tensor([ids], device=model.tok_embeddings.weight.device))
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(found)
+
+
+def squares(maps, rows: list[str], columns: list[str]):
+    """maps[row][column], squares of values from 0 to 1 -> the figure and its axes."""
+    figure, axes = grid(len(rows), len(columns), 1 + 1.2 * len(columns), 1 + 1.2 * len(rows))
+    for row, name in enumerate(rows):
+        axes[row][0].set_ylabel(name)
+        for place, square, title in zip(axes[row], maps[row], columns):
+            place.imshow(square, vmin=0, vmax=1, cmap="viridis")
+            place.set(xticks=[], yticks=[], title=title * (row == 0))
+    return figure, axes
+
+
+def draw_attention(ckpt: str | Path, text: str) -> Figure:
+    """A map for each layer and head."""
+    model, tokenizer = build(load(ckpt))
+    ids, most = tokenizer.prompt(text), min(64, model.config.block_size)
+    if not 1 <= len(ids) <= most:
+        raise UserError(f"--text has {len(ids)} tokens: give 1 to {most}")
+    weights = attention_weights(model, ids).sqrt()  # the square root shows small weights, too
+    rows, columns = ([f"{name} {i}" for i in range(n)] for name, n in zip(("layer", "head"), weights.shape))
+    figure, axes = squares(weights, rows, columns)
+    words = [tokenizer.decode([i]).strip() or "·" for i in ids[:24]]  # more would not be legible
+    axes[-1][0].set_xticks(range(len(words)), words, rotation=90, fontsize=5, parse_math=False)
+    figure.suptitle("what each query (row) looks at (column); colour: square root of the weight")
+    return figure
+
+
+def draw_similarity(ckpt: str | Path) -> Figure:
+    """A map of the K heads and one of the V heads for each layer."""
+    checkpoint, model = open_model(str(ckpt), "cpu")
+    text, _ = split_tokens(checkpoint, read_tokenizer(checkpoint["tokenizer"]), None, "train")
+    found = statistics(model, calibration_blocks(text, model, 65536, 0))
+    layers = [(layer.attention, seen) for layer, seen in zip(model.layers, found)]
+    maps = [[Costs(attention, kind, seen).similarity() for attention, seen in layers] for kind in "kv"]
+    figure, axes = squares(maps, ["K", "V"], [f"layer {i}" for i in range(len(layers))])
+    figure.colorbar(axes[0][0].images[0], ax=axes, label="similarity of two heads", shrink=0.8)
+    return figure
+
+
+def pale(group: int) -> tuple[float, ...]:
+    """A group's colour, light enough for black letters."""
+    return tuple(0.4 + 0.6 * int(COLOURS[group % 8][i : i + 2], 16) / 255 for i in (1, 3, 5))
+
+
+def draw_groups(models: dict[str, ModelConfig]) -> Figure:
+    """Two maps, K and V, for each model: layer by query head, coloured and lettered by group."""
+    most = max(c.n_layer for c in models.values())
+    figure, axes = grid(len(models), 2, 7, 0.6 + (0.6 + 0.22 * most) * len(models))
+    for row, (name, c) in zip(axes, models.items()):
+        for place, kind, maps in zip(row, "KV", (c.k_groups, c.v_groups)):
+            place.imshow([[pale(group) for group in of_head] for of_head in maps], aspect="auto")
+            for layer, head in itertools.product(range(c.n_layer), range(c.n_head)):
+                letter = chr(65 + maps[layer][head])
+                place.text(head, layer, letter, ha="center", va="center", fontsize=8, color="black")
+            kept = sum(max(of_head) + 1 for of_head in maps)
+            place.set(xticks=range(c.n_head), yticks=range(c.n_layer), xlabel="query head", ylabel="layer")
+            place.set_title(f"{name}: {kept} of {c.n_layer * c.n_head} {kind} heads", fontsize=9)
+            place.label_outer()
+    return figure
+
+
+def box(axes, x: float, y: float, text: str, colour: str | tuple, above: float | None = None) -> None:
+    """A box centred on (x, y), with an arrow to the box centred on (x, above)."""
+    ink = axes.title.get_color()
+    style = {"ha": "center", "va": "center", "fontsize": 8, "family": "monospace"}
+    style |= {"color": ink if colour == "none" else "black"}
+    style["bbox"] = {"boxstyle": "round,pad=0.5", "ec": ink, "fc": colour}
+    if above is not None:
+        style["arrowprops"] = {"arrowstyle": "-|>", "color": ink, "shrinkB": 12}
+    axes.annotate(text, (x, above or y), (x, y), **style)
+
+
+def draw_architecture(c: ModelConfig) -> Figure:
+    """The stack of blocks, and which keys and values the heads of its middle layer read."""
+    figure, [[axes]] = grid(1, 1, 9, 5.2)
+    axes.set(xlim=(0, 18), ylim=(0, 10.6))
+    axes.axis("off")
+    blue, orange, green = "#9ecae1", "#fdd0a2", "#a1d99b"
+    stack = {
+        "tokens": "none", f"embedding, {c.vocab_size:,} x {c.dim}": blue, "RMSNorm": "none",
+        "attention" + ", novel" * c.novel + ", gated" * c.gated: orange, " RMSNorm ": "none",
+        "SwiGLU w1 w3 w2": green, "norm, output" + " = embedding" * c.tie_embeddings: blue, "logits": "none",
+    }  # fmt: skip
+    for i, (text, colour) in enumerate(stack.items()):
+        box(axes, 3.4, 0.5 + 1.35 * i, f"{text:^27}", colour, 1.85 + 1.35 * i if i < 7 else None)
+    line = {"color": axes.title.get_color(), "lw": 1}
+    for below, above in ((2.45, 5.1), (5.3, 7.8)):  # the residual stream
+        path = [3.4, 6, 6, 3.5], [below, below, above, above]
+        axes.plot(*path, **line, marker="<", markevery=[3], markersize=5)
+    axes.text(6.2, 7.4, f"x {c.n_layer}", fontsize=10)
+    layer, shown = c.n_layer // 2, min(c.n_head, 16)
+    k_groups, v_groups = c.k_groups[layer], c.v_groups[layer]
+    for head in range(shown):
+        x = 8.3 + 9.6 / max(4, shown) * (head + 0.5)
+        box(axes, x, 7.3, str(v_groups[head]), pale(v_groups[head]))
+        box(axes, x, 5.4, str(k_groups[head]), pale(k_groups[head]), 7.3)
+        box(axes, x, 3.5, str(head), "none", 5.4)
+    for y, name in ((7.3, "value group"), (5.4, "key group"), (3.5, "query head")):
+        axes.text(8.1, y, name, ha="right", va="center", fontsize=8)
+    kept = f"{max(k_groups) + max(v_groups) + 2} of {2 * c.n_head} heads of width {c.head_dim}"
+    axes.text(13, 1.5, f"in layer {layer} the KV cache holds {kept}", ha="center", fontsize=9)
+    return figure
+
+
+def main() -> None:
+    config = checked(PlotConfig, parse(__doc__, PlotConfig))
+    out, first = Path(config.out or f"{config.action}.png"), config.paths[0]
+    if config.action not in ("loss", "groups") and len(config.paths) > 1:
+        raise UserError(f"{config.action} is of one checkpoint, not of {len(config.paths)}: give one")
+    if out.suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"--out {out}: give a name that ends in .png, .svg or .pdf")
+    draw = {
+        "loss": lambda: draw_loss(config.paths, config.against),
+        "attention": lambda: draw_attention(first, config.text),
+        "similarity": lambda: draw_similarity(first),
+        "groups": lambda: draw_groups({path: model_config(load(path)) for path in config.paths}),
+        "architecture": lambda: draw_architecture(model_config(load(first))),
+    }[config.action]
+    save(draw, out, config.dark)
+    print(f"wrote {out}")

@@ -1,0 +1,364 @@
+"""Models and tokenizers in and out: against transformers, tokenizers, sentencepiece and llama2.c."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import sentencepiece as spm
+import torch
+from conftest import assert_close, quick, refused, sharp_model
+from corpus import Writer
+from foreign import (
+    LLAMA3, TEXTS, change_json, checkpoint_of, export_of, logits, run, save_folder, their_model,
+    write_llama2c, write_llama2c_tokenizer,
+)  # fmt: skip
+from safetensors.torch import load_file
+
+from checkpoint import build, build_model, load, save
+from common import peak_memory_bytes
+from data.tokenizer import SETTINGS, read_tokenizer
+from formats.models import uniform_heads
+from formats.tokenizers import sentencepiece_of_llama2c
+from model import ROPE_SCALING, ModelConfig
+
+TOLERANCE = 1e-5  # of the largest logit: some hundred float32 roundings of 6e-8, in another order
+WRITER = Writer(0)
+CORPUS = "".join(WRITER.paragraph() + WRITER.function() for _ in range(60)).replace("\u2581", "").splitlines()
+
+
+# ---- models ----
+
+
+@pytest.mark.parametrize("settings, how", [
+    ({}, "safetensors"), ({"num_key_value_heads": 2}, "safetensors shards"),
+    ({"num_key_value_heads": 1, "head_dim": 12}, "bin"),
+    ({"num_key_value_heads": 2, "tie_word_embeddings": True}, "bin shards"),
+    ({"tie_word_embeddings": True}, "safetensors"),
+    ({"num_key_value_heads": 2, "rope_parameters": LLAMA3}, "safetensors"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}}, "safetensors"),
+])  # fmt: skip
+def test_hugging_face_folder_comes_back_bit_equal(tmp_path, settings, how):
+    from transformers import LlamaForCausalLM
+
+    theirs = their_model(**settings)
+    folder = save_folder(theirs, tmp_path / "in", how)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    run("import", folder, tmp_path / "ours.pt")
+    # permuted in place, but not in the mapped files
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert_close(logits(build_model(load(tmp_path / "ours.pt"))), logits(theirs), TOLERANCE, "logits")
+    run("export", tmp_path / "ours.pt", tmp_path / "out")
+    back, report = LlamaForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report.values()), report
+    assert back.config.bos_token_id is None and back.config.eos_token_id is None
+    assert torch.equal(logits(back.eval()), logits(theirs))
+    assert all(torch.equal(p, back.state_dict()[name]) for name, p in theirs.state_dict().items())
+
+
+@pytest.mark.parametrize("change", [
+    {"rms_norm_eps": None, "max_position_embeddings": None, "rope_theta": None},  # what a missing one means
+    {"rope_theta": 300.0, "rope_scaling": {k: x for k, x in LLAMA3.items() if k != "rope_theta"}},
+    {"rope_scaling": {k: x for k, x in list(LLAMA3.items())[:5] if k != "rope_theta"}},
+    {"tie_word_embeddings": True, "num_key_value_heads": None, "hidden_act": "swish"},
+])  # fmt: skip
+def test_folder_of_transformers_4(tmp_path, change):
+    """config.json has no rope_parameters, pytorch_model.bin has a tied lm_head and the buffers of RoPE."""
+    from transformers import LlamaForCausalLM
+
+    tied = "tie_word_embeddings" in change
+    folder = save_folder(their_model(tie_word_embeddings=tied), tmp_path / "in")
+    old = {"rope_parameters": None, "dtype": None, "torch_dtype": "float32", "transformers_version": "4.31.0"}
+    change_json(folder / "config.json", **{**old, "pretraining_tp": 1, "rope_theta": 5000.0, **change})
+    theirs = LlamaForCausalLM.from_pretrained(folder).eval()
+    state = theirs.state_dict()
+    state |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}
+    torch.save(state, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    run("import", folder, tmp_path / "ours.pt")
+    ours = build_model(load(tmp_path / "ours.pt"))
+    assert ours.config.block_size == theirs.config.max_position_embeddings
+    assert_close(logits(ours), logits(theirs), TOLERANCE, "logits")
+
+
+def test_bfloat16_stays_bfloat16(tmp_path):
+    from transformers import LlamaForCausalLM
+
+    folder = save_folder(their_model(torch.bfloat16, num_key_value_heads=2), tmp_path / "in")
+    theirs = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    run("import", folder, tmp_path / "ours.pt")
+    checkpoint = load(tmp_path / "ours.pt")
+    ours, wide = build_model(checkpoint), build_model(checkpoint, dtype=torch.float32)
+    assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
+    exact = logits(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().double())
+    # each is as far from the exact result as bfloat16 rounds: 2^-9 an operation, some tens of them in a row
+    assert_close(logits(ours).double(), exact, 0.03, "ours, to float64 on the same weights")
+    assert_close(logits(theirs).double(), exact, 0.03, "theirs")
+    assert_close(logits(wide).double(), exact, TOLERANCE, "widened to float32")
+    run("export", tmp_path / "ours.pt", tmp_path / "out")
+    assert LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
+    back = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(back[k], x) and back[k].dtype == x.dtype for k, x in theirs.state_dict().items())
+
+
+@pytest.mark.parametrize("heads, k_groups, v_groups", [
+    (1, [[0, 0, 0, 0], [0, 0, 0, 0]], [[0, 0, 0, 0], [0, 0, 0, 0]]),
+    (2, [[0, 1, 0, 1], [0, 0, 1, 1]], [[0, 0, 0, 0], [1, 1, 0, 0]]),  # heads change places
+    (4, [[0, 1, 1, 1], [0, 0, 1, 1]], [[0, 1, 1, 1], [0, 0, 1, 1]]),
+    (4, [[0, 0, 1, 1], [0, 0, 1, 1]], [[0, 0, 1, 1], [0, 1, 1, 0]]),  # no two heads of layer 1 share both
+])  # fmt: skip
+def test_uneven_groups_are_exported_as_the_fewest_equal_ones(tmp_path, heads, k_groups, v_groups):
+    from transformers import LlamaForCausalLM
+
+    ours = sharp_model(k_groups=k_groups, v_groups=v_groups)
+    said = export_of(ours, tmp_path)
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert theirs.config.num_key_value_heads == heads
+    assert_close(logits(theirs, 60), logits(ours, 60), TOLERANCE, "logits")
+    cache, here = 2 * 2 * heads * 8 * 4, ours.config.kv_numbers_per_token * 4
+    assert (f"{cache:,} bytes a token there and {here:,} here" in said) == (cache != here)
+    run("import", tmp_path / "out", tmp_path / "back.pt")
+    back = build_model(load(tmp_path / "back.pt"))
+    assert_close(logits(back, 60), logits(ours, 60), TOLERANCE, "imported again")
+
+
+def test_fewest_equal_groups_of_classes_of_two_and_four_and_of_four_and_six():
+    groups = [[0, 1, 1, 0, 1, 1]]
+    config = ModelConfig(n_layer=1, n_head=6, dim=48, k_groups=groups, v_groups=groups)
+    assert uniform_heads(config) == (3, [[0, 3, 1, 2, 4, 5]])
+    config = ModelConfig(n_layer=1, n_head=10, dim=80, k_groups=[[0] * 4 + [1] * 6], v_groups=[[0] * 10])
+    assert uniform_heads(config) == (5, [list(range(10))])
+
+
+@pytest.mark.parametrize("settings", [{"n_kv_head": 2}, {"tie_embeddings": False}])
+def test_llama2c_file_gives_the_same_model_and_tokens(tmp_path, prefixed, settings):
+    ours = sharp_model(vocab_size=500, **settings)
+    write_llama2c(tmp_path / "model.bin", ours)
+    write_llama2c_tokenizer(tmp_path / "tok.bin", prefixed)
+    run("import", tmp_path / "model.bin", tmp_path / "got.pt", "--tokenizer", tmp_path / "tok.bin")
+    model, tokenizer = build(load(tmp_path / "got.pt"))
+    assert model.config == ours.config
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), ours.parameters(), strict=True))
+    for text in TEXTS:
+        assert tokenizer.encode(text) == prefixed.encode(text), text
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.stop == [2, 1]
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_meta_folder_gives_the_same_model(tmp_path, scaled):
+    settings = {"tie_embeddings": False, "rope_theta": 5e5, "norm_eps": 2e-3, "n_kv_head": 2}
+    settings["rope_scaling"] = dict(zip(ROPE_SCALING, (8, 1, 4, 8192))) if scaled else None
+    ours = sharp_model(**settings).bfloat16()
+    torch.save({**ours.state_dict(), "rope.freqs": torch.ones(4)}, tmp_path / "consolidated.00.pth")
+    params = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "norm_eps": 2e-3, "vocab_size": -1}
+    params |= {"multiple_of": 16, "rope_theta": 5e5, "use_scaled_rope": scaled, "rope_scaling_factor": 8}
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    run("import", tmp_path, tmp_path / "got.pt", "--block_size", 64)
+    model = build_model(load(tmp_path / "got.pt"))
+    assert model.config == ours.config and torch.equal(logits(model, 60), logits(ours, 60))
+    for change, word in (({"sliding_window": 16}, "sliding_window"), ({"n_layers": 3}, "layers.2")):
+        (tmp_path / "params.json").write_text(json.dumps(params | change))
+        refused(quick("-m formats", "import", tmp_path, tmp_path / "no.pt"), word)
+
+
+@pytest.mark.parametrize("change, word", [
+    ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"), ({"model_type": "gemma"}, "gemma"),
+    ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"),
+    ({"hidden_act": "gelu"}, "gelu"), ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+    ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 4.0}}, "linear"),
+    ({"rope_parameters": None, "rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "low_freq_factor"),
+    ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
+    ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "contradict"),
+    ({"rope_parameters": LLAMA3, "original_max_position_embeddings": 16}, "contradict"),
+    ({"num_hidden_layers": 3}, "layers.2"), ({"num_key_value_heads": 2}, "size mismatch"),
+    ({"num_key_value_heads": 3}, "does not divide"), ({"tie_word_embeddings": True}, "tied"),
+    ({"hidden_size": None}, "hidden_size"), ({"vocab_size": 10**9}, "vocab_size"),
+])  # fmt: skip
+def test_unsupported_models_are_refused_by_name(tmp_path, change, word):
+    folder = save_folder(their_model(), tmp_path / "in")
+    change_json(folder / "config.json", **change)
+    refused(quick("-m formats", "import", folder, tmp_path / "ours.pt"), folder, word)
+    assert not (tmp_path / "ours.pt").exists()
+
+
+def test_what_would_not_be_the_same_model_is_refused(tmp_path, tiny_run):
+    folder = save_folder(their_model(attention_bias=True), tmp_path / "in")
+    change_json(folder / "config.json", attention_bias=False)
+    refused(quick("-m formats", "import", folder, tmp_path / "no.pt"), "bias")
+    for model, word in ((sharp_model(novel=True), "--novel"), (sharp_model(n_head=5, head_dim=6), "n_head")):
+        save(tmp_path / "source.pt", checkpoint_of(model))
+        refused(quick("-m formats", "export", tmp_path / "source.pt", tmp_path / "out"), word)
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.tex").write_text("all of it")
+    refused(quick("-m formats", "export", tiny_run, tmp_path / "precious"), "exists")
+    assert (tmp_path / "precious" / "thesis.tex").read_text() == "all of it"
+    refused(quick("-m formats", "import", folder, tmp_path / "source.pt"), "exists", "--overwrite")
+    refused(quick("-m formats", "import", tmp_path / "none", tmp_path / "no.pt"), "no such file")
+    refused(quick("-m formats", "import", tmp_path, tmp_path / "no.pt"), "config.json")
+    assert not (tmp_path / "no.pt").exists() and not (tmp_path / "out").exists()
+
+
+def test_a_trained_run_writes_the_same_text_in_transformers(tmp_path, tiny_run):
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    run("export", tiny_run, tmp_path / "out")
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    prompt = AutoTokenizer.from_pretrained(tmp_path / "out")("def load(", return_tensors="pt")
+    ours, tokenizer = build(load(tiny_run))
+    ids = tokenizer.prompt("def load(")
+    assert prompt["input_ids"][0].tolist() == ids
+    text = theirs.generate(**prompt, max_new_tokens=15, do_sample=False)[0].tolist()
+    assert text == ids + ours.generate([ids], 15)[0]
+
+
+def test_training_goes_on_from_an_imported_bfloat16_model_in_float32(tmp_path, tiny_data):
+    folder = save_folder(their_model(torch.bfloat16, vocab_size=400), tmp_path / "in")
+    (folder / "tokenizer.model").write_bytes((tiny_data / "tokenizer.model").read_bytes())
+    said = run("import", folder, tmp_path / "ours.pt", "--block_size", 32)
+    assert f"python sample.py {tmp_path / 'ours.pt'}" in said
+    flags = ["--init_from", tmp_path / "ours.pt", "--max_steps", 2, "--batch_size", 4, "--eval_tokens", 0]
+    done = quick("train.py", "--dataset", tiny_data, "--out_dir", tmp_path / "run", *flags)
+    assert done.returncode == 0, done.stderr
+    assert {x.dtype for x in load(tmp_path / "run" / "ckpt.pt")["model"].values()} == {torch.float32}
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_import_and_export_hold_the_checkpoint_once(tmp_path):
+    """Copies of wq and wk, here 2/9 of the weights, would show."""
+    sizes = {"hidden_size": 768, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 8}
+    folder = save_folder(their_model(**sizes), tmp_path / "in")
+    size = (folder / "model.safetensors").stat().st_size
+    ours = tmp_path / "ours.pt"
+    for line in (["import", folder, ours], ["export", ours, tmp_path / "out"]):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is held now
+        before = peak_memory_bytes(torch.device("cpu"))
+        run(*line)
+        held = peak_memory_bytes(torch.device("cpu")) - before
+        assert held < 1.15 * size, f"{line[0]}: {held:,} bytes for {size:,}"
+
+
+# ---- tokenizers ----
+
+
+@pytest.fixture
+def byte_level():
+    """A tokenizer.json like Llama 3's: byte-level BPE that puts <s> before a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer, level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel
+    tokenizer.pre_tokenizer, tokenizer.decoder = level(add_prefix_space=False), decoders.ByteLevel()
+    settings = {"initial_alphabet": level.alphabet(), "show_progress": False, "vocab_size": 400}
+    trainer = trainers.BpeTrainer(special_tokens=["<pad>", "<s>", "</s>", "<end>"], **settings)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["learned", "prefixed", "late"])
+def test_exported_tokenizer_gives_transformers_the_same_tokens(tmp_path, tiny_data, prefixed, kind):
+    """In `late`, as in Llama 2's, runs of spaces stand early in the vocabulary and are joined last."""
+    from transformers import AutoTokenizer
+
+    write_llama2c_tokenizer(tmp_path / "tok.bin", prefixed, spaces=-1e6)
+    data = {"learned": (tiny_data / "tokenizer.model").read_bytes()}
+    data["prefixed"] = prefixed.serialized_model_proto()
+    data["late"] = sentencepiece_of_llama2c((tmp_path / "tok.bin").read_bytes())
+    export_of(sharp_model(vocab_size=500), tmp_path, data[kind])
+    ours, theirs = read_tokenizer(data[kind]), AutoTokenizer.from_pretrained(tmp_path / "out")
+    fields = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
+    alone = read_tokenizer(json.dumps(fields).encode())
+    # how newer Llamas put the space before a text, unless it begins with one
+    mark = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": False}
+    newer = read_tokenizer(json.dumps({**fields, "normalizer": None, "pre_tokenizer": mark}).encode())
+    for text in (*TEXTS, "a </s> is no end", "\n".join(CORPUS), *CORPUS[:200]):
+        ids = ours.prompt(text)
+        assert alone.prompt(text) == ids
+        assert alone.token_bytes()[ids].sum() == len(text.encode()) or not text
+        assert kind == "learned" or text.startswith(" ") or newer.prompt(text) == ids
+        if "</s>" not in text:
+            assert theirs.encode(text) == ids and theirs.decode(ids, skip_special_tokens=True) == text
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert settings["add_prefix_space"] is (kind != "learned")  # for llama.cpp
+
+
+BOTH = {"tokenizer_config.json": {"eos_token": "<end>"}, "config.json": {"eos_token_id": [2, 3]}}
+# a folder's files; what tokenizer.json puts around a text, or None for a SentencePiece model;
+# BOS, whether it opens a text, and what ends one
+SPECIAL = [
+    ({}, None, 1, True, [2]), ({"config.json": {"eos_token_id": 1}}, None, 1, True, [2]),
+    ({"config.json": {"bos_token_id": 0, "eos_token_id": 2}}, None, 1, True, [2]),  # llama-160m: wrong BOS
+    ({"generation_config.json": {"eos_token_id": [2, 300]}}, None, 1, True, [2, 300]),  # Llama 3 Instruct
+    ({"tokenizer_config.json": {"add_bos_token": False}}, None, 1, False, [2]),  # Yi
+    ({"tokenizer_config.json": {"eos_token": {"content": "</s>"}}}, None, 1, True, [2]),
+    ({"config.json": {"eos_token_id": -1}}, None, 1, True, [2]),
+    ({"config.json": {"eos_token_id": 501}}, None, 1, True, [2, 501]),  # beyond the tokenizer: ChatML
+    ({}, "<s> $A", 1, True, []), (BOTH, "<s> $A", 1, True, [3, 2]), ({}, "$A </s>", -1, False, [2]),
+    ({"tokenizer_config.json": {"eos_token": "</s>", "add_bos_token": False}}, "<s> $A", 1, True, [2]),
+    ({"tokenizer_config.json": {"add_bos_token": True, "bos_token": "<s>"}}, "$A", 1, True, []),  # deepseek
+    ({"config.json": {"bos_token_id": 0, "eos_token_id": 0}}, "$A", 0, False, [0]),  # SmolLM: one is both
+    ({"config.json": {"eos_token_id": 2}}, "$A", -1, False, [2]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("files, template, bos, add_bos, eos", SPECIAL)
+def test_special_tokens(tmp_path, prefixed, byte_level, files, template, bos, add_bos, eos):
+    from tokenizers import processors
+    from transformers import AutoTokenizer
+
+    folder = save_folder(their_model(vocab_size=510), tmp_path / "in")
+    if template:
+        special = [(piece, i) for i, piece in enumerate(("<pad>", "<s>", "</s>")) if piece in template]
+        byte_level.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+        byte_level.save(str(folder / "tokenizer.json"))
+    else:
+        (folder / "tokenizer.model").write_bytes(prefixed.serialized_model_proto())
+    change_json(folder / "config.json", bos_token_id=None, eos_token_id=None)
+    change_json(folder / "config.json", **files.get("config.json", {}))
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        (folder / name).write_text(json.dumps(files.get(name, {})))
+    run("import", folder, tmp_path / "ours.pt")
+    run("export", tmp_path / "ours.pt", tmp_path / "out")
+    run("import", tmp_path / "out", tmp_path / "again.pt")
+    tokenizer, again = (build(load(tmp_path / name))[1] for name in ("ours.pt", "again.pt"))
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.special == again.special == {"bos": bos, "add_bos": add_bos, "eos": eos}
+    for text in TEXTS[1:]:
+        ids = tokenizer.prompt(text)
+        plain = byte_level.encode(text, add_special_tokens=False).ids if template else prefixed.encode(text)
+        assert ids == again.prompt(text) == [bos] * add_bos + plain and tokenizer.decode(ids) == text
+        assert [i for i in theirs.encode(text) if i not in eos] == ids
+        assert tokenizer.token_bytes()[[*ids, *eos[:1]]].sum() == len(text.encode()), text
+
+
+@pytest.mark.parametrize("change", [
+    {"model_type": "unigram"}, {"normalization_rule_name": "nmt_nfkc"}, {"user_defined_symbols": ["<end>"]},
+])  # fmt: skip
+def test_a_sentencepiece_model_that_is_no_plain_bpe_is_exported_by_itself(tmp_path, change):
+    model, settings = io.BytesIO(), {**SETTINGS, "vocab_size": 400, "minloglevel": 2, **change}
+    spm.SentencePieceTrainer.train(sentence_iterator=iter(CORPUS), model_writer=model, **settings)
+    said = export_of(sharp_model(vocab_size=400), tmp_path, model.getvalue())
+    assert "is no plain BPE" in said and not (tmp_path / "out" / "tokenizer.json").exists()
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == model.getvalue()
+
+
+def test_which_tokenizer_of_a_folder_is_read(tmp_path, prefixed, byte_level, monkeypatch):
+    folder = save_folder(their_model(vocab_size=510), tmp_path / "in")
+    (folder / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")  # Llama 3's own, in tiktoken's format
+    assert "import again" in run("import", folder, tmp_path / "ours.pt")
+    refused(quick("sample.py", tmp_path / "ours.pt"), "no tokenizer", "--tokenizer FILE")
+    byte_level.save(str(folder / "tokenizer.json"))
+    run("import", folder, tmp_path / "ours.pt", "--overwrite")
+    assert read_tokenizer(load(tmp_path / "ours.pt")["tokenizer"]).kind == "tokenizer.json"
+    (folder / "tokenizer.model").write_bytes(prefixed.serialized_model_proto())
+    said = run("import", folder, tmp_path / "ours.pt", "--overwrite")
+    assert f"tokens of {folder / 'tokenizer.json'}" in said  # those that only this file has
+    change_json(folder / "config.json", eos_token_id=9999)
+    refused(quick("-m formats", "import", folder, tmp_path / "no.pt"), "10000", "510", "eos_token_id")
+    (folder / "tokenizer.model").unlink()
+    for library in ("safetensors", "tokenizers"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, library, None)
+            refused(quick("-m formats", "import", folder, tmp_path / "no.pt"), f"pip install {library}")
