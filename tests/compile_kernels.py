@@ -1,7 +1,7 @@
 """Compile the kernels of flash_attention.py for real GPUs, without one, and report what they need.
 
     python tests/compile_kernels.py              # every block size that is tuned over: a few minutes
-    python tests/compile_kernels.py --first      # the first block size of each list
+    python tests/compile_kernels.py --first      # the first block size of each list, two widths
 
 For each target, head width and kernel it prints the most registers of a thread, bytes spilled to memory,
 shared memory of a program, and the tensor cores' instruction. It fails where a kernel spills, needs more
@@ -95,7 +95,8 @@ def wanted(direction: str, D: int) -> bool:
 
 def main() -> None:
     first = sys.argv[1:] == ["--first"]
-    jobs = [(t, D, name, first) for t in SHARED for D in WIDTHS for name in KERNELS if wanted(name, D)]
+    widths = (48, 128) if first else WIDTHS
+    jobs = [(t, D, name, first) for t in SHARED for D in widths for name in KERNELS if wanted(name, D)]
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(os.cpu_count()) as pool:
         os.environ["TRITON_CACHE_DIR"] = folder
         rows = list(pool.map(resources, *zip(*jobs)))

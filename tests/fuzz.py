@@ -141,7 +141,7 @@ def damaged_value(value: object, rng: random.Random, hostile: list) -> object:
         part = damaged_value(part, rng, hostile)
         return {**value, key: part} if isinstance(value, dict) else [*value[:key], part, *value[key:]]
     if isinstance(value, torch.Tensor) and rng.random() < 0.8:
-        return rng.choice((value[:1], value.double(), value.char(), value[..., None], value.flatten()))
+        return rng.choice((value.flatten()[:1], value.double(), value.char(), value[..., None], value.t()))
     return rng.choice(hostile)
 
 
