@@ -14,9 +14,10 @@ An attention layer has two symmetries, under which its weights change and its fu
     keys    each RoPE pair of a head, a complex number, may be multiplied by any complex z, if the same pair
             of the query is divided by conj(z); a more general map would not commute with RoPE
 
-The mean of heads that are equal up to these (the last command; GQA, arXiv 2305.13245) is noise. Here a group
-gets the head that is best over all of them, inputs weighted as they occur in the text: a truncated SVD
-(Eckart-Young), which norm-weighting and Procrustes alignment (arXiv 2408.08454, 2412.20677) cannot beat.
+Averaging heads that differ only by such a symmetry destroys them (`--merge mean`; GQA, arXiv 2305.13245).
+Here each group gets the shared head with the smallest squared error, inputs weighted as they occur in the
+text, by a truncated SVD (Eckart-Young). Norm-weighting and Procrustes alignment (arXiv 2408.08454,
+2412.20677) cannot have a smaller one.
 """
 
 import json
@@ -92,17 +93,22 @@ def weighted_keys(attention: Attention, stats: Statistics) -> torch.Tensor:
     """(D/2, G, C) sqrt(E|q_f|^2) p for the row p of each pair of each key head."""
     p, groups = complex_heads(attention.wk.weight, attention.head_dim), attention.k_groups
     energy = stats.energy.new_zeros(p.shape[:2]).index_add_(0, groups.of_head, stats.energy)
-    energy = energy.clamp(min=max(1e-6 * energy.mean().item(), TINY))  # a head that never asks keeps its kind
+    # of a head whose queries are all near zero, too, the direction is defined
+    energy = energy.clamp(min=max(1e-6 * energy.mean().item(), TINY))
     return (energy.sqrt()[..., None] * p).transpose(0, 1)
 
 
 def merge_keys(attention: Attention, groups: Groups, stats: Statistics) -> tuple[torch.Tensor, torch.Tensor]:
     """wq, of its old shape, and wk (g D, C), when the key heads of each group share one.
 
-    For a pair f, c_h p' with one row p' stands for p_h of every head h. If pairs, queries and keys were
-    independent (refit.py mends that they are not), the scores' error would be the sum of E|q_h,f|^2 times
-    E|(p_h - c_h p') x|^2. So the rows sqrt(E|q_h,f|^2) p_h C^(1/2) get their best approximation of rank 1;
-    since Re(q conj(c p' x)) = Re(q conj(c) conj(p' x)), the queries take conj(c_h).
+    For a RoPE pair f one key row p' replaces the rows p_h of all heads h of the group: p_h ~ c_h p', c_h
+    complex. If pairs, queries and keys were independent, the error of the scores would be
+
+        sum_h E|q_h,f|^2 E|(p_h - c_h p') x|^2
+
+    The best rank-1 approximation of the rows sqrt(E|q_h,f|^2) p_h C^(1/2), C = E[x x^H], minimises it. A key
+    scaled by c_h equals a query scaled by conj(c_h), so wq takes that factor. What the assumption of
+    independence misses, refit.py corrects.
     """
     rows, C = weighted_keys(attention, stats), stats.inputs.to(torch.complex128)
     p, q = (complex_heads(w.weight, attention.head_dim) for w in (attention.wk, attention.wq))
@@ -112,13 +118,14 @@ def merge_keys(attention: Attention, groups: Groups, stats: Statistics) -> tuple
             shared.append(p[group[0]])
             continue
         N = rows[:, group]  # (D/2, s, C)
-        a = torch.linalg.eigh(N @ C @ N.mH).eigenvectors[..., -1]  # (D/2, s)
-        key = torch.einsum("fs,fsc->fc", a.conj(), N)
-        size, sizes = (torch.einsum("...c,cd,...d->...", x, C, x.conj()).real for x in (key, p[group]))
-        key = key * (sizes.mean(0) / size.clamp(min=TINY)).sqrt()[:, None]  # as large as those it stands for
-        c = torch.einsum("sfc,cd,fd->sf", p[group], C, key.conj()) / sizes.mean(0).clamp(min=TINY)
-        for head, of in zip(group, c):
-            q[of_head == head] *= of.conj()[:, None]
+        # the eigenvector of the largest eigenvalue is the left singular vector of the approximation
+        top = torch.linalg.eigh(N @ C @ N.mH).eigenvectors[..., -1]  # (D/2, s)
+        key = torch.einsum("fs,fsc->fc", top.conj(), N)
+        power, powers = (torch.einsum("...c,cd,...d->...", x, C, x.conj()).real for x in (key, p[group]))
+        key = key * (powers.mean(0) / power.clamp(min=TINY)).sqrt()[:, None]  # as large as those it replaces
+        factors = torch.einsum("sfc,cd,fd->sf", p[group], C, key.conj()) / powers.mean(0).clamp(min=TINY)
+        for head, factor in zip(group, factors):
+            q[of_head == head] *= factor.conj()[:, None]
         shared.append(key)
     return tuple(
         torch.view_as_real(heads).transpose(2, 3).flatten(0, 2) for heads in (q, torch.stack(shared))
@@ -181,8 +188,8 @@ def merge_values(
 
 
 class Costs:
-    """What it costs that a set of a layer's K or V heads shares one: the squares of weights times inputs
-    that the shared head cannot represent."""
+    """Cost of merging a set of a layer's K or V heads: the squared weights times inputs that the best shared
+    head loses, which is the sum of the eigenvalues that are dropped."""
 
     @torch.no_grad()
     def __init__(self, attention: Attention, kind: Literal["k", "v"], stats: Statistics):
@@ -284,7 +291,7 @@ def choose(
             groups = answers[g][1]
         elif grouping == "neighbour":
             groups = np.array_split(np.arange(n), g)
-        else:
+        elif grouping == "random":
             rng = np.random.default_rng((seed, slot[0], slot[1] == "v", g))
             order = rng.permutation(n)
             drawn = np.concatenate((np.arange(g), rng.integers(g, size=n - g)))

@@ -33,7 +33,7 @@ from common import IGNORE, NO_FLAG, UserError, bounded
 ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 BLOCK = 128  # queries of a block in `blocks`: fewer would skip more, in products too small for a CPU
 CHUNK = 2**19  # logits widened at a time: 2 MiB in float32 stay in a CPU's cache; a GPU takes 64 times more
-RAISED = 2.0**14  # the waiting gradient is so much larger: float16 has nothing between 0 and 6e-8
+RAISED = 2.0**14  # scale of the gradient stored for the backward: float16 underflows below 6e-8
 MOST = 2**20  # of any size: a damaged file must not make us build lists of 10^9 entries
 
 

@@ -1,11 +1,10 @@
-"""Muon by hand: a momentum that is orthogonalised before it is added
-(https://kellerjordan.github.io/posts/muon).
+"""Muon by hand: momentum, orthogonalised before it is added (https://kellerjordan.github.io/posts/muon).
 
 A gradient's matrix is dominated by few directions. Muon replaces it, G = U S V^T, by U V^T: all directions
-get a step of the same length. Five Newton-Schulz iterations come near that with products of matrices only,
-which run fast in bfloat16: X -> a X + (b A + c A^2) X with A = X X^T applies the odd polynomial a s + b s^3 +
-c s^5 to every singular value s. These coefficients have the steepest slope at 0, so that small singular
-values grow fast, and leave s somewhere in 0.7 .. 1.2.
+get a step of the same length. Five Newton-Schulz iterations come near that with matrix products only, which
+run fast in bfloat16: with M = X X^T, X -> A X + (B M + C M^2) X applies the odd polynomial A s + B s^3 + C
+s^5 to every singular value s. These coefficients have the steepest slope at 0, so small singular values grow
+fast, and leave s somewhere in 0.7 .. 1.2.
 
 It is for the matrices of the blocks. Embeddings, output, norms and biases stay with AdamW.
 """

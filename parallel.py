@@ -4,13 +4,13 @@
     torchrun --nproc_per_node 4 train.py --n_layer 6 --fsdp          # a fourth of the weights in each (FSDP2)
 
 All run the same program in the same folder. Ranks differ only in the rows of a batch that they compute; rank
-0 prints and saves. A step is divided, not multiplied: its rows are those of one process, so a run does the
-same whatever the number of processes, but for rounding and dropout, and may be resumed with another number.
+0 prints and saves. The batch size is global: N processes split the same rows, so the result does not depend
+on N except for rounding and dropout, and a run may be resumed with another N.
 
-DDP (arXiv 2006.15704) adds up the gradients while the backward still runs. FSDP2 (arXiv 2304.11277, then
-torch's `fully_shard`) collects the matrices of a block just before it computes, frees them after, and leaves
-to each rank the gradients and the optimizer state of its own shard. Without torchrun every function here does
-nothing.
+DDP (arXiv 2006.15704) averages the gradients over all processes while the backward still runs. FSDP2 (arXiv
+2304.11277, then torch's `fully_shard`) collects the matrices of a block just before it computes, frees them
+after, and leaves to each rank the gradients and the optimizer state of its own shard. Without torchrun every
+function here does nothing.
 """
 
 import os
@@ -54,7 +54,7 @@ def processes() -> Iterator[None]:
     dist.destroy_process_group()  # not after an error: it might wait for the others
 
 
-def total(number: float) -> float:
+def sum_over_ranks(number: float) -> float:
     """The sum of a number over all processes, with the same bits in each; they wait for each other."""
     if world() == 1:
         return number
@@ -67,10 +67,10 @@ def total(number: float) -> float:
 def first_alone() -> Iterator[None]:
     """Rank 0 goes through the block while the others wait; then they do."""
     if rank():
-        total(0)
+        sum_over_ranks(0)
     yield
     if not rank():
-        total(0)
+        sum_over_ranks(0)
 
 
 def own_rows(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,7 +108,7 @@ def divided(model: nn.Module, fsdp: bool, dtype: torch.dtype, device: torch.devi
 
 def send_gradients(model: nn.Module, now: bool) -> None:
     """Whether the next backward sends its gradients: only the last micro-batch of a step does."""
-    if hasattr(model, "set_requires_gradient_sync"):  # FSDP2's, under which gradients stand whole until then
+    if hasattr(model, "set_requires_gradient_sync"):  # FSDP2's, which keeps unsharded gradients until then
         model.set_requires_gradient_sync(now)
     elif world() > 1:
         model.require_backward_grad_sync = now

@@ -31,9 +31,10 @@ def exact_partitions(n: int, cost: Cost, wanted: Iterable[int]) -> Partitions:
     for size in range(1, n - min(wanted) + 2):  # of g groups none has more than n - g + 1 heads
         heads = np.array(list(combinations(range(n), size)))
         of_set[(1 << heads).sum(1)] = cost(heads)
-    sets, best = np.arange(2**n), np.full((n + 1, 2**n), np.inf)  # [g, set]: of its best g groups, the cost
+    # [g, set]: lowest cost of g groups of the set
+    sets, best = np.arange(2**n), np.full((n + 1, 2**n), np.inf)
     best[0, 0] = 0
-    first = np.zeros((n + 1, 2**n), dtype=np.int64)  # and the group that holds the lowest head
+    first = np.zeros((n + 1, 2**n), dtype=np.int64)  # [g, set]: of these groups, the one with its lowest head
     for whole in sets[1:]:
         rest = whole & (whole - 1)  # all but the lowest head
         parts = sets[sets & ~rest == whole ^ rest]  # the subsets that hold it
@@ -96,8 +97,8 @@ def improve(groups: Groups, costs: Callable[[Groups], list[float]]) -> Groups:
 
 
 def interpolated(known: dict[int, float], costs: list[float]) -> np.ndarray:
-    """KL divergence for 1 .. n groups, known for some: nearly a power of the closed form's cost, so a line in
-    their logarithms between measurements; n groups have none."""
+    """KL divergence for 1 .. n groups, known for some: log KL is interpolated linearly over log cost, and
+    beyond the measured sizes continues with the slope of the nearest two, or 1. n groups cost 0."""
     x = np.log(np.maximum(costs, 1e-12 * max(costs) + 1e-300))
     sizes = sorted(known, reverse=True)  # costs ascend
     xs, ys = x[[g - 1 for g in sizes]], [math.log(max(known[g], 1e-9)) for g in sizes]

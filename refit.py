@@ -15,7 +15,7 @@ from tqdm import tqdm
 from model import Attention, Llama, rope_angles, rotate, scores
 
 SLICE = 8  # rows of text computed at a time
-QUERIES = 64  # of a row, evenly spread, at which attention is observed: neighbours add little
+QUERIES = 64  # sampled in each row of text, evenly spaced, to observe attention
 STEPS = 10  # of L-BFGS: with many it learns the text by heart
 MOST_WEIGHTS = 2**28  # attention weights held of a layer, 1 GiB in float32; beyond it fewer rows serve
 RIDGE = 1e-3
@@ -51,9 +51,12 @@ def refit(model: Llama, original: Llama, tokens: torch.Tensor, attention=True, q
 
 @torch.no_grad()
 def refit_output(theirs: Attention, ours: Attention, a, b, drift, rope) -> None:
-    """The wo that minimises E|wo z - target|^2 + RIDGE E|z|^2 / n |wo - wo_before|^2, z (n,) the outputs of
-    our heads on inputs b, the target the original's attention on its inputs a, plus the drift by which the
-    streams differ: all (N, T, C). In float64."""
+    """Ridge regression for wo, in float64: it minimises E|wo z - target|^2 + (RIDGE E|z|^2 / n) |wo -
+    wo_before|^2.
+
+    z (n,) are the outputs of our heads on inputs b; the target is the output of the original's attention on
+    its inputs a, plus the drift, by which its residual stream differs from ours: all (N, T, C).
+    """
     before, squares, products, tokens = ours.wo.weight.double(), 0, 0, b[..., 0].numel()
     for part_a, part_b, part in zip(a.split(SLICE), b.split(SLICE), drift.split(SLICE)):
         z = ours.heads(part_b, *rope).flatten(0, 1).double()

@@ -8,8 +8,9 @@
 
 The closed form decides which heads of a layer share (gqa.py); this searches for how many. `knapsack` groups
 one layer's K or V heads at a time, measures the KL divergence from the original's predictions, interpolates
-along the closed form's cost, and spends the budget where the sum of divergences is smallest; then it moves
-single groups between layers, from the best measurement on. `random` draws a group for every head.
+along the closed form's cost, and spends the budget where the sum of divergences is smallest; then it tries
+moving one group from one slot to another, starting from any grouping measured so far; the best prediction is
+measured first. `random` draws a group for every head.
 
 The val split is cut in three: the search reads the first part, the second ranks its best three and the
 baselines, the third gives the reported numbers. The evaluations are lines of a JSONL file: an interrupted
@@ -235,19 +236,19 @@ class Search:
 
 
 def probe(search: Search) -> dict[Slot, np.ndarray]:
-    """For each slot the KL divergence that 1, 2, ... groups in it alone cause, measured at up to four sizes
-    in two fifths of the evaluations, or at one in half of them. What was not measured gets the median
-    divergence per cost of its kind."""
-    heads, costs, most = search.heads, {}, search.config.max_evals
+    """For each slot the KL divergence that 1, 2, ... groups in it alone cause. Sizes are measured in the
+    order 1/2, one group, 1/4, 3/4 of the heads, within 2/5 of max_evals, or 1/2 of it if those do not reach
+    every slot once. What was not measured gets the median divergence per cost of its kind."""
+    heads, costs, limit = search.heads, {}, search.config.max_evals
     for slot, n in heads.items():  # all numbers of groups at once
         search.known[slot] = best_partitions(n, slot_costs(search.model, search.stats, slot))
         costs[slot] = [search.known[slot][g][0] for g in range(1, n + 1)]
     measured: dict[Slot, dict[int, float]] = {slot: {} for slot in heads}
-    most = max(2 * most // 5, min(len(heads), most // 2))
+    limit = max(2 * limit // 5, min(len(heads), limit // 2))
     for share in (0.5, 0, 0.25, 0.75):
         todo = {slot: max(1, round(share * n)) for slot, n in heads.items()}
         todo = [(slot, g) for slot, g in todo.items() if g < heads[slot] and g not in measured[slot]]
-        room = most - sum(map(len, measured.values()))
+        room = limit - sum(map(len, measured.values()))
         if room <= 0:
             break
         for slot, g in todo[:: max(1, math.ceil(len(todo) / room))]:  # evenly over layers and kinds
@@ -263,10 +264,12 @@ def probe(search: Search) -> dict[Slot, np.ndarray]:
 
 
 def knapsack_search(search: Search) -> None:
-    """Probe, spend the budget, then move single groups: next is what lies one move from something measured,
-    and is predicted to be best from there."""
-    values = probe(search)
-    sums, counts = knapsack(list(values.values()))
+    """Probe each slot; spend the budget where the sum of the KL divergences is smallest; then, until
+    max_evals, measure the untried counts with the lowest prediction. A neighbour of measured counts, one
+    group given from one slot to another, is predicted to have their loss plus the change of the two slots'
+    KL: both are nats a token."""
+    kl_of = probe(search)
+    sums, counts = knapsack(list(kl_of.values()))
     if search.total is None:
         return over_budgets(search, sums, counts)
     predicted, tried, note = {tuple(counts[search.total]): 0.0}, set(), "knapsack"
@@ -280,7 +283,7 @@ def knapsack_search(search: Search) -> None:
             there = {**now, giver: now[giver] - 1, taker: now[taker] + 1}
             near = tuple(there.values())
             if there[giver] and there[taker] <= search.heads[taker] and near not in tried:
-                change = sum(values[s][there[s] - 1] - values[s][now[s] - 1] for s in (giver, taker))
+                change = sum(kl_of[s][there[s] - 1] - kl_of[s][now[s] - 1] for s in (giver, taker))
                 predicted[near] = min(predicted.get(near, math.inf), measured + change)
 
 

@@ -9,9 +9,8 @@
     python train.py --init_from grouped.pt --teacher ckpt.pt --max_steps 40           # heal after gqa.py
     torchrun --nproc_per_node 2 train.py --n_layer 6 --novel   # the same run, divided among two processes
 
-A run writes out/RUN/ckpt.pt and out/RUN/log.jsonl. The batch of a step is a function of (seed, step), and the
-dropout of a rank's part of it one of (seed, step, rank), so a resumed run sees what an uninterrupted one
-would have seen, and ends with the same bits on a CPU.
+A run writes out/RUN/ckpt.pt and out/RUN/log.jsonl. The batch of a step depends only on (seed, step), its
+dropout only on (seed, step, rank). So a resumed run repeats an uninterrupted one, on a CPU bit for bit.
 """
 
 import json
@@ -42,13 +41,13 @@ from lora import LoRAConfig, adapt
 from model import Llama, ModelConfig, widen
 from muon import Muon
 from parallel import (
-    divided, first_alone, own_rows, processes, rank, send_gradients, shard, total, whole, world,
+    divided, first_alone, own_rows, processes, rank, send_gradients, shard, sum_over_ranks, whole, world,
 )  # fmt: skip
 
 SHAPE_FREE = {"attention", "dropout", "block_size", "rope_theta"}  # model settings that any weights allow
 # what a resumed run may not change, besides its shape and its adapter
-FIXED = {"dataset", "init_from", "seed", "batch_size", "grad_accum", "teacher", "distil_weight"}
-FIXED |= {"optimizer", "momentum"}
+RUN_FIXED = {"dataset", "init_from", "seed", "batch_size", "grad_accum", "teacher", "distil_weight"}
+RUN_FIXED |= {"optimizer", "momentum"}
 STATE = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}  # of each parameter
 
 
@@ -96,10 +95,12 @@ def settle(flags: dict, checkpoint: dict) -> tuple[ModelConfig, LoRAConfig, Trai
     shape, adapter, run = (pick(cls, flags) for cls in (ModelConfig, LoRAConfig, TrainConfig))
     resume, old = flags.get("resume"), checkpoint.get("train", {})
     saved = {"lora_r": 0, **checkpoint.get("config", {}), **checkpoint.get("lora", {}), **old}
-    fixed = set(shape) - ({"attention"} if resume else SHAPE_FREE) if checkpoint else set()
+    fixed = set()  # the flags that must agree with the checkpoint
+    if checkpoint:
+        fixed = set(shape) - ({"attention"} if resume else SHAPE_FREE)
     if resume or "lora" in checkpoint:  # an adapter is trained on; checkpoint.py merge makes room for another
         fixed |= set(adapter)
-    for name in sorted(fixed | (FIXED & set(flags) if resume else set())):
+    for name in sorted(fixed | (RUN_FIXED & set(flags) if resume else set())):
         if flags[name] != saved.get(name):
             raise UserError(f"--{name} {flags[name]}: the checkpoint has {saved.get(name)}, drop --{name}")
     c = model_config(checkpoint, **shape) if checkpoint else checked(ModelConfig, shape)
@@ -250,9 +251,9 @@ def train_step(
 
     Each micro-batch's summed loss is divided by the target tokens of the whole step: dividing by its own
     count would weigh tokens of short or masked micro-batches more, and accumulation would not equal the big
-    batch. Several processes compute some rows of each; gradients arrive as a mean over them, so each loss
-    counts world() times. When the norm is not finite nothing is stepped: the scaler tries a smaller scale
-    next time.
+    batch. Each process computes its share of the rows. DDP and FSDP2 average the gradients over processes, so
+    the loss is multiplied by world(): the average is then the sum. When the norm is not finite nothing is
+    stepped: the scaler tries a smaller scale next time.
     """
     device = next(learner.parameters()).device
     tokens = max(1, sum((y != IGNORE).sum().item() for _, y in batches))
@@ -277,7 +278,7 @@ def train_step(
     scaler.update()
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    return total(step_loss.item()), norm
+    return sum_over_ranks(step_loss.item()), norm
 
 
 # ---- around the steps ----
@@ -293,7 +294,7 @@ def mean_loss(model: Llama, batches: list[Batch], dtype: torch.dtype) -> tuple[f
         for batch in batches:
             x, y = own_rows(*batch)
             loss += model(x.to(device), y.to(device)).item()
-    return total(loss) / max(1, tokens), tokens
+    return sum_over_ranks(loss) / max(1, tokens), tokens
 
 
 def validate(model: Llama, data: Text | Examples, dtype: torch.dtype, most=None) -> tuple[float, int]:
@@ -348,7 +349,8 @@ def describe(model: Llama, config: TrainConfig, lora: LoRAConfig, data: Text | E
     rows, text = config.batch_size * config.grad_accum, isinstance(data, Text)
     size, unit = (rows * c.block_size, "tokens") if text else (rows, "examples, loss on answers only")
     epochs = size * config.max_steps / (len(data.tokens) if text else len(data.spans))
-    print(f"batch: {config.batch_size} sequences x {config.grad_accum} = {size:,} {unit} a step; ", end="")
+    rows = f"{config.batch_size} sequences x {config.grad_accum} micro-batches"
+    print(f"batch: {rows}, {size:,} {unit} a step; ", end="")
     print(f"{config.max_steps:,} steps = {epochs:.3f} epochs of {config.dataset}")
     if not text and data.note:
         print(f"note: {data.note}")
@@ -510,7 +512,7 @@ def train(flags: dict, path: Path, change: Callable[[Llama], None] | None = None
     caught, batches = catch_signals(), []
     bar = tqdm(total=last, initial=step, disable=rank() > 0 or None)
     while True:
-        stop = total(len(caught)) > 0  # all ranks at the same step
+        stop = sum_over_ranks(len(caught)) > 0  # all ranks at the same step
         due = step % config.eval_every == 0 and step < last and step not in log.evaluated
         if step > saved and (due or stop or step == last):
             if step:  # what the last update did shows only in the loss after it
@@ -521,7 +523,7 @@ def train(flags: dict, path: Path, change: Callable[[Llama], None] | None = None
             state |= {"step": step, "tokens": tokens, "seconds": seconds, "scaler": scaler.state_dict()}
             if rank() == 0:
                 save(path, state)
-            total(0)  # a rank that left before would have torchrun end rank 0 while it writes
+            sum_over_ranks(0)  # a rank that left before would have torchrun end rank 0 while it writes
             saved = step
         if due and step and config.eval_tokens and not stop:  # after saving: it may fail
             loss, count = validate(model, val_data, dtype, config.eval_tokens)

@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 from itertools import combinations, product
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -27,6 +28,13 @@ SHAPES = {
     "uneven": {"k_groups": [[0, 1, 1, 2], [0, 0, 1, 2]], "v_groups": [[0, 1, 2, 2], [0, 1, 0, 1]]},
     "gated": {"gated": True},  # a gate multiplies what a head has made of its values: their symmetry stays
 }
+
+
+def choices(field: str) -> tuple[str, ...]:
+    """What a flag of gqa.py offers; one of your own is tested with the others."""
+    return get_args(get_type_hints(gqa.GroupConfig)[field])
+
+
 SCALING = dict(zip(ROPE_SCALING, (8.0, 1.0, 4.0, 24)))  # strong within the 48 tokens
 ONE = [[0] * 4] * 2
 
@@ -88,7 +96,7 @@ def test_heads_equal_up_to_the_symmetries_merge_at_no_cost(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("how", ["closed", "mean"])
+@pytest.mark.parametrize("how", choices("merge"))
 def test_singletons_change_nothing_bit_for_bit(shape, how):
     model = frozen(**SHAPES[shape])
     tokens, c = some_tokens(model), model.config
@@ -96,7 +104,7 @@ def test_singletons_change_nothing_bit_for_bit(shape, how):
     assert all(torch.equal(result.state_dict()[name], x) for name, x in model.state_dict().items())
 
 
-@pytest.mark.parametrize("how", ["closed", "mean"])
+@pytest.mark.parametrize("how", choices("merge"))
 def test_equal_heads_merge_to_themselves_and_the_original_is_left_alone(how):
     model = double()
     for layer in model.layers:
@@ -199,7 +207,7 @@ def test_novel_values_share_the_weighted_mean():
 # ---- which heads, and how many groups ----
 
 
-@pytest.mark.parametrize("grouping", ["best", "neighbour", "random"])
+@pytest.mark.parametrize("grouping", choices("grouping"))
 @pytest.mark.parametrize("joint", [False, True])
 def test_every_choice_has_the_groups_that_it_was_asked_for(grouping, joint):
     model = double()
