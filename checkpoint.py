@@ -192,7 +192,8 @@ def show(path: str | Path) -> None:
     checkpoint = load(path)
     model, lora = build_model(checkpoint), lora_config(checkpoint)
     c, dtype = model.config, model.tok_embeddings.weight.dtype
-    print(f"{path}: {model.num_params():,} parameters, {dtype}, {Path(path).stat().st_size:,} bytes")
+    kind, size = str(dtype).removeprefix("torch."), Path(path).stat().st_size
+    print(f"{path}: {model.num_params():,} parameters, {kind}, {size:,} bytes")
     for name, value in asdict(c).items():
         if not name.endswith("_groups") and value is not None:
             print(f"  {name:14} {value}")
@@ -222,7 +223,7 @@ def show(path: str | Path) -> None:
 
 
 def main() -> None:
-    config = checked(CheckpointConfig, parse(__doc__, CheckpointConfig))
+    config = CheckpointConfig(**parse(__doc__, CheckpointConfig))
     if config.action == "show":
         show(config.ckpt)
         return

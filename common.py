@@ -4,9 +4,8 @@ A script describes its settings as a flat dataclass. A field is a flag of the sa
 `--n_layer`), the comment behind it its `--help`; without a default it is positional. Scripts end with
 `exit_cleanly(main)`.
 
-    # only what the user typed: {field name: value}
-    flags = parse(__doc__, ModelConfig, TrainConfig)
-    config = checked(ModelConfig, pick(ModelConfig, flags))        # names, types, bounds
+    flags = parse(__doc__, ModelConfig, TrainConfig)      # only what the user typed: {field name: value}
+    config = ModelConfig(**pick(ModelConfig, flags))
 """
 
 import argparse
@@ -62,16 +61,22 @@ def is_a(value: object, kind: object) -> bool:
     return type(value) is kind or (kind is float and type(value) is int)
 
 
+def check_bounds(cls: type, values: dict) -> None:
+    """Raise UserError for a number out of its field's bounds."""
+    for field in dataclasses.fields(cls):
+        value, (low, high) = values.get(field.name), field.metadata.get("bounds", (-math.inf, math.inf))
+        if isinstance(value, int | float) and not low <= value <= high:  # nan fails, too
+            limit = f"{low} or more" if high == math.inf else f"{low} to {high}"
+            raise UserError(f"{field.name} is {repr(value)[:80]}: give --{field.name} {limit}")
+
+
 def checked(cls: type, values: dict):
-    """cls(**values). Raises UserError for an unknown name, a wrong type or a number out of bounds."""
-    kinds, fields = typing.get_type_hints(cls), {field.name: field for field in dataclasses.fields(cls)}
+    """cls(**values). Raises UserError for an unknown name, a wrong type, a number out of bounds."""
+    kinds = typing.get_type_hints(cls)
     for name, value in values.items():
         if name not in kinds or not is_a(value, kinds[name]):
             raise UserError(f"{str(name)[:80]} {repr(value)[:80]} is no setting here: a damaged file?")
-        low, high = fields[name].metadata.get("bounds", (-math.inf, math.inf))
-        if isinstance(value, int | float) and not low <= value <= high:  # nan fails, too
-            limit = f"{low} or more" if high == math.inf else f"{low} to {high}"
-            raise UserError(f"{name} is {repr(value)[:80]}: give --{name} {limit}")
+    check_bounds(cls, values)
     return cls(**values)
 
 
@@ -124,7 +129,10 @@ def parse(doc: str, *classes: type) -> dict:
     for cls in classes:
         add_flags(parser, cls)
     typed = vars(parser.parse_intermixed_args())
-    return {("from_" if name == "from" else name): value for name, value in typed.items()}
+    values = {("from_" if name == "from" else name): value for name, value in typed.items()}
+    for cls in classes:
+        check_bounds(cls, values)
+    return values
 
 
 def note(text: str) -> None:
@@ -242,7 +250,7 @@ def replacing(path: Path, mode: str) -> Iterator[typing.IO]:
         # torch's zip writer turns a full disk, and Ctrl-C, into a RuntimeError
         cause = error if isinstance(error, OSError) else error.__context__
         if isinstance(cause, OSError):
-            raise UserError(f"cannot write {path}: {cause}; what was there is kept") from None
+            raise UserError(f"cannot write {path}: {cause}; a file that was there is kept") from None
         if isinstance(cause, KeyboardInterrupt):
             raise cause from None
         raise

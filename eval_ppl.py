@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import build, load, trained_on
-from common import UserError, autocast, bounded, checked, exit_cleanly, note, parse, pick_device, pick_dtype
+from common import UserError, autocast, bounded, exit_cleanly, note, parse, pick_device, pick_dtype
 from data.loader import open_split, read_meta
 from data.tokenizer import Tokenizer
 from model import Llama, widen
@@ -154,7 +154,7 @@ def read_tokens(config: EvalConfig, checkpoint: dict, tokenizer: Tokenizer) -> t
 
 
 def main() -> None:
-    config = checked(EvalConfig, parse(__doc__, EvalConfig))
+    config = EvalConfig(**parse(__doc__, EvalConfig))
     device, checkpoint = pick_device(config.device), load(config.ckpt)
     model, tokenizer = build(checkpoint, device)
     dtype = own = model.tok_embeddings.weight.dtype

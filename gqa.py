@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 
 from checkpoint import build_model, empty_model, load, load_weights, picture, save
-from common import UserError, bounded, checked, exit_cleanly, is_a, parse, pick_device, writable
+from common import UserError, bounded, exit_cleanly, is_a, parse, pick_device, writable
 from data.tokenizer import read_tokenizer
 from eval_ppl import mean_nll, perplexity, split_tokens, window_nll
 from lora import plain
@@ -368,7 +368,7 @@ class GroupConfig:
     ckpt: str  # the checkpoint; an adapter is merged first
     out: str | None = None  # the checkpoint to write
     groups: str | None = None  # a JSON file with k_groups and v_groups, from search_groups.py
-    kv_budget: float | None = None  # or: share of the KV cache to keep, spread evenly over the layers
+    kv_budget: float | None = bounded(None, 0, 1)  # or: share of the KV cache to keep, spread over the layers
     n_kv_head: int | None = bounded(None, 1)  # or: K and V groups of every layer; it need not divide n_head
     grouping: Literal["best", "neighbour", "random"] = "best"  # which heads: the cheapest; or baselines
     joint: bool = False  # one map for keys and values, as in other work
@@ -453,7 +453,7 @@ def perplexity_on(tokens: np.ndarray, model: Llama) -> float:
 
 
 def main() -> None:
-    config = checked(GroupConfig, parse(__doc__, GroupConfig))
+    config = GroupConfig(**parse(__doc__, GroupConfig))
     out = Path(config.out)
     writable(out, config.overwrite)
     checkpoint, model, blocks, val, name = open_inputs(config)

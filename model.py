@@ -127,7 +127,7 @@ def rope_angles(c: ModelConfig, positions: torch.Tensor) -> tuple[torch.Tensor, 
     number.
     """
     pairs = torch.arange(0, c.head_dim, 2, device=positions.device).float()
-    frequencies = c.rope_theta ** (-pairs / c.head_dim)
+    frequencies = float(c.rope_theta) ** (-pairs / c.head_dim)
     if c.rope_scaling:
         factor, low, high, context = (c.rope_scaling[name] for name in ROPE_SCALING)
         turns = context * frequencies / (2 * math.pi)

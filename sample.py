@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from checkpoint import build, load
-from common import UserError, bounded, checked, compiler_missing, exit_cleanly, parse, pick_device
+from common import UserError, bounded, compiler_missing, exit_cleanly, parse, pick_device
 from data.tokenizer import Tokenizer, prompt_text
 
 
@@ -48,7 +48,7 @@ def readable(ids: list[int], new_tokens: Iterator[int], tokenizer: Tokenizer) ->
 
 
 def main() -> None:
-    config = checked(SampleConfig, parse(__doc__, SampleConfig))
+    config = SampleConfig(**parse(__doc__, SampleConfig))
     if config.prompt and (config.instruction or config.input):
         raise UserError("--prompt is text to continue, --instruction a task to answer: give one of them")
     if config.compile and config.no_cache:

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoint import picture
-from common import UserError, bounded, checked, exit_cleanly, parse, replacing, writable
+from common import UserError, bounded, exit_cleanly, parse, replacing, writable
 from eval_ppl import MOST_LOGITS, perplexity
 from gqa import Counts, Maps, Slot, as_maps, budget, choose, even_counts, head_counts, merge, merged_config
 from gqa import TINY, open_inputs, slot_costs, statistics
@@ -57,7 +57,7 @@ class SearchConfig:
 
     ckpt: str  # the checkpoint
     out: str | None = None  # the group file to write
-    kv_budget: float | None = None  # share of the checkpoint's KV cache to keep
+    kv_budget: float | None = bounded(None, 0, 1)  # share of the checkpoint's KV cache to keep
     objective: str | None = None  # or: what to minimise, of ppl, loss, groups, kv_bytes
     method: Literal["knapsack", "random"] = "knapsack"  # see above
     max_evals: int = bounded(60, 2)  # groupings to evaluate before the last judgement
@@ -154,7 +154,7 @@ def read_log(path: Path, identity: dict) -> dict[str, dict]:
         return {}
     try:
         header, *records = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-        assert all(math.isfinite(record[name]) for record in records for name in NUMBERS)
+        assert all(record["note"] and math.isfinite(record[name]) for record in records for name in NUMBERS)
         other = [name for name, value in identity.items() if header[name] != value]
         found = {key((record["k_groups"], record["v_groups"])): record for record in records}
     except Exception:
@@ -366,7 +366,7 @@ def open_search(config: SearchConfig) -> tuple[Search, np.ndarray, np.ndarray]:
 
 
 def main() -> None:
-    config = checked(SearchConfig, parse(__doc__, SearchConfig))
+    config = SearchConfig(**parse(__doc__, SearchConfig))
     writable(Path(config.out), config.overwrite)
     search, *texts = open_search(config)
     with search.bar:

@@ -103,8 +103,8 @@ def settle(flags: dict, checkpoint: dict) -> tuple[ModelConfig, LoRAConfig, Trai
     for name in sorted(fixed | (RUN_FIXED & set(flags) if resume else set())):
         if flags[name] != saved.get(name):
             raise UserError(f"--{name} {flags[name]}: the checkpoint has {saved.get(name)}, drop --{name}")
-    c = model_config(checkpoint, **shape) if checkpoint else checked(ModelConfig, shape)
-    lora = lora_config(checkpoint) if resume or "lora" in checkpoint else checked(LoRAConfig, adapter)
+    c = model_config(checkpoint, **shape) if checkpoint else ModelConfig(**shape)
+    lora = lora_config(checkpoint) if resume or "lora" in checkpoint else LoRAConfig(**adapter)
     if resume:
         config = checked(TrainConfig, {**pick(TrainConfig, old), "overwrite": False, **run})
         if config.max_steps < checkpoint["step"]:
@@ -114,12 +114,14 @@ def settle(flags: dict, checkpoint: dict) -> tuple[ModelConfig, LoRAConfig, Trai
         raise UserError(f"--{min(adapter)} is of an adapter: give --lora_r 8, or drop it")
     if lora.lora_r and not checkpoint:
         raise UserError(f"--lora_r {lora.lora_r} adapts a trained model: give --init_from ckpt.pt")
+    if "distil_weight" in run and "teacher" not in run:
+        raise UserError("--distil_weight weighs a teacher's predictions: give --teacher ckpt.pt, or drop it")
     defaults = {"lr": 0.001} if checkpoint else {}
     if lora.lora_r:
         defaults = {"lr": 0.005, "optimizer": "adamw"}
     if "dataset" in old:
         defaults["dataset"] = old["dataset"]
-    return c, lora, checked(TrainConfig, {**defaults, **run})
+    return c, lora, TrainConfig(**{**defaults, **run})
 
 
 def default_out_dir(flags: dict) -> str:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 # run as a script, Python looks for modules beside this file only
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import POSITIONAL, UserError, bounded, checked, exit_cleanly, held, note, parse, sha256_of
+from common import POSITIONAL, UserError, bounded, exit_cleanly, held, note, parse, sha256_of
 from data import corpora
 from data.instruct import encode_answer, read_files
 from data.loader import BUILT_IN, DATA, SPLITS
@@ -213,7 +213,7 @@ def prepare(config: PrepareConfig) -> Path:
 
 
 def main() -> None:
-    config = checked(PrepareConfig, parse(__doc__, PrepareConfig))
+    config = PrepareConfig(**parse(__doc__, PrepareConfig))
     folder = prepare(config)
     for name, counts in json.loads((folder / "meta.json").read_text())["splits"].items():
         counts = {what: count for what, count in counts.items() if type(count) is int and count}

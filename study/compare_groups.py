@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from tqdm import tqdm
 
-from common import UserError, bounded, checked, parse
+from common import UserError, bounded, parse
 from data.tokenizer import read_tokenizer
 from eval_ppl import split_tokens
 from gqa import budget, calibration_blocks, choose, even_counts, head_counts, merge, open_model
@@ -55,7 +55,7 @@ class CompareConfig:
 
 
 def main() -> None:
-    config = checked(CompareConfig, parse(__doc__, CompareConfig))
+    config = CompareConfig(**parse(__doc__, CompareConfig))
     checkpoint, model = open_model(config.ckpt, config.device)
     tokenizer = read_tokenizer(checkpoint["tokenizer"])
     text, _ = split_tokens(checkpoint, tokenizer, config.dataset, "train")

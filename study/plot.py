@@ -23,7 +23,7 @@ import torch
 from matplotlib.figure import Figure
 
 from checkpoint import build, load, model_config
-from common import UserError, checked, parse
+from common import UserError, parse
 from data.tokenizer import read_tokenizer
 from eval_ppl import split_tokens
 from gqa import Costs, calibration_blocks, open_model, statistics
@@ -210,7 +210,7 @@ def draw_architecture(c: ModelConfig) -> Figure:
 
 
 def main() -> None:
-    config = checked(PlotConfig, parse(__doc__, PlotConfig))
+    config = PlotConfig(**parse(__doc__, PlotConfig))
     out, first = Path(config.out or f"{config.action}.png"), config.paths[0]
     if config.action not in ("loss", "groups") and len(config.paths) > 1:
         raise UserError(f"{config.action} is of one checkpoint, not of {len(config.paths)}: give one")

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import build, load
-from common import UserError, checked, compiler_missing, held, parse, replacing, sha256_of
+from common import UserError, compiler_missing, held, parse, replacing, sha256_of
 from data.corpora import download
 from study.report import report
 
@@ -223,7 +223,7 @@ def run(name: str, line: str, models: Path | None = None) -> None:
 
 
 def main() -> None:
-    config = checked(StudyConfig, parse(__doc__, StudyConfig))
+    config = StudyConfig(**parse(__doc__, StudyConfig))
     out, models = Path(config.out + "-fast" * config.fast), config.models and Path(config.models).resolve()
     if unknown := set(config.parts or STEPS) - set(STEPS):
         raise UserError(f"--parts {min(unknown)} is none of the parts: {' '.join(STEPS)}")

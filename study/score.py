@@ -27,7 +27,7 @@ from sacrebleu.metrics import BLEU
 from tqdm import tqdm
 
 from checkpoint import build, load
-from common import UserError, bounded, checked, note, parse, pick_device, replacing
+from common import UserError, bounded, note, parse, pick_device, replacing
 from data.instruct import FIELDS, encode_answer, encode_prompt, records_of
 from data.loader import check_unchanged, padded, read_meta
 from data.tokenizer import Record, Tokenizer
@@ -125,7 +125,7 @@ def fits(record: Record, model: Llama, tokenizer: Tokenizer) -> bool:
 
 
 def main() -> None:
-    config = checked(ScoreConfig, parse(__doc__, ScoreConfig))
+    config = ScoreConfig(**parse(__doc__, ScoreConfig))
     device, checkpoint = pick_device(config.device), load(config.ckpt)
     name, records = records_to_score(config, checkpoint)
     kind = f"{name}-{config.split}" + f"-first{config.limit}" * bool(config.limit)
