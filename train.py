@@ -405,25 +405,29 @@ def check_health(loss: float, norm: float, c: ModelConfig, step: int, saved: int
         raise UserError(f"{what}; step {saved} is saved; try a lower --lr or a longer --warmup_steps")
 
 
-def report(model: Llama, tokenizer: Tokenizer, data, config: TrainConfig, dtype, path: Path, log) -> None:
+def report(
+    model: Llama, tokenizer: Tokenizer, data, config: TrainConfig, dtype, path: Path, log: Log
+) -> None:
     """Evaluate on the whole val split, print a sample, and what to run next."""
-    text, prompt = isinstance(data, Text), tokenizer.prompt("") or [0]
+    text, prompt, device = (
+        isinstance(data, Text),
+        tokenizer.prompt("") or [0],
+        model.tok_embeddings.weight.device,
+    )
+    dtype = dtype if config.fsdp else torch.float32  # FSDP collects the weights in it
     if config.eval_tokens:
-        # FSDP collects the weights in `dtype`
-        loss, count = validate(model, data, dtype if config.fsdp else torch.float32)
+        loss, count = validate(model, data, dtype)
         what = f"blocks, context {model.config.block_size}" if text else "answers of examples"
         ppl = f"val perplexity {math.exp(min(loss, 700)):.4f} | loss {loss:.4f} nats a token"
         print(f"{ppl} | {what} | {count:,} tokens")
-        peak = peak_memory_bytes(model.tok_embeddings.weight.device)
-        log.write(
-            {"step": config.max_steps, "val_loss": loss, "val_tokens": count, "peak_memory_bytes": peak}
-        )
+        record = {"step": config.max_steps, "val_loss": loss, "val_tokens": count}
+        log.write({**record, "peak_memory_bytes": peak_memory_bytes(device)})
     if not text:
         prompt = data.parts(0)[0].tolist()
-    generator = torch.Generator(model.tok_embeddings.weight.device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     how = {"temperature": 0.8, "top_p": 0.95, "stop": tokenizer.stop, "generator": generator}
     model.eval()
-    with torch.compiler.set_stance("force_eager"):
+    with autocast(device, dtype), torch.compiler.set_stance("force_eager"):
         (new,) = model.generate([prompt], 160, **how)
     command = f"python eval_ppl.py {path} --split test" if text else f"python -m study score {path}"
     print(f"--- a sample:\n{tokenizer.decode(prompt + new)}\n--- next:\n{command}\npython sample.py {path}")
