@@ -379,7 +379,9 @@ def main() -> None:
     with replacing(Path(config.out), "w") as file:
         file.write(json.dumps(record | {"search": asdict(config), "evals": search.evals}) + "\n")
     print(*picture(merged_config(search.model.config, best["k_groups"], best["v_groups"])), sep="\n")
-    print(f"perplexity on {report.count:,} other tokens, the original's {perplexity(original):.4f} times")
+    print(
+        f"perplexity, relative to the original's {perplexity(original):.4f}, on {report.count:,} other tokens"
+    )
     for row in rows:
         ratio = f"x {perplexity(row['loss'] - original):.4f} | KL {row['kl']:.4f}"
         cache = f"{row['groups']:g} K/V heads, {row['kv_bytes']:,} bytes a token"

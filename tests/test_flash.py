@@ -62,7 +62,7 @@ def results(attend, q, k, v, grad, *rest) -> dict[str, torch.Tensor]:
     return dict(zip(("out", "q", "k", "v"), (out, *torch.autograd.grad(out, inputs, grad.to(out.dtype)))))
 
 
-@pytest.mark.parametrize("seed", range(42))
+@pytest.mark.parametrize("seed", range(21))
 def test_kernels_err_at_most_twice_as_much_as_pytorch(seed, monkeypatch):
     if INTERPRETED and seed % 2:  # blocks that are wider than high, and the contrary
         for kernel in (flash.forward_kernel, flash.grad_q_kernel, flash.grad_kv_kernel):
