@@ -26,7 +26,7 @@ from typing import Literal
 
 import torch
 
-from common import UserError, checked, exit_cleanly, parse, replacing, writable
+from common import UserError, checked, exit_cleanly, parse, replacing, require, writable
 from data.tokenizer import Tokenizer, read_tokenizer
 from lora import LoRAConfig, LoRALinear, adapt, adapters, plain
 from model import Llama, ModelConfig
@@ -47,9 +47,10 @@ def map_file(path: Path) -> object:
     raise."""
     with zipfile.ZipFile(path) as archive:  # never compressed: a compressed pickle could fill the memory
         entries = archive.infolist()
-        assert not any(e.compress_type for e in entries), "a compressed archive"
-        assert sum(e.file_size for e in entries) <= path.stat().st_size, "an archive of overlapping entries"
-        assert not (damaged := archive.testzip()), f"wrong checksum of {damaged}"  # torch.load would not look
+        require(not any(e.compress_type for e in entries), "a compressed archive")
+        require(sum(e.file_size for e in entries) <= path.stat().st_size, "an archive of overlapping entries")
+        damaged = archive.testzip()  # torch.load would not look
+        require(damaged is None, f"wrong checksum of {damaged}")
     return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
@@ -80,12 +81,11 @@ def load(path: str | Path) -> dict:
         raise UserError(f"{path}: no such checkpoint; {remedy}")
     try:
         checkpoint = map_file(path)
-        kinds = dict.fromkeys(("model", "config", "lora", "train", "data"), dict) | {
-            "tokenizer": bytes | None
-        }
-        assert {"model", "config", "tokenizer"} <= set(checkpoint), "it lacks model, config or tokenizer"
+        kinds = dict.fromkeys(("model", "config", "lora", "train", "data"), dict)
+        kinds["tokenizer"] = bytes | None
+        require({"model", "config", "tokenizer"} <= set(checkpoint), "it lacks model, config or tokenizer")
         for key in kinds.keys() & checkpoint.keys():
-            assert isinstance(checkpoint[key], kinds[key]), f"{key} is {type(checkpoint[key])}"
+            require(isinstance(checkpoint[key], kinds[key]), f"{key} is {type(checkpoint[key])}")
         check_tensors(checkpoint["model"], path.stat().st_size)
     except Exception as error:  # the readers raise whatever the bytes make them stumble over
         reason = (str(error).strip() or type(error).__name__).split("\n")[0][:160]

@@ -40,6 +40,12 @@ class UserError(ValueError):
     """A mistake of the user's: one line that says what was wrong and which flag or command mends it."""
 
 
+def require(condition: bool, message: str) -> None:
+    """Raise UserError unless the condition holds; unlike an assert, under `python -O`, too."""
+    if not condition:
+        raise UserError(message)
+
+
 # ---- settings ----
 
 

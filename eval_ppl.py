@@ -103,7 +103,9 @@ def split_tokens(checkpoint: dict, tokenizer: Tokenizer, dataset, split: str) ->
     Raises UserError for a data set that is not there, of instructions, or of another tokenizer."""
     name = dataset or checkpoint.get("train", {}).get("dataset")
     if not isinstance(name, str):
-        raise UserError("this checkpoint names no data set: give --dataset NAME, or here --text FILE")
+        raise UserError(
+            "this checkpoint names no data set: give --dataset NAME (eval_ppl.py: or --text FILE)"
+        )
     folder, meta = read_meta(name)
     if meta.get("kind") == "instructions":
         raise UserError(f"{folder} holds instructions: python -m study score, or give --dataset of text")
@@ -186,7 +188,8 @@ def main() -> None:
             stride = f", stride {config.stride}" if method == "sliding" else ""
             print(f"perplexity {record[method]:.4f} | {method} | {protocol}{stride}")
     print(f"bits per byte {record['bits_per_byte']:.4f} | loss {nats:.4f} nats a token")
-    rate = record["tokens"] / seconds
+    passes = (record["sliding"] is not None) + (config.method != "sliding")
+    rate = passes * record["tokens"] / seconds
     print(f"parameters {record['params']:,} | KV cache {kv:,} bytes a token | {rate:,.0f} tokens/s")
 
 

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 
 from checkpoint import build_model, empty_model, load, load_weights, picture, save
-from common import UserError, bounded, exit_cleanly, is_a, parse, pick_device, writable
+from common import UserError, bounded, exit_cleanly, is_a, parse, pick_device, require, writable
 from data.tokenizer import read_tokenizer
 from eval_ppl import mean_nll, perplexity, split_tokens, window_nll
 from lora import plain
@@ -194,12 +194,13 @@ class Costs:
     @torch.no_grad()
     def __init__(self, attention: Attention, kind: Literal["k", "v"], stats: Statistics):
         self.rank, self.weights = 1, None  # the latter where the novel layer makes values share a mean
-        values, readers, sizes = value_heads(attention)
         if kind == "k":
             rows = weighted_keys(attention, stats)  # (D/2, G, C)
-        elif attention.novel is None:
-            rows, self.rank = weighted_values(values, readers).flatten(0, 1)[None], attention.head_dim
         else:
+            values, readers, sizes = value_heads(attention)
+        if kind == "v" and attention.novel is None:
+            rows, self.rank = weighted_values(values, readers).flatten(0, 1)[None], attention.head_dim
+        elif kind == "v":
             weights = sizes.clamp(min=TINY).sqrt()
             rows, self.weights = (weights[:, None, None] * values).transpose(0, 1), weights.cpu()  # (D, G, C)
         C = stats.inputs if kind == "k" else stats.mixed
@@ -427,7 +428,8 @@ def read_groups(path: Path, c: ModelConfig) -> tuple[Maps, Maps]:
     try:
         record = json.loads(path.read_text())
         maps = record["k_groups"], record["v_groups"]
-        assert all(of_kind and is_a(of_kind, Maps) for of_kind in maps), "not [layer][query head] -> group"
+        sound = all(of_kind and is_a(of_kind, Maps) for of_kind in maps)
+        require(sound, "not [layer][query head] -> group")
         replace(c, k_groups=maps[0], v_groups=maps[1])
     except Exception as error:
         reason = f"{type(error).__name__} {error}"[:200]

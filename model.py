@@ -28,7 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from common import IGNORE, NO_FLAG, UserError, bounded
+from common import IGNORE, NO_FLAG, bounded, require
 
 ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 BLOCK = 128  # queries of a block in `blocks`: fewer would skip more, in products too small for a CPU
@@ -92,11 +92,6 @@ class ModelConfig:
     def kv_numbers_per_token(self) -> int:
         """Numbers that the KV cache holds for one token: sum over layers of (G_k + G_v) * D."""
         return sum(max(groups) + 1 for groups in self.k_groups + self.v_groups) * self.head_dim
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
 
 
 def widen(x: torch.Tensor) -> torch.Tensor:

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoint import picture
-from common import UserError, bounded, exit_cleanly, parse, replacing, writable
+from common import UserError, bounded, exit_cleanly, parse, replacing, require, writable
 from eval_ppl import MOST_LOGITS, perplexity
 from gqa import Counts, Maps, Slot, as_maps, budget, choose, even_counts, head_counts, merge, merged_config
 from gqa import TINY, open_inputs, slot_costs, statistics
@@ -101,9 +101,9 @@ def objective(text: str, loss: float, groups: float, kv_bytes: float) -> float:
         raise ValueError(ast.unparse(node))
 
     try:
-        assert len(text) <= 1000, "it is too long"
+        require(len(text) <= 1000, "it is too long")
         result = value(ast.parse(text, mode="eval").body)
-        assert math.isfinite(result)
+        require(math.isfinite(result), "it is not finite")
         return result
     except Exception as error:  # of the parser, of a missing name or operator, of the arithmetic
         reason = f"{type(error).__name__} {error}"[:80]
@@ -154,7 +154,8 @@ def read_log(path: Path, identity: dict) -> dict[str, dict]:
         return {}
     try:
         header, *records = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-        assert all(record["note"] and math.isfinite(record[name]) for record in records for name in NUMBERS)
+        sound = all(record["note"] and math.isfinite(record[name]) for record in records for name in NUMBERS)
+        require(sound, "a record without its note or numbers")
         other = [name for name, value in identity.items() if header[name] != value]
         found = {key((record["k_groups"], record["v_groups"])): record for record in records}
     except Exception:

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from checkpoint import build_model, load, lora_config, model_config, save, trained_on
 from common import (
     IGNORE, UserError, autocast, bounded, checked, compiler_missing, exit_cleanly, held, is_a, note, parse,
-    peak_memory_bytes, pick, pick_device, pick_dtype, replacing,
+    peak_memory_bytes, pick, pick_device, pick_dtype, replacing, require,
 )  # fmt: skip
 from data.loader import Batch, Examples, Text, open_data, padded, prepared
 from data.tokenizer import Tokenizer
@@ -124,14 +124,13 @@ def settle(flags: dict, checkpoint: dict) -> tuple[ModelConfig, LoRAConfig, Trai
     return c, lora, TrainConfig(**{**defaults, **run})
 
 
-def default_out_dir(flags: dict) -> str:
+def default_out_dir(flags: dict, source: dict) -> str:
     """out/stdlib-6x256-novel: data set, layers x width, and what is unusual."""
-    start = load(flags["init_from"]) if "init_from" in flags else {}
-    c, lora, config = settle({**flags, "resume": False}, start)
+    c, lora, config = settle({**flags, "resume": False}, source)
     parts = [Path(config.dataset).name, f"{c.n_layer}x{c.dim}"]
     parts += [f"kv{c.n_kv_head}"] * (c.n_kv_head != c.n_head) + ["novel"] * c.novel + ["gated"] * c.gated
     parts += [f"lora{lora.lora_r}"] * (lora.lora_r > 0) + [lora.quantize] * (lora.quantize != "none")
-    parts += ["tuned"] * (start != {} and not lora.lora_r) + ["healed"] * (config.teacher is not None)
+    parts += ["tuned"] * (source != {} and not lora.lora_r) + ["healed"] * (config.teacher is not None)
     return "out/" + "-".join(parts)
 
 
@@ -351,8 +350,8 @@ def describe(model: Llama, config: TrainConfig, lora: LoRAConfig, data: Text | E
     rows, text = config.batch_size * config.grad_accum, isinstance(data, Text)
     size, unit = (rows * c.block_size, "tokens") if text else (rows, "examples, loss on answers only")
     epochs = size * config.max_steps / (len(data.tokens) if text else len(data.spans))
-    rows = f"{config.batch_size} sequences x {config.grad_accum} micro-batches"
-    print(f"batch: {rows}, {size:,} {unit} a step; ", end="")
+    arithmetic = f"{config.batch_size} sequences x {config.grad_accum} micro-batches"
+    print(f"batch: {arithmetic}, {size:,} {unit} a step; ", end="")
     print(f"{config.max_steps:,} steps = {epochs:.3f} epochs of {config.dataset}")
     if not text and data.note:
         print(f"note: {data.note}")
@@ -370,11 +369,12 @@ def restore(checkpoint: dict, optimizers: list[torch.optim.Optimizer], scaler: t
             own, moments = optimizer.state_dict(), saved["state"]
             params = [p for group in optimizer.param_groups for p in group["params"]]
             for i, p in enumerate(params if moments else ()):
-                assert set(moments[i]) == STATE[type(optimizer)], f"state of parameter {i}"
-                assert all(x.shape in (torch.Size(), p.shape) for x in moments[i].values()), f"shapes of {i}"
+                require(set(moments[i]) == STATE[type(optimizer)], f"state of parameter {i}")
+                shapes = {x.shape for x in moments[i].values()}
+                require(shapes <= {torch.Size(), p.shape}, f"shapes of {i}")
                 own["state"][i] = {name: shard(x, p) for name, x in moments[i].items()}
             optimizer.load_state_dict(own)
-        assert all(0 <= checkpoint[key] < math.inf for key in ("step", "tokens", "seconds")), "position"
+        require(all(0 <= checkpoint[key] < math.inf for key in ("step", "tokens", "seconds")), "position")
         if scaler.is_enabled() and checkpoint["scaler"]:  # the run may have had another --dtype until now
             scaler.load_state_dict(checkpoint["scaler"])
     except Exception as error:
@@ -405,15 +405,10 @@ def check_health(loss: float, norm: float, c: ModelConfig, step: int, saved: int
         raise UserError(f"{what}; step {saved} is saved; try a lower --lr or a longer --warmup_steps")
 
 
-def report(
-    model: Llama, tokenizer: Tokenizer, data, config: TrainConfig, dtype, path: Path, log: Log
-) -> None:
+def report(model: Llama, tokenizer: Tokenizer, data, config: TrainConfig, dtype, path: Path, log: Log):
     """Evaluate on the whole val split, print a sample, and what to run next."""
-    text, prompt, device = (
-        isinstance(data, Text),
-        tokenizer.prompt("") or [0],
-        model.tok_embeddings.weight.device,
-    )
+    text, device = isinstance(data, Text), model.tok_embeddings.weight.device
+    prompt = tokenizer.prompt("") or [0]
     dtype = dtype if config.fsdp else torch.float32  # FSDP collects the weights in it
     if config.eval_tokens:
         loss, count = validate(model, data, dtype)
@@ -443,22 +438,24 @@ def main(change: Callable[[Llama], None] | None = None) -> None:
     resume = flags.get("resume", False)
     if resume and flags.get("overwrite"):
         raise UserError("--resume continues a run and --overwrite deletes it: give one of them")
-    path = Path(flags.setdefault("out_dir", flags.get("out_dir") or default_out_dir(flags))) / "ckpt.pt"
+    named = flags.get("out_dir")
+    source = load(flags["init_from"]) if "init_from" in flags and not (resume and named) else {}
+    flags["out_dir"] = named or default_out_dir(flags, source)
+    path = Path(flags["out_dir"]) / "ckpt.pt"
     with nullcontext() if rank() else held(path.parent):  # one run at a time in a folder
         if resume and not path.exists():
             raise UserError(f"no run in {path.parent} to resume: drop --resume, or give another --out_dir")
         if path.exists() and not resume and not flags.get("overwrite"):
             remedy = "give --resume to continue it, --overwrite to start anew, or another --out_dir"
             raise UserError(f"{path.parent} already holds a run: {remedy}")
-        train(flags, path, change)
+        train(flags, path, load(path) if resume else source, change)
 
 
-def train(flags: dict, path: Path, change: Callable[[Llama], None] | None = None) -> None:
-    """The run that is saved at `path`, from its settings to its last words."""
+def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], None] | None = None) -> None:
+    """The run that is saved at `path`, from its settings to its last words. It starts from a checkpoint, its
+    own if it is resumed, or from {}, nothing."""
 
     # ---- settings
-    start = str(path) if flags.get("resume") else flags.get("init_from")
-    checkpoint = load(start) if start else {}
     kinds = {"step": int, "tokens": int, "seconds": float, "train": dict, "optimizers": list, "scaler": dict}
     if flags.get("resume") and not all(is_a(checkpoint.get(key), kind) for key, kind in kinds.items()):
         raise UserError(f"{path} has no training state: start a new run from it with --init_from")
@@ -504,7 +501,7 @@ def train(flags: dict, path: Path, change: Callable[[Llama], None] | None = None
         restore(checkpoint, optimizers, scaler)
         step, tokens, seconds = (checkpoint[key] for key in ("step", "tokens", "seconds"))
         saved = step
-    origin = {key: checkpoint[key] for key in ("grouped",) if key in checkpoint}
+    origin = {"grouped": checkpoint["grouped"]} if "grouped" in checkpoint else {}
     if lora.lora_r:
         origin["lora"] = asdict(lora)
     log = Log(path.with_name("log.jsonl"), step if config.resume else None)
@@ -529,8 +526,8 @@ def train(flags: dict, path: Path, change: Callable[[Llama], None] | None = None
             state |= {"step": step, "tokens": tokens, "seconds": seconds, "scaler": scaler.state_dict()}
             if rank() == 0:
                 save(path, state)
-            sum_over_ranks(0)  # a rank that left before would have torchrun end rank 0 while it writes
-            saved = step
+            # all wait: a rank that left before would have torchrun end rank 0 while it writes
+            saved, stop = step, sum_over_ranks(len(caught)) > 0
         if due and step and config.eval_tokens and not stop:  # after saving: it may fail
             loss, count = validate(model, val_data, dtype, config.eval_tokens)
             record = {"step": step, "val_loss": loss, "val_tokens": count}
@@ -561,8 +558,8 @@ def train(flags: dict, path: Path, change: Callable[[Llama], None] | None = None
         how = "torchrun, as before," if world() > 1 else "python"
         print(f"saved step {step}; continue with: {how} train.py --resume --out_dir {path.parent}")
         sys.exit(128 + (caught or [signal.SIGTERM])[0])
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     report(model, tokenizer, val_data, config, dtype, path, log)
     peak = peak_memory_bytes(device) / 2**30
     print(f"{tokens:,} tokens in {seconds / 60:.1f} min of training | peak memory {peak:.2f} GiB")

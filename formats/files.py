@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import check_tensors, map_file
-from common import UserError
+from common import UserError, require
 
 Settings, Weights = dict[str, object], dict[str, torch.Tensor]
 
@@ -39,7 +39,7 @@ def read_json(path: Path) -> dict:
     """The JSON object in a file."""
     with reading(path, "JSON file"):
         content = json.loads(path.read_bytes())
-        assert isinstance(content, dict), "it holds no object"
+        require(isinstance(content, dict), "it holds no object")
         return content
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import empty_model, load, load_weights, model_config
-from common import UserError, checked, note
+from common import UserError, checked, note, require
 from data.tokenizer import Tokenizer, read_tokenizer
 from formats.files import Settings, Weights, new_folder, read_json, read_tensors, reading, write_tensors
 from formats.tokenizers import write_tokenizer
@@ -168,14 +168,14 @@ def read_llama2c(path: Path) -> tuple[Settings, Weights]:
         order = order[:-1] if tied else order
         counts, size = [math.prod(shapes[name]) for name in order], path.stat().st_size
         wanted = 28 + 4 * sum(counts)
-        assert size == wanted, f"it has {size:,} bytes, and its header asks for {wanted:,}"
+        require(size == wanted, f"it has {size:,} bytes, and its header asks for {wanted:,}")
         flat = torch.from_file(str(path), shared=False, size=size // 4, dtype=torch.float32)
         weights = {f"{name}.weight": x.view(shapes[name]) for name, x in zip(order, flat[7:].split(counts))}
         weights.setdefault("output.weight", weights["tok_embeddings.weight"])
         # tables that llama2.c itself no longer reads show whether the base is the one that it assumes
         for name, angles in zip(("cos.weight", "sin.weight"), rope_angles(c, torch.arange(c.block_size))):
             same = torch.allclose(weights.pop(name), angles, atol=1e-3)
-            assert same, f"its rotary tables are not those of rope_theta {c.rope_theta:g}"
+            require(same, f"its rotary tables are not those of rope_theta {c.rope_theta:g}")
     return {name: value for name, value in asdict(c).items() if not name.endswith("_groups")}, weights
 
 

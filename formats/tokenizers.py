@@ -9,7 +9,7 @@ import re
 import struct
 from pathlib import Path
 
-from common import UserError, note
+from common import UserError, note, require
 from data.tokenizer import SPACE, JsonTokenizer, Tokenizer, read_tokenizer, with_special
 from formats.files import read_json, reading
 
@@ -82,10 +82,10 @@ def sentencepiece_of_llama2c(data: bytes) -> bytes:
     while place < len(data):
         score, length = struct.unpack_from("<fi", data, place)
         piece = data[place + 8 : place + 8 + length]
-        assert 0 < length == len(piece), f"piece {len(pieces)} at byte {place} has length {length}"
+        require(0 < length == len(piece), f"piece {len(pieces)} at byte {place} has length {length}")
         pieces.append((score, piece.decode().replace(" ", SPACE)))
         place += 8 + length
-    assert len(pieces) >= 259, f"it has {len(pieces)} pieces, below the 3 + 256 of control tokens and bytes"
+    require(len(pieces) >= 259, f"it has {len(pieces)} pieces, below the 3 + 256 of control tokens and bytes")
     pieces[:3] = [(0.0, "<unk>"), (0.0, "<s>"), (0.0, "</s>")]
     kinds = [UNKNOWN, CONTROL, CONTROL] + [BYTE] * 256 + [NORMAL] * (len(pieces) - 259)
     model = b""

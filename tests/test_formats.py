@@ -11,8 +11,17 @@ import torch
 from conftest import assert_close, quick, refused, sharp_model
 from corpus import Writer
 from foreign import (
-    LLAMA3, TEXTS, change_json, checkpoint_of, export_of, logits, run, save_folder, their_model,
-    write_llama2c, write_llama2c_tokenizer,
+    LLAMA3,
+    TEXTS,
+    change_json,
+    checkpoint_of,
+    export_of,
+    logits,
+    run,
+    save_folder,
+    their_model,
+    write_llama2c,
+    write_llama2c_tokenizer,
 )  # fmt: skip
 from safetensors.torch import load_file
 
