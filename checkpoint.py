@@ -5,15 +5,14 @@
 
 A checkpoint is a dict that `torch.load(path, weights_only=True)` reads, and that needs no other file:
 
-    model       the plain state dict; an adapter's layers have ...wq.lora_A, ...wq.lora_B, ...wq.linear.weight
+    model       the state dict; where an adapter stands, ...wq.lora_A, ...wq.lora_B and ...wq.linear.weight
                 (in 4 bits ...wq.linear.codes, absmax, scales) instead of ...wq.weight
     config      the fields of ModelConfig; lora, train, grouped: those of LoRAConfig, TrainConfig, GroupConfig
-    tokenizer   the bytes of a SentencePiece model, or as data/tokenizer.py says; None if there is none
-    data        the record of the training data: meta.json, with its checksums
+    tokenizer   the bytes of a SentencePiece model or of another kind that data/tokenizer.py reads, or None
+    data        meta.json of the training data, with its checksums; source: what it was imported from
     step, tokens, seconds, optimizers, scaler   where training is, and what it needs to go on
-    source      what it was imported from
 
-It holds no random state, because none is needed: batches and dropout are functions of (seed, step).
+It needs no random state: batches and dropout are functions of (seed, step).
 """
 
 import string
@@ -43,33 +42,27 @@ def save(path: Path, checkpoint: dict) -> None:
 
 def map_file(path: Path) -> object:
     """What torch.save wrote, its tensors mapped from the file: a page takes memory when it is read, and
-    writing to a tensor changes only the memory. Raises whatever foreign or damaged bytes make the readers
-    raise."""
-    with zipfile.ZipFile(path) as archive:  # never compressed: a compressed pickle could fill the memory
-        entries = archive.infolist()
-        require(not any(e.compress_type for e in entries), "a compressed archive")
-        require(sum(e.file_size for e in entries) <= path.stat().st_size, "an archive of overlapping entries")
+    writing to a tensor changes only the memory. Raises whatever damaged bytes make the readers raise."""
+    with zipfile.ZipFile(path) as archive:
+        entries, size = archive.infolist(), path.stat().st_size
+        # a compressed pickle could fill the memory
+        honest = sum(e.file_size for e in entries) <= size and not any(e.compress_type for e in entries)
+        require(honest, "an archive of compressed or overlapping entries")
         damaged = archive.testzip()  # torch.load would not look
         require(damaged is None, f"wrong checksum of {damaged}")
     return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
 def check_tensors(weights: dict[str, torch.Tensor], size: int) -> None:
-    """Raise ValueError for what is no plain tensor of floats, and for views that claim more than the file's
-    bytes."""
+    """Raise UserError for what is no plain tensor of floats, and for views that claim more bytes than the
+    file has."""
     storages = {}
     for name, x in weights.items():
         kinds = (torch.uint8,) if name.endswith(BUFFERS) else FLOATS
-        if (
-            x.dtype not in kinds
-            or x.layout != torch.strided
-            or x.device.type != "cpu"
-            or not x.is_contiguous()
-        ):
-            raise ValueError(f"{name} is {x.dtype}, {x.layout}; contiguous tensors are read, of {kinds}")
+        sound = x.dtype in kinds and x.layout == torch.strided and x.device.type == "cpu"
+        require(sound and x.is_contiguous(), f"{name} is no contiguous tensor of {kinds}")
         storages[x.data_ptr(), x.shape] = x.nbytes  # tied matrices are one
-    if sum(storages.values()) > size:
-        raise ValueError(f"{size:,} bytes cannot hold its tensors")
+    require(sum(storages.values()) <= size, f"{size:,} bytes cannot hold its tensors")
 
 
 def load(path: str | Path) -> dict:
@@ -81,11 +74,10 @@ def load(path: str | Path) -> dict:
         raise UserError(f"{path}: no such checkpoint; {remedy}")
     try:
         checkpoint = map_file(path)
-        kinds = dict.fromkeys(("model", "config", "lora", "train", "data"), dict)
-        kinds["tokenizer"] = bytes | None
         require({"model", "config", "tokenizer"} <= set(checkpoint), "it lacks model, config or tokenizer")
-        for key in kinds.keys() & checkpoint.keys():
-            require(isinstance(checkpoint[key], kinds[key]), f"{key} is {type(checkpoint[key])}")
+        for key in {"model", "config", "lora", "train", "data"} & set(checkpoint):
+            require(isinstance(checkpoint[key], dict), f"{key} is {type(checkpoint[key])}")
+        require(isinstance(checkpoint["tokenizer"], bytes | None), "its tokenizer is no bytes")
         check_tensors(checkpoint["model"], path.stat().st_size)
     except Exception as error:  # the readers raise whatever the bytes make them stumble over
         reason = (str(error).strip() or type(error).__name__).split("\n")[0][:160]
@@ -103,8 +95,7 @@ def trained_on(checkpoint: dict, split: str) -> str | None:
 
 
 def model_config(checkpoint: dict, **changes) -> ModelConfig:
-    """The checkpoint's ModelConfig, with the fields in `changes` replaced. Raises UserError if it is
-    damaged."""
+    """The checkpoint's ModelConfig, with some fields replaced. Raises UserError if it is damaged."""
     return checked(ModelConfig, {**checkpoint["config"], **changes})
 
 
@@ -120,8 +111,7 @@ def empty_model(c: ModelConfig, lora: LoRAConfig | None = None) -> Llama:
 
 
 def load_weights(model: Llama, weights: dict[str, torch.Tensor], where: str = "the checkpoint") -> Llama:
-    """The model with these tensors, not copied. Raises UserError unless names and shapes are the model's
-    own."""
+    """The model with these tensors, not copied. Raises UserError unless it has these names and shapes."""
     try:
         model.load_state_dict(weights, assign=True)
     except Exception as error:
@@ -134,9 +124,8 @@ def load_weights(model: Llama, weights: dict[str, torch.Tensor], where: str = "t
 
 
 def build_model(checkpoint: dict, device: str | torch.device = "cpu", dtype=None) -> Llama:
-    """The model of a loaded checkpoint, in eval mode. Its weights are the mapped file's, in their own dtype,
-    as long as they stay on the CPU and no other `dtype` is asked for; weights of several dtypes become
-    float32."""
+    """The model of a loaded checkpoint, in eval mode. Its weights are the mapped file's unless another device
+    or `dtype` is asked for; weights of several dtypes become float32."""
     model = empty_model(model_config(checkpoint), lora_config(checkpoint))
     load_weights(model, checkpoint["model"])
     if len({p.dtype for p in model.parameters()}) > 1:
@@ -150,13 +139,18 @@ def build(checkpoint: dict, device: str | torch.device = "cpu") -> tuple[Llama, 
     return build_model(checkpoint, device), tokenizer
 
 
+def without_training_state(checkpoint: dict) -> dict:
+    """What a checkpoint of other weights keeps: an adapter and the optimizer's state do not fit them."""
+    return {key: x for key, x in checkpoint.items() if key not in ("lora", "optimizers", "scaler")}
+
+
 def merged(checkpoint: dict) -> dict:
     """The checkpoint as an ordinary one: adapter added, NF4 dequantized, in the dtype of its embeddings."""
     if not lora_config(checkpoint).lora_r:
         raise UserError("this checkpoint has no adapter: there is nothing to merge")
     model = plain(build_model(checkpoint)).to(checkpoint["model"]["tok_embeddings.weight"].dtype)
-    kept = {key: x for key, x in checkpoint.items() if key not in ("lora", "optimizers", "scaler")}
-    return {**kept, "model": model.state_dict(), "config": asdict(model.config)}
+    changed = {"model": model.state_dict(), "config": asdict(model.config)}
+    return without_training_state(checkpoint) | changed
 
 
 # ---- the command ----
@@ -209,7 +203,8 @@ def show(path: str | Path) -> None:
         where = f"{' '.join(lora.lora_targets)}, r {lora.lora_r}, alpha {lora.lora_alpha:g}"
         print(f"LoRA: {size:,} parameters on {where}, not merged")
     if stored := [layer for layer in model.modules() if isinstance(layer, NF4Linear)]:
-        weights, size = sum(layer.num_weights for layer in stored), sum(layer.nbytes for layer in stored)
+        weights = sum(layer.num_weights for layer in stored)
+        size = sum(x.nbytes for layer in stored for x in layer.buffers())
         bits = f"{8 * size / weights:.3f} bits each"
         print(f"NF4: the {weights:,} weights of the blocks' matrices in {size:,} bytes ({bits})")
     for key in ("grouped", "train"):

@@ -1,8 +1,7 @@
 """What every script shares: flags from dataclasses, one-line errors, the device, files that appear whole.
 
-A script describes its settings as a flat dataclass. A field is a flag of the same name (`n_layer` is
-`--n_layer`), the comment behind it its `--help`; without a default it is positional. Scripts end with
-`exit_cleanly(main)`.
+A script's settings are a flat dataclass. The field `n_layer` is the flag `--n_layer`, the comment behind it
+its `--help`; a field without a default is positional. Scripts end with `exit_cleanly(main)`.
 
     flags = parse(__doc__, ModelConfig, TrainConfig)      # only what the user typed: {field name: value}
     config = ModelConfig(**pick(ModelConfig, flags))
@@ -11,7 +10,6 @@ A script describes its settings as a flat dataclass. A field is a flag of the sa
 import argparse
 import ctypes
 import dataclasses
-import difflib
 import fcntl
 import hashlib
 import inspect
@@ -93,15 +91,13 @@ def pick(cls: type, values: dict) -> dict:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        for word in re.findall(r"--\w+", message) if "unrecognized" in message else ():
-            near = difflib.get_close_matches(word, self._option_string_actions, n=1, cutoff=0.8)
-            message += f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"{message} (--help lists the flags)")
 
 
 def add_flags(parser: Parser, cls: type) -> None:
     """Give the parser one argument for each field of `cls`."""
-    comments = dict(re.findall(r"^    (\w+): [^#\n]*# (.+)$", inspect.getsource(cls), re.MULTILINE))
+    source = "".join(inspect.getsource(c) for c in cls.__mro__ if dataclasses.is_dataclass(c))
+    comments = dict(re.findall(r"^    (\w+): [^#\n]*# (.+)$", source, re.MULTILINE))
     kinds, group = typing.get_type_hints(cls), parser.add_argument_group(cls.__doc__)
     for field in dataclasses.fields(cls):
         if field.metadata == NO_FLAG:
@@ -110,7 +106,7 @@ def add_flags(parser: Parser, cls: type) -> None:
         options: dict = {"help": comments[field.name].replace("%", "%%")}
         if field.default not in (dataclasses.MISSING, None):
             options["help"] += f" (default: {field.default})"
-        kind = kinds[field.name]
+        kind, positional = kinds[field.name], field.default is dataclasses.MISSING
         if isinstance(kind, types.UnionType):  # `int | None`: None means "derive it", and cannot be typed
             kind = typing.get_args(kind)[0]
         if kind is bool:
@@ -122,8 +118,7 @@ def add_flags(parser: Parser, cls: type) -> None:
         else:
             options["type"] = kind
         if field.metadata == POSITIONAL:
-            options["nargs"] = "?"
-        positional = field.default is dataclasses.MISSING or field.metadata == POSITIONAL
+            positional, options["nargs"] = True, "?"
         # `from` is a Python keyword, so its field is called `from_`
         group.add_argument(field.name if positional else "--" + field.name.rstrip("_"), **options)
 
@@ -216,13 +211,10 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 def compiler_missing(device: torch.device) -> str | None:
     """What torch.compile needs for a CPU and does not find here; None if all is there."""
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    header = f"{sysconfig.get_path('include')}/Python.h"
-    found = {
-        f"a C++ compiler, {compiler}": shutil.which(compiler),
-        f"{header} (python3-dev)": os.path.exists(header),
-    }
-    missing = [name for name, there in found.items() if not there]
-    return missing[0] if missing and device.type == "cpu" else None
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if device.type != "cpu" or (shutil.which(compiler) and header.exists()):
+        return None
+    return f"a C++ compiler ({compiler}) and {header} (python3-dev)"
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -8,8 +8,8 @@ Three methods, over the same N tokens x_0 .. x_(N-1), of which all but the first
 
     blocks       exp(mean NLL): non-overlapping blocks of `context` predictions, each starting without a past
     sliding      exp(mean NLL): every token has `context - stride` tokens before it, where the text has them
-    block_mean   the mean over the whole blocks of each block's own exp(mean NLL). By Jensen's inequality it
-                 lies above `blocks`, and it depends on the block length; some published numbers are of it.
+    block_mean   the mean over the whole blocks of each block's exp(mean NLL). It lies above `blocks` (Jensen)
+                 and depends on the block length; some published numbers are of it.
 
 Perplexities compare between models only with the same tokenizer; bits per byte compare always.
 """
@@ -60,9 +60,8 @@ def window_nll(
 ) -> list[torch.Tensor]:  # fmt: skip
     """Negative log-likelihoods, nats, of tokens[1:], window by window, on the CPU.
 
-    A window of `context` inputs begins `stride` tokens after the one before, and keeps only the predictions
-    that the one before did not make: every token is scored once. stride = context gives non-overlapping
-    blocks.
+    A window of `context` inputs begins `stride` tokens after the one before and keeps the predictions that
+    the one before did not make: every token is scored once. stride = context gives non-overlapping blocks.
     """
     assert 1 <= stride <= context and not model.training, f"stride {stride}, context {context}"
     device, last, windows, scored = model.tok_embeddings.weight.device, len(tokens) - 1, [], 0
@@ -103,9 +102,7 @@ def split_tokens(checkpoint: dict, tokenizer: Tokenizer, dataset, split: str) ->
     Raises UserError for a data set that is not there, of instructions, or of another tokenizer."""
     name = dataset or checkpoint.get("train", {}).get("dataset")
     if not isinstance(name, str):
-        raise UserError(
-            "this checkpoint names no data set: give --dataset NAME (eval_ppl.py: or --text FILE)"
-        )
+        raise UserError("this checkpoint names no data set: give --dataset NAME (eval_ppl.py: or --text)")
     folder, meta = read_meta(name)
     if meta.get("kind") == "instructions":
         raise UserError(f"{folder} holds instructions: python -m study score, or give --dataset of text")
@@ -188,8 +185,7 @@ def main() -> None:
             stride = f", stride {config.stride}" if method == "sliding" else ""
             print(f"perplexity {record[method]:.4f} | {method} | {protocol}{stride}")
     print(f"bits per byte {record['bits_per_byte']:.4f} | loss {nats:.4f} nats a token")
-    passes = (record["sliding"] is not None) + (config.method != "sliding")
-    rate = passes * record["tokens"] / seconds
+    rate = record["tokens"] * (2 if config.method == "all" else 1) / seconds  # blocks and block_mean are one
     print(f"parameters {record['params']:,} | KV cache {kv:,} bytes a token | {rate:,.0f} tokens/s")
 
 

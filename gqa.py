@@ -15,9 +15,9 @@ An attention layer has two symmetries, under which its weights change and its fu
             of the query is divided by conj(z); a more general map would not commute with RoPE
 
 Averaging heads that differ only by such a symmetry destroys them (`--merge mean`; GQA, arXiv 2305.13245).
-Here each group gets the shared head with the smallest squared error, inputs weighted as they occur in the
-text, by a truncated SVD (Eckart-Young). Norm-weighting and Procrustes alignment (arXiv 2408.08454,
-2412.20677) cannot have a smaller one.
+Here each group gets the shared head with the smallest squared error over the inputs of a text, by a truncated
+SVD (Eckart-Young); norm weights and Procrustes alignment (arXiv 2408.08454, 2412.20677) cannot reach a
+smaller one.
 """
 
 import json
@@ -31,16 +31,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from checkpoint import build_model, empty_model, load, load_weights, picture, save
+from checkpoint import build_model, empty_model, load, load_weights, picture, save, without_training_state
 from common import UserError, bounded, exit_cleanly, is_a, parse, pick_device, require, writable
 from data.tokenizer import read_tokenizer
 from eval_ppl import mean_nll, perplexity, split_tokens, window_nll
 from lora import plain
-from model import Attention, Llama, ModelConfig, scores
+from model import Attention, Llama, Maps, ModelConfig, scores
 from partition import Groups, best_partitions
 from refit import SLICE, observed, refit
 
-Maps = list[list[int]]  # [layer][query head] -> group, as in ModelConfig
 Slot = tuple[int, str]  # (layer, "k", "v" or "joint"): what is grouped by itself
 Counts = dict[Slot, int]  # groups in each slot
 TINY = 1e-300  # keeps weights that are zero from becoming nan
@@ -102,13 +101,12 @@ def merge_keys(attention: Attention, groups: Groups, stats: Statistics) -> tuple
     """wq, of its old shape, and wk (g D, C), when the key heads of each group share one.
 
     For a RoPE pair f one key row p' replaces the rows p_h of all heads h of the group: p_h ~ c_h p', c_h
-    complex. If pairs, queries and keys were independent, the error of the scores would be
+    complex, and wq takes the factor conj(c_h). If pairs, queries and keys were independent (what this misses,
+    refit.py corrects), the error of the scores would be
 
         sum_h E|q_h,f|^2 E|(p_h - c_h p') x|^2
 
-    The best rank-1 approximation of the rows sqrt(E|q_h,f|^2) p_h C^(1/2), C = E[x x^H], minimises it. A key
-    scaled by c_h equals a query scaled by conj(c_h), so wq takes that factor. What the assumption of
-    independence misses, refit.py corrects.
+    The best rank-1 approximation of the rows sqrt(E|q_h,f|^2) p_h C^(1/2), C = E[x x^H], minimises it.
     """
     rows, C = weighted_keys(attention, stats), stats.inputs.to(torch.complex128)
     p, q = (complex_heads(w.weight, attention.head_dim) for w in (attention.wk, attention.wq))
@@ -127,9 +125,8 @@ def merge_keys(attention: Attention, groups: Groups, stats: Statistics) -> tuple
         for head, factor in zip(group, factors):
             q[of_head == head] *= factor.conj()[:, None]
         shared.append(key)
-    return tuple(
-        torch.view_as_real(heads).transpose(2, 3).flatten(0, 2) for heads in (q, torch.stack(shared))
-    )
+    both = q, torch.stack(shared)
+    return tuple(torch.view_as_real(heads).transpose(2, 3).flatten(0, 2) for heads in both)
 
 
 # ---- values ----
@@ -152,7 +149,7 @@ def weighted_values(values: torch.Tensor, readers: list[torch.Tensor]) -> torch.
 
 def merge_values(
     attention: Attention, groups: Groups, stats: Statistics
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """wv (g D, C) and wo, of its old shape, when the value heads of each group share one.
 
     The stack of W_o^h W_v^h C^(1/2) gets its best approximation of rank D: P^T, its strongest right singular
@@ -363,32 +360,40 @@ def merge(model: Llama, groups: tuple[Maps, Maps], stats: list[Statistics], how:
 
 
 @dataclass
-class GroupConfig:
-    """grouping"""
+class MergeConfig:
+    """What grouping and the search for groups have in common."""
 
     ckpt: str  # the checkpoint; an adapter is merged first
-    out: str | None = None  # the checkpoint to write
-    groups: str | None = None  # a JSON file with k_groups and v_groups, from search_groups.py
-    kv_budget: float | None = bounded(None, 0, 1)  # or: share of the KV cache to keep, spread over the layers
-    n_kv_head: int | None = bounded(None, 1)  # or: K and V groups of every layer; it need not divide n_head
-    grouping: Literal["best", "neighbour", "random"] = "best"  # which heads: the cheapest; or baselines
+    out: str | None = None  # the checkpoint, or the group file, to write
+    kv_budget: float | None = bounded(None, 0, 1)  # share of the KV cache to keep, spread over the layers
     joint: bool = False  # one map for keys and values, as in other work
     merge: Literal["closed", "mean"] = "closed"  # how: the best shared head, or the mean of GQA's paper
     refit: Literal["none", "output", "all"] = "all"  # fit wo, or wo, wq and wk, to the original
     calibration_tokens: int = bounded(65536, 1)  # at most, of the train split
-    eval_tokens: int = bounded(65536, 1)  # of the val split, for the perplexities before and after
     dataset: str | None = None  # prepared data of the same tokenizer (default: the checkpoint's own)
     seed: int = bounded(0, 0, 2**32 - 1)  # of the calibration text, and of random groups
     device: str = "auto"  # cuda, mps, cpu or auto
-    overwrite: bool = False  # replace an existing checkpoint
+    overwrite: bool = False  # replace an existing file
 
     def __post_init__(self):
+        require(self.out, "a name is missing: give --out FILE, what to write")
+
+
+@dataclass
+class GroupConfig(MergeConfig):
+    """grouping"""
+
+    groups: str | None = None  # a JSON file with k_groups and v_groups, from search_groups.py
+    n_kv_head: int | None = bounded(None, 1)  # or: K and V groups of every layer; it need not divide n_head
+    grouping: Literal["best", "neighbour", "random"] = "best"  # which heads: the cheapest; or baselines
+    eval_tokens: int = bounded(65536, 1)  # of the val split, for the perplexities before and after
+
+    def __post_init__(self):
+        super().__post_init__()
         if [self.groups, self.kv_budget, self.n_kv_head].count(None) != 2:
             raise UserError("which groups? give one of --kv_budget 0.5, --n_kv_head N and --groups FILE.json")
         if self.groups and (self.joint or self.grouping != "best"):
             raise UserError(f"--groups {self.groups} says which heads share: drop --joint and --grouping")
-        if not self.out:
-            raise UserError("one name is missing: --out OUT.pt, the checkpoint to write")
 
 
 def open_model(path: str, device: str) -> tuple[dict, Llama]:
@@ -414,7 +419,7 @@ def calibration_blocks(tokens: np.ndarray, model: Llama, count: int, seed: int) 
     return torch.from_numpy(blocks.astype(np.int64)).to(model.tok_embeddings.weight.device)
 
 
-def open_inputs(config) -> tuple[dict, Llama, torch.Tensor, np.ndarray, str]:
+def open_inputs(config: MergeConfig) -> tuple[dict, Llama, torch.Tensor, np.ndarray, str]:
     """The checkpoint, its model, calibration blocks of the train split, the val split and its name."""
     checkpoint, model = open_model(config.ckpt, config.device)
     source = checkpoint, read_tokenizer(checkpoint["tokenizer"]), config.dataset
@@ -428,13 +433,12 @@ def read_groups(path: Path, c: ModelConfig) -> tuple[Maps, Maps]:
     try:
         record = json.loads(path.read_text())
         maps = record["k_groups"], record["v_groups"]
-        sound = all(of_kind and is_a(of_kind, Maps) for of_kind in maps)
-        require(sound, "not [layer][query head] -> group")
+        require(all(m and is_a(m, Maps) for m in maps), "not [layer][query head] -> group")
         replace(c, k_groups=maps[0], v_groups=maps[1])
+        return maps
     except Exception as error:
         reason = f"{type(error).__name__} {error}"[:200]
         raise UserError(f"{path} has no groups for this model ({reason}): use search_groups.py's") from None
-    return maps
 
 
 def asked_groups(config: GroupConfig, model: Llama, stats: list[Statistics]) -> tuple[Maps, Maps]:
@@ -467,9 +471,8 @@ def main() -> None:
     small = small.to(stored).to(wide)  # what is measured is what is saved
     val = val[: config.eval_tokens + 1]
     before, after = perplexity_on(val, model), perplexity_on(val, small)
-    kept = {key: x for key, x in checkpoint.items() if key not in ("lora", "optimizers", "scaler")}
-    kept |= {"config": asdict(small.config), "grouped": asdict(config)}
-    save(out, kept | {"model": small.to("cpu", stored).state_dict()})
+    changed = {"model": small.to("cpu", stored).state_dict(), "config": asdict(small.config)}
+    save(out, without_training_state(checkpoint) | changed | {"grouped": asdict(config)})
     print(*picture(small.config), sep="\n")
     old, new = (m.config.kv_numbers_per_token * stored.itemsize for m in (model, small))
     print(f"KV cache: {old:,} -> {new:,} bytes a token ({100 * new / old:.1f}%)")

@@ -2,8 +2,7 @@
 
 A frozen layer y = W x becomes y = W x + (alpha / r) B A dropout(x), with A (r, in) and B (out, r): r (in +
 out) numbers learn instead of in * out. A starts random and B at zero, so the model starts unchanged. After
-training the product can be added to W (`plain`), and inference costs nothing more. In QLoRA (arXiv
-2305.14314) W is stored in 4 bits (nf4.py). Nothing here merges, freezes or quantizes unless it is called.
+training the product can be added to W (`plain`). In QLoRA (arXiv 2305.14314) W is stored in 4 bits (nf4.py).
 
     python train.py --init_from ckpt.pt --lora_r 8                     # trains the adapter only
     python train.py --init_from ckpt.pt --lora_r 8 --quantize nf4      # QLoRA
@@ -46,7 +45,7 @@ class LoRAConfig:
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer and a low-rank product beside it; when it is made, equal to the layer."""
+    """A frozen linear layer and a low-rank product beside it, which begins as zero."""
 
     def __init__(self, linear: nn.Linear | NF4Linear, r: int = 8, alpha: float = 16.0, dropout: float = 0.0):
         super().__init__()
@@ -92,8 +91,7 @@ def apply_lora(model: Llama, r=8, alpha=16.0, dropout=0.0, targets: Sequence[str
 
 
 def quantize_blocks(model: Llama) -> None:
-    """Store the matrices of the blocks in NF4, one after the other. Embeddings, output, norms and the novel
-    layers, which are few or looked up, not multiplied, stay as they are."""
+    """Store the matrices of the blocks in NF4, one after the other; all others stay as they are."""
     assert not adapters(model), "quantize first: what has an adapter would be passed over"
     replace(model.layers, TARGETS[:7], nn.Linear, NF4Linear.from_linear)
 

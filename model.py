@@ -1,16 +1,15 @@
 """A small Llama, whole: RMSNorm, RoPE, attention over head groups, SwiGLU, KV cache, loss, generation.
 
-Llama (arXiv 2302.13971) is a stack of pre-norm residual blocks, x + attention(norm(x)), then
-x + feed_forward(norm(x)), without biases. Modules carry Meta's names, so public checkpoints load by name.
-What differs from the paper:
+Llama (arXiv 2302.13971) is a stack of pre-norm residual blocks without biases. Modules carry Meta's names, so
+public checkpoints load by name. What differs from the paper:
 
     groups   query heads read key and value groups of any size, given for K and for V by one list a layer:
              multi-head, grouped-query, multi-query and uneven grouping are one path (`HeadGroups`)
     novel    a small linear layer + SiLU on each head's output, shared by a layer's heads (experimental)
     gated    a sigmoid gate on each head's output (arXiv 2505.06708, head-wise), to compare it with
 
-Shapes are written with: B batch, T time (tokens), S cached time, C model width, H query heads, G key/value
-groups, D head width, V vocabulary.
+Shapes: B batch, T time (tokens), S cached time, C model width, H query heads, G key/value groups, D head
+width, V vocabulary.
 
     model = Llama(ModelConfig(n_layer=6, novel=True))
     loss = model(tokens, targets)                        # training: nats, summed over targets
@@ -35,6 +34,7 @@ BLOCK = 128  # queries of a block in `blocks`: fewer would skip more, in product
 CHUNK = 2**19  # logits widened at a time: 2 MiB in float32 stay in a CPU's cache; a GPU takes 64 times more
 RAISED = 2.0**14  # scale of the gradient stored for the backward: float16 underflows below 6e-8
 MOST = 2**20  # of any size: a damaged file must not make us build lists of 10^9 entries
+Maps = list[list[int]]  # [layer][query head] -> the group that it reads
 
 
 @dataclass
@@ -58,16 +58,14 @@ class ModelConfig:
     gated: bool = False  # a sigmoid of the layer's input, one number a head, multiplies each head's output
     dropout: float = bounded(0.0, 0, 0.99)  # on the embeddings and on both residual branches
     attention: Literal["auto", "naive", "blocks", "sdpa", "triton"] = "auto"  # how it is computed
-    # [layer][query head] -> the K group, the V group that it reads; equal runs of heads unless given
-    k_groups: list[list[int]] | None = field(default=None, metadata=NO_FLAG)
-    v_groups: list[list[int]] | None = field(default=None, metadata=NO_FLAG)
+    k_groups: Maps | None = field(default=None, metadata=NO_FLAG)  # equal runs of heads unless given
+    v_groups: Maps | None = field(default=None, metadata=NO_FLAG)
 
     def __post_init__(self):
         H, dim = self.n_head, self.dim
-        if self.head_dim is None:
-            remedy = f"give --n_head a divisor of {dim}, or set --head_dim"
-            require(dim % H == 0, f"n_head {H} does not divide dim {dim}: {remedy}")
-            self.head_dim = dim // H
+        remedy = f"give --n_head a divisor of {dim}, or set --head_dim"
+        require(self.head_dim or dim % H == 0, f"n_head {H} does not divide dim {dim}: {remedy}")
+        self.head_dim = self.head_dim or dim // H
         remedy = "RoPE turns pairs, so give an even --head_dim, or change --dim or --n_head"
         require(self.head_dim >= 2 and self.head_dim % 2 == 0, f"head_dim is {self.head_dim}: {remedy}")
         self.hidden_dim = self.hidden_dim or 32 * math.ceil(8 * dim / 3 / 32)
@@ -81,12 +79,10 @@ class ModelConfig:
         self.k_groups = self.k_groups or [list(uniform) for _ in range(self.n_layer)]
         self.v_groups = self.v_groups or [list(uniform) for _ in range(self.n_layer)]
         for name, groups in (("k_groups", self.k_groups), ("v_groups", self.v_groups)):
-            layers = f"{name} has {len(groups)} layers, n_layer is {self.n_layer}"
-            require(len(groups) == self.n_layer, f"{layers}: give one list a layer")
-            for layer, of_head in enumerate(groups):
-                dense = len(of_head) == H and sorted(set(of_head)) == list(range(len(set(of_head))))
-                remedy = f"give {H} group numbers, one a head, that skip none from 0 on"
-                require(dense, f"{name}[{layer}] is {of_head}: {remedy}")
+            require(len(groups) == self.n_layer, f"{name} has {len(groups)} lists, n_layer is {self.n_layer}")
+            for of_head in groups:
+                dense = len(of_head) == H and set(of_head) == set(range(len(set(of_head))))
+                require(dense, f"{name} has {of_head}: give {H} group numbers that skip none from 0 on")
 
     @property
     def kv_numbers_per_token(self) -> int:
@@ -117,9 +113,8 @@ def rope_angles(c: ModelConfig, positions: torch.Tensor) -> tuple[torch.Tensor, 
 
     Llama 3's scaling (arXiv 2407.21783 and its reference code): a pair that turns fewer than low_freq_factor
     times in the original context turns `factor` times slower, one that turns more than high_freq_factor times
-    stays, and between them the speed is interpolated. The angles are computed in every forward, which costs
-    nothing: a buffer would be rounded by `model.bfloat16()`, in which the positions 256 and 257 are the same
-    number.
+    stays, and between them the speed is interpolated. Nothing is kept between calls: `model.bfloat16()` would
+    round a buffer, and in bfloat16 the positions 256 and 257 are equal.
     """
     pairs = torch.arange(0, c.head_dim, 2, device=positions.device).float()
     frequencies = float(c.rope_theta) ** (-pairs / c.head_dim)
@@ -144,9 +139,9 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 class HeadGroups(nn.Module):
     """Which of G groups each of H query heads reads, e.g. [0, 1, 1, 1]; holds no parameters.
 
-    `gather` lays the heads of each group side by side as rows, so that one batched product serves all heads
-    of all groups without a copy of K or V for every head; `scatter` restores the head order. Smaller groups
-    are padded to the largest with a repeated head, whose rows `scatter` never reads.
+    `gather` lays the heads of each group side by side as rows, so that one batched product serves all groups
+    without a copy of K or V for every head; `scatter` restores the head order. Smaller groups are padded to
+    the largest with a repeated head, whose rows `scatter` never reads.
     """
 
     def __init__(self, of_head: list[int]):
@@ -157,8 +152,7 @@ class HeadGroups(nn.Module):
         self.of_list, self.n_group, self.size = list(of_head), len(members), max(map(len, members))
         rows = [heads[i] if i < len(heads) else heads[0] for heads in members for i in range(self.size)]
         slots = [group * self.size + members[group].index(head) for head, group in enumerate(of_head)]
-        # MHA, uniform neighbours, MQA: gather and scatter are views
-        self.in_order = slots == list(range(len(rows)))
+        self.in_order = slots == list(range(len(rows)))  # MHA, GQA, MQA: gather and scatter are views
         for name, index in (("of_head", of_head), ("rows", rows), ("slots", slots)):
             # on the CPU even inside `with torch.device("meta")`: a checkpoint does not hold these
             self.register_buffer(name, torch.tensor(index, device="cpu"), persistent=False)
@@ -235,16 +229,15 @@ def sdpa(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.Tensor
         return naive(q, k, v, k_groups, v_groups, mask)
     if q.shape[2] == 1:
         return k_groups.scatter(F.scaled_dot_product_attention(k_groups.gather(q), k, v, attn_mask=mask))
-    runs = one_map and k_groups.in_order
-    if not runs:
+    grouped = one_map and k_groups.in_order and k_groups.size > 1
+    if not grouped:
         k, v = k_groups.expand(k), v_groups.expand(v)
-    grouped = runs and k_groups.size > 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
 
 
 def auto(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.Tensor | None) -> torch.Tensor:
-    """On a CPU in half precision, up to some 1,000 tokens, batched products beat PyTorch's fused kernel, most
-    of all its backward; everywhere else the fused kernel wins."""
+    """Up to some 1,000 tokens in half precision on a CPU, batched products beat PyTorch's fused kernel, most
+    of all its backward; everywhere else the kernel wins."""
     half = q.dtype in (torch.bfloat16, torch.float16)
     fastest = blocks if q.device.type == "cpu" and half and 1 < q.shape[2] <= 1024 else sdpa
     return fastest(q, k, v, k_groups, v_groups, mask)
@@ -273,7 +266,7 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, mask=None, cache: KVCache | None = None) -> torch.Tensor:
         """x (B, T, C) -> (B, T, C). `mask` as for ATTENTION."""
-        return self.wo(self.heads(x, cos, sin, mask, cache))
+        return self.wo(self.head_outputs(x, cos, sin, mask, cache))
 
     def project(self, x, cos, sin) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x (B, T, C) -> queries (B, H, T, D) and keys (B, G_k, T, D), rotated, and values (B, G_v, T, D)."""
@@ -281,7 +274,7 @@ class Attention(nn.Module):
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in wide)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
-    def heads(self, x, cos, sin, mask=None, cache: KVCache | None = None) -> torch.Tensor:
+    def head_outputs(self, x, cos, sin, mask=None, cache: KVCache | None = None) -> torch.Tensor:
         """x (B, T, C) -> the outputs of all heads, side by side (B, T, H * D), which `wo` adds up."""
         q, k, v = self.project(x, cos, sin)
         if cache is not None:
@@ -393,13 +386,9 @@ class Llama(nn.Module):
 
     def compile_step(self) -> None:
         """From now on compile what adds one token to each text: tens of seconds for the first token, a
-        fraction of the time for all others. Afterwards the weights may change, but not their dtype, nor the
-        layers.
-
-        A small model spends most of a token on calling kernels from Python, so the whole step becomes one
-        graph of loops: the same model with the same weights, its products and its attention written for one
-        row.
-        """
+        fraction of the time for all others. The weights may still change, but not their dtype, nor the
+        layers. A small model spends most of a token on calling kernels from Python, so the step becomes one
+        graph of loops: a twin with the same weights, its products and its attention written for one row."""
         self.compiled_step = None
         shared = {id(x): x for x in (*self.parameters(), *self.buffers())}
         twin = copy.deepcopy(self, memo=shared)
@@ -460,21 +449,18 @@ class Llama(nn.Module):
 
 
 class CrossEntropy(torch.autograd.Function):
-    """logits (N, V), targets (N,) int64 -> nats, summed over the targets that are not IGNORE; float32 or
+    """logits (N, V), targets (N,) int64 -> nats, summed over the targets that are not IGNORE, in float32 or
     wider.
 
-    The plain loss keeps four more tensors of the size of the logits for a while, three of them in float32:
-    with a vocabulary of 32,000, most of a step's memory. The gradient, softmax(logits) - onehot(target), is
-    known as soon as the loss is, so both are computed here chunk by chunk, and the gradient overwrites the
-    logits.
+    The plain loss keeps four more tensors of the size of the logits for a while: with a vocabulary of 32,000,
+    most of a step's memory. The gradient, softmax(logits) - onehot(target), follows from the same softmax, so
+    both are computed here chunk by chunk, and the gradient overwrites the logits.
     """
-
-    # of the waiting gradient: float16 has nothing between 0 and 6e-8, and would lose small ones
 
     @staticmethod
     def forward(ctx, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         loss = 0
-        gradient = logits.detach() if ctx.needs_input_grad[0] else None  # the same memory
+        ctx.gradient = logits.detach() if ctx.needs_input_grad[0] else None  # the same memory
         rows = max(1, (CHUNK if logits.device.type == "cpu" else 64 * CHUNK) // logits.shape[1])
         for begin in range(0, len(logits), rows):
             log_p = widen(logits[begin : begin + rows]).log_softmax(-1)
@@ -482,10 +468,9 @@ class CrossEntropy(torch.autograd.Function):
             counted = y != IGNORE
             y = y.where(counted, 0)
             loss = loss - log_p.gather(-1, y).where(counted, 0).sum()
-            if gradient is not None:
+            if ctx.gradient is not None:
                 p = log_p.exp_().scatter_add_(-1, y, -torch.ones_like(y, dtype=log_p.dtype))
-                gradient[begin : begin + rows] = p.mul_(counted * RAISED)
-        ctx.gradient = gradient
+                ctx.gradient[begin : begin + rows] = p.mul_(counted * RAISED)
         return loss
 
     @staticmethod

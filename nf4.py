@@ -1,10 +1,10 @@
 """4-bit NormalFloat with double quantization, by hand: how QLoRA stores its frozen base (arXiv 2305.14314).
 
-A trained weight matrix looks like a sample of a normal distribution. So NF4's 16 values are quantiles of one,
-close where weights are frequent, and all codes are used about equally often. The weights, row after row, are
-cut into blocks of 64; a block is divided by its largest absolute value (absmax), and each weight becomes the
-code of the nearest value. The absmaxes are quantized in turn: their mean is subtracted, and in blocks of 256
-they become 8 bits of a dynamic data type (arXiv 1511.04561) that has small steps where most of them are.
+Trained weights look like a sample of a normal distribution, so NF4's 16 values are quantiles of one: all
+codes are used about equally often. The weights, row after row, are cut into blocks of 64; a block is divided
+by its largest absolute value (absmax), and each weight becomes the code of the nearest value. The absmaxes
+are quantized in turn: their mean is subtracted, and in blocks of 256 they become 8 bits of a dynamic data
+type (arXiv 1511.04561) that has small steps where most of them are.
 
     4 bits of code + 8/64 of its block's absmax + 32/(64 * 256) of that one's = 4.127 bits a weight
 
@@ -46,8 +46,7 @@ PAIRS = NF4[torch.stack((torch.arange(256) >> 4, torch.arange(256) & 15), dim=-1
 
 
 def nearest(x: torch.Tensor, values: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (N,) float32 -> the code (N,) uint8 of the value nearest to each x / absmax, and each block's
-    absmax."""
+    """x (N,) float32 -> the code (N,) uint8 of the value nearest to each x / absmax; and the absmaxes."""
     blocks = F.pad(x, (0, -len(x) % block)).view(-1, block)
     absmax = blocks.abs().amax(-1)
     # multiplied by the inverse, as in bitsandbytes; a block of zeros stays one
@@ -79,8 +78,8 @@ def dequantize(codes: torch.Tensor, absmax: torch.Tensor, scales: torch.Tensor, 
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x W^T, where W exists only while it is multiplied: dequantized in the forward, and again in the
-    backward, so that it need not be kept in between. W gets no gradient."""
+    """x W^T; W, which gets no gradient, is dequantized in the forward, and again in the backward, so that it
+    need not be kept in between."""
 
     @staticmethod
     def forward(ctx, x, codes, absmax, scales, shape):
@@ -100,7 +99,7 @@ class NF4Linear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.shape = torch.Size((out_features, in_features))
-        n = self.shape.numel()
+        self.num_weights = n = self.shape.numel()  # `parameters()` does not count them
         absmax = -(-n // BLOCK)
         sizes = (-(-n // 2), absmax, 4 * (1 + -(-absmax // ABSMAX_BLOCK)))
         for name, size in zip(BUFFERS, sizes):
@@ -116,15 +115,6 @@ class NF4Linear(nn.Module):
         if not linear.weight.is_meta:  # else there are only names and shapes to take over
             layer.load_state_dict(dict(zip(BUFFERS, quantize(linear.weight))), assign=True)
         return layer
-
-    @property
-    def num_weights(self) -> int:
-        """How many weights the codes stand for: `parameters()` does not count them."""
-        return self.shape.numel()
-
-    @property
-    def nbytes(self) -> int:
-        return sum(getattr(self, name).nbytes for name in BUFFERS)
 
     def to_linear(self) -> nn.Linear:
         """A layer with the dequantized weight, float32."""

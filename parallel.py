@@ -3,9 +3,9 @@
     torchrun --nproc_per_node 4 train.py --n_layer 6                 # the whole model in every process (DDP)
     torchrun --nproc_per_node 4 train.py --n_layer 6 --fsdp          # a fourth of the weights in each (FSDP2)
 
-All run the same program in the same folder. Ranks differ only in the rows of a batch that they compute; rank
-0 prints and saves. The batch size is global: N processes split the same rows, so the result does not depend
-on N except for rounding and dropout, and a run may be resumed with another N.
+All run the same program in the same folder; rank 0 prints and saves. The batch size is global: the processes
+split its rows, so the result does not depend on their number except for rounding and dropout, and a run may
+be resumed with another number.
 
 DDP (arXiv 2006.15704) averages the gradients over all processes while the backward still runs. FSDP2 (arXiv
 2304.11277, then torch's `fully_shard`) collects the matrices of a block just before it computes, frees them
@@ -38,8 +38,7 @@ def rank() -> int:
 
 @contextmanager
 def processes() -> Iterator[None]:
-    """Join the processes that torchrun started, if it did; all but rank 0 are silent. A decorator of
-    `main`."""
+    """Join the processes that torchrun started, if it did; all but rank 0 are silent."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield
         return
@@ -81,11 +80,11 @@ def own_rows(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 
 def divided(model: nn.Module, fsdp: bool, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """What to call instead of `model` so that gradients become the mean over the processes. The names in the
-    state dict of `model` stay.
+    """What to call instead of `model` so that gradients become the mean over the processes; the names in its
+    state dict stay.
 
     With `fsdp` a model on the CPU is moved to `device` shard by shard; its blocks' weights are collected in
-    `dtype`, which halves the traffic if it is bfloat16, and rounds norms and adapters, too; embeddings,
+    bfloat16 if that is `dtype`, which halves the traffic and rounds norms and adapters, too; embeddings,
     output and gradients keep their format. Raises UserError for float16.
     """
     if fsdp and dtype == torch.float16:
@@ -115,8 +114,8 @@ def send_gradients(model: nn.Module, now: bool) -> None:
 
 
 def whole(state, seen: dict | None = None):
-    """A state dict, with every sharded tensor gathered on the CPU of rank 0; all processes must call it. A
-    tensor that stands under two names stays one."""
+    """A state dict, its sharded tensors gathered on the CPU of rank 0; all processes must call it. A tensor
+    that stands under two names stays one."""
     seen = {} if seen is None else seen
     if hasattr(state, "full_tensor"):  # a DTensor
         if id(state) not in seen:

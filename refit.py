@@ -31,8 +31,8 @@ def observed(T: int, device: torch.device) -> tuple[slice, torch.Tensor]:
 
 @torch.no_grad()
 def refit(model: Llama, original: Llama, tokens: torch.Tensor, attention=True, quiet=True) -> Llama:
-    """Give a merged model new wo, and wq and wk if `attention`, over tokens (N, T), bottom layer first. One
-    that does what the original's does stays as it is, bit for bit."""
+    """Give a merged model new wo, and wq and wk if `attention`, over tokens (N, T), bottom layer first.
+    Layers that do what the original does stay as they are, bit for bit."""
     x = y = original.tok_embeddings(tokens)  # the residual streams of the original and of the model
     rope = rope_angles(original.config, torch.arange(tokens.shape[1], device=tokens.device))
     layers = tqdm(model.layers, "refitting", disable=quiet or None, leave=False)
@@ -59,7 +59,7 @@ def refit_output(theirs: Attention, ours: Attention, a, b, drift, rope) -> None:
     """
     before, squares, products, tokens = ours.wo.weight.double(), 0, 0, b[..., 0].numel()
     for part_a, part_b, part in zip(a.split(SLICE), b.split(SLICE), drift.split(SLICE)):
-        z = ours.heads(part_b, *rope).flatten(0, 1).double()
+        z = ours.head_outputs(part_b, *rope).flatten(0, 1).double()
         target = (theirs(part_a, *rope) + part).flatten(0, 1).double()
         squares = squares + z.T @ z / tokens
         products = products + z.T @ (target - z @ before.T) / tokens

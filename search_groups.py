@@ -26,7 +26,7 @@ import operator
 from dataclasses import asdict, dataclass
 from itertools import permutations
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import numpy as np
 import torch
@@ -36,9 +36,11 @@ from tqdm import tqdm
 from checkpoint import picture
 from common import UserError, bounded, exit_cleanly, parse, replacing, require, writable
 from eval_ppl import MOST_LOGITS, perplexity
-from gqa import Counts, Maps, Slot, as_maps, budget, choose, even_counts, head_counts, merge, merged_config
-from gqa import TINY, open_inputs, slot_costs, statistics
-from model import Llama, widen
+from gqa import (
+    TINY, Counts, MergeConfig, Slot, as_maps, budget, choose, even_counts, head_counts, merge, merged_config,
+    open_inputs, slot_costs, statistics,
+)  # fmt: skip
+from model import Llama, Maps, widen
 from partition import best_partitions, interpolated, knapsack
 from refit import refit
 
@@ -52,31 +54,19 @@ MOST_CONTEXT = 1024  # tokens; longer contexts take much memory, and change few 
 
 
 @dataclass
-class SearchConfig:
+class SearchConfig(MergeConfig):
     """search"""
 
-    ckpt: str  # the checkpoint
-    out: str | None = None  # the group file to write
-    kv_budget: float | None = bounded(None, 0, 1)  # share of the checkpoint's KV cache to keep
-    objective: str | None = None  # or: what to minimise, of ppl, loss, groups, kv_bytes
+    objective: str | None = None  # instead of kv_budget: what to minimise, of ppl, loss, groups, kv_bytes
     method: Literal["knapsack", "random"] = "knapsack"  # see above
     max_evals: int = bounded(60, 2)  # groupings to evaluate before the last judgement
-    joint: bool = False  # one map for keys and values
-    merge: Literal["closed", "mean"] = "closed"  # how each grouping is merged, as in gqa.py
-    refit: Literal["none", "output", "all"] = "all"  # and refitted before it is measured
-    calibration_tokens: int = bounded(65536, 1)  # at most, of the train split; refitting uses half of it
     search_tokens: int = bounded(16384, 1)  # of val, for an evaluation; choice and report read as many
     log: str | None = None  # the JSONL of all evaluations (default: OUT.jsonl)
-    dataset: str | None = None  # prepared data of the same tokenizer (default: the checkpoint's own)
-    seed: int = bounded(0, 0, 2**32 - 1)  # of the calibration text, and of random groups
-    device: str = "auto"  # cuda, mps, cpu or auto
-    overwrite: bool = False  # replace an existing group file
 
     def __post_init__(self):
+        super().__post_init__()
         if (self.kv_budget is None) == (self.objective is None):
             raise UserError("what to search for? give one of --kv_budget 0.5 and --objective EXPRESSION")
-        if not self.out or not Path(self.out).name:
-            raise UserError("one name is missing: --out GROUPS.json, the file to write")
         self.log = self.log or str(Path(self.out).with_suffix(".jsonl"))
         if Path(self.log).resolve() == Path(self.out).resolve():
             raise UserError(f"--out {self.out} would be the log, too: name it groups.json")
@@ -148,53 +138,59 @@ def key(maps: tuple[Maps, Maps]) -> str:
     return json.dumps(maps)
 
 
-def read_log(path: Path, identity: dict) -> dict[str, dict]:
-    """The evaluations in a search's JSONL, by `key`. Raises UserError unless its header is `identity`."""
-    if not path.exists() or path.stat().st_size == 0:  # another search is about to write its first line
-        return {}
+def open_log(path: Path, header: dict) -> tuple[IO, dict[str, dict]]:
+    """The JSONL of a search, which it alone has open, and the evaluations in it, by `key`. Raises UserError
+    if another search has it, or if its first line is another header."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a+", buffering=1)  # noqa: SIM115
     try:
-        header, *records = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-        sound = all(record["note"] and math.isfinite(record[name]) for record in records for name in NUMBERS)
-        require(sound, "a record without its note or numbers")
-        other = [name for name, value in identity.items() if header[name] != value]
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.seek(0)
+        text = file.read()
+        lines = [line for line in text.splitlines() if line.endswith("}")] if text else [json.dumps(header)]
+        first, *records = map(json.loads, lines)
+        numbers = [record[name] for record in records for name in NUMBERS]
+        require(all(map(math.isfinite, numbers)) and all(r["note"] for r in records), "a damaged record")
         found = {key((record["k_groups"], record["v_groups"])): record for record in records}
+        other = [name for name, value in header.items() if first[name] != value]
+    except BlockingIOError:
+        raise UserError(f"{path} is in use by another search: wait for it, or give another --log") from None
     except Exception:
         raise UserError(f"{path} is damaged or no log of search_groups.py: give another --log") from None
     if other:
         raise UserError(f"{path} is of another {' and '.join(other)}: give the same flags, or another --log")
-    return found
-
-
-def append(path: Path, record: dict, identity: dict) -> None:
-    """One line more, below a header, under a lock: searches may share a log."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        read_log(path, identity)  # raises if another search of another kind was first
-        text = path.read_text()
-        if not text:
-            file.write(json.dumps(identity) + "\n")
-        elif not text.endswith("\n"):  # half a line of a search that was killed
-            file.write("\n")
-        file.write(json.dumps(record) + "\n")
+    if not text:
+        print(json.dumps(header), file=file)
+    elif not text.endswith("\n"):  # half a line of a search that was killed
+        print(file=file)
+    return file, found
 
 
 # ---- the search ----
 
 
 class Search:
-    """A model, the groupings that were measured, and what they are worth."""
+    """A model, the groupings that were measured, and what they are worth. Of the val split `judge` reads the
+    part to search on, `choice` and `report` what the search does not see."""
 
-    def __init__(self, config: SearchConfig, model: Llama, blocks: torch.Tensor, texts: list, itemsize: int):
-        self.config, self.model, self.itemsize = config, model, itemsize
+    def __init__(self, config: SearchConfig):
+        checkpoint, model, blocks, val, _ = open_inputs(config)
+        self.config, self.model, self.blocks, self.known = config, model, blocks, {}
+        self.itemsize = checkpoint["model"]["norm.weight"].itemsize
         self.heads = head_counts(model, config.joint)
         self.total = None if config.kv_budget is None else budget(self.heads, config.kv_budget)
+        third, least = (len(val) - 1) // 3, min(model.config.block_size, MOST_CONTEXT)
+        part = min(config.search_tokens, third)
+        if part < least:
+            what = f"search_tokens is {config.search_tokens}, a third of val {third}"
+            raise UserError(f"{what}: give --search_tokens {least} or more, and three times as much val text")
+        texts = [val[start : start + part + 1] for start in (0, part, 2 * part)]
         weights = (x.cpu().numpy() for _, x in sorted(model.state_dict().items()))
-        self.identity = {"model": digest(weights), "text": digest([blocks.cpu().numpy(), *texts])}
-        self.identity |= {"refit": config.refit, "merge": config.merge}
-        self.records = read_log(Path(config.log), self.identity)
-        self.stats, self.known, self.judge = statistics(model, blocks), {}, Judge(model, texts[0])
-        self.blocks = blocks
+        header = {"model": digest(weights), "text": digest([blocks.cpu().numpy(), *texts])}
+        header |= {"refit": config.refit, "merge": config.merge}
+        self.log, self.records = open_log(Path(config.log), header)
+        self.judge, self.choice, self.report = (Judge(model, text) for text in texts)
+        self.stats = statistics(model, blocks)
         self.seen: list[dict] = []  # the groupings of this search that keep to the budget, each once
         self.evals, self.bar = 0, tqdm(total=config.max_evals, desc=config.method, disable=None)
 
@@ -226,7 +222,7 @@ class Search:
             half = self.blocks[: max(1, len(self.blocks) // 2)]  # refitting takes most of the time
             loss, kl = self.judge(self.grouped(maps, half))
             self.records[key(maps)] = {"note": note, "loss": loss, "kl": kl, **self.described(maps)}
-            append(Path(self.config.log), self.records[key(maps)], self.identity)
+            print(json.dumps(self.records[key(maps)]), file=self.log)
         record = self.records[key(maps)]
         if candidate and record not in self.seen:
             self.seen.append(record)
@@ -342,47 +338,33 @@ def contenders(search: Search) -> list[tuple[str, tuple[Maps, Maps]]]:
     return found
 
 
-def chosen(search: Search, choice: Judge, report: Judge) -> list[dict]:
+def chosen(search: Search) -> list[dict]:
     """The contenders, best first on the text of `choice`; their loss and KL are those on that of `report`."""
     rows = {}
     for name, maps in tqdm(contenders(search), desc="judging", disable=None, leave=False):
         if key(maps) not in rows:
             small, sizes = search.grouped(maps, search.blocks), search.described(maps)
-            value = search.value({**sizes, "loss": choice(small)[0]})
-            loss, kl = report(small)
+            value = search.value({**sizes, "loss": search.choice(small)[0]})
+            loss, kl = search.report(small)
             rows[key(maps)] = {"name": name, "loss": loss, "kl": kl, "choice": value, **sizes}
     return sorted(rows.values(), key=lambda row: row["choice"])
-
-
-def open_search(config: SearchConfig) -> tuple[Search, np.ndarray, np.ndarray]:
-    """The search, and the texts that it will not see: for the choice, and for the report."""
-    checkpoint, model, blocks, val, _ = open_inputs(config)
-    third, least = (len(val) - 1) // 3, min(model.config.block_size, MOST_CONTEXT)
-    part = min(config.search_tokens, third)
-    if part < least:
-        what = f"search_tokens is {config.search_tokens}, a third of val {third}"
-        raise UserError(f"{what}: give --search_tokens {least} or more, and three times as much val text")
-    texts = [val[start : start + part + 1] for start in (0, part, 2 * part)]
-    return Search(config, model, blocks, texts, checkpoint["model"]["norm.weight"].itemsize), *texts[1:]
 
 
 def main() -> None:
     config = SearchConfig(**parse(__doc__, SearchConfig))
     writable(Path(config.out), config.overwrite)
-    search, *texts = open_search(config)
+    search = Search(config)
     with search.bar:
         {"knapsack": knapsack_search, "random": random_search}[config.method](search)
-    choice, report = (Judge(search.model, text) for text in texts)
-    rows = chosen(search, choice, report)
-    best, original = rows[0], report(search.model)[0]
+    rows = chosen(search)
+    best, original = rows[0], search.report(search.model)[0]
     share = best["kv_bytes"] / search.described(search.maps(search.heads))["kv_bytes"]
     record = {"share": share, **best, "original_loss": original, "judged": rows}
     with replacing(Path(config.out), "w") as file:
         file.write(json.dumps(record | {"search": asdict(config), "evals": search.evals}) + "\n")
     print(*picture(merged_config(search.model.config, best["k_groups"], best["v_groups"])), sep="\n")
-    print(
-        f"perplexity, relative to the original's {perplexity(original):.4f}, on {report.count:,} other tokens"
-    )
+    base = f"the original's {perplexity(original):.4f}, on {search.report.count:,} other tokens"
+    print(f"perplexity, relative to {base}")
     for row in rows:
         ratio = f"x {perplexity(row['loss'] - original):.4f} | KL {row['kl']:.4f}"
         cache = f"{row['groups']:g} K/V heads, {row['kv_bytes']:,} bytes a token"

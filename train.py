@@ -1,16 +1,14 @@
-"""Train a Llama: from nothing, on from where a run stopped (`--resume`), or from other weights
-(`--init_from`).
+"""Train a Llama: from nothing, on from where a run stopped, or from other weights.
 
     python train.py --n_layer 6 --novel             # the default data, Python's own source, is prepared first
-    # continue exactly, after a crash, Ctrl-C or more --max_steps
-    python train.py --n_layer 6 --novel --resume
+    python train.py --n_layer 6 --novel --resume    # go on after a crash, after Ctrl-C, to more --max_steps
     python train.py --dataset shakespeare --dim 384 --n_kv_head 2 --max_steps 2000
     python train.py --init_from ckpt.pt --lora_r 8 --quantize nf4 --dataset alpaca    # QLoRA on instructions
     python train.py --init_from grouped.pt --teacher ckpt.pt --max_steps 40           # heal after gqa.py
     torchrun --nproc_per_node 2 train.py --n_layer 6 --novel   # the same run, divided among two processes
 
-A run writes out/RUN/ckpt.pt and out/RUN/log.jsonl. The batch of a step depends only on (seed, step), its
-dropout only on (seed, step, rank). So a resumed run repeats an uninterrupted one, on a CPU bit for bit.
+A run writes out/RUN/ckpt.pt and log.jsonl. A step's batch depends only on (seed, step), its dropout only on
+(seed, step, rank), so a resumed run repeats an uninterrupted one, on a CPU bit for bit.
 """
 
 import json
@@ -45,9 +43,10 @@ from parallel import (
 )  # fmt: skip
 
 SHAPE_FREE = {"attention", "dropout", "block_size", "rope_theta"}  # model settings that any weights allow
-# what a resumed run may not change, besides its shape and its adapter
-RUN_FIXED = {"dataset", "init_from", "seed", "batch_size", "grad_accum", "teacher", "distil_weight"}
-RUN_FIXED |= {"optimizer", "momentum"}
+RUN_FIXED = {  # what a resumed run may not change, besides its shape and its adapter
+    "dataset", "init_from", "seed", "batch_size", "grad_accum", "teacher", "distil_weight", "optimizer",
+    "momentum",
+}  # fmt: skip
 STATE = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}  # of each parameter
 
 
@@ -55,7 +54,7 @@ STATE = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_
 class TrainConfig:
     """training"""
 
-    dataset: str = "stdlib"  # a name that data/prepare.py knows, or a prepared folder (tuning: its own)
+    dataset: str = "stdlib"  # a name that data/prepare.py has, or a prepared folder (tuning: its own)
     out_dir: str | None = None  # where ckpt.pt and log.jsonl go (default: out/DATASET-LAYERSxWIDTH-VARIANT)
     resume: bool = False  # continue the run in out_dir; settings are the run's, except for the flags given
     overwrite: bool = False  # start anew in a directory that holds a run
@@ -90,21 +89,22 @@ class TrainConfig:
 
 
 def settle(flags: dict, checkpoint: dict) -> tuple[ModelConfig, LoRAConfig, TrainConfig]:
-    """The settings: the flags on top of those of a checkpoint to start from or to resume, {} if there is
-    none. Raises UserError where they contradict each other."""
+    """The flags on top of the settings of a checkpoint to start from or to resume, {} if there is none.
+    Raises UserError where they contradict each other."""
     shape, adapter, run = (pick(cls, flags) for cls in (ModelConfig, LoRAConfig, TrainConfig))
     resume, old = flags.get("resume"), checkpoint.get("train", {})
+    adapted = resume or "lora" in checkpoint  # its adapter is trained on; merged, it makes room for another
+    fixed = set(adapter) if adapted else set()  # the flags that must agree with the checkpoint
+    if resume:
+        fixed |= set(shape) - {"attention"} | RUN_FIXED & set(run)
+    elif checkpoint:
+        fixed |= set(shape) - SHAPE_FREE
     saved = {"lora_r": 0, **checkpoint.get("config", {}), **checkpoint.get("lora", {}), **old}
-    fixed = set()  # the flags that must agree with the checkpoint
-    if checkpoint:
-        fixed = set(shape) - ({"attention"} if resume else SHAPE_FREE)
-    if resume or "lora" in checkpoint:  # an adapter is trained on; checkpoint.py merge makes room for another
-        fixed |= set(adapter)
-    for name in sorted(fixed | (RUN_FIXED & set(flags) if resume else set())):
+    for name in sorted(fixed):
         if flags[name] != saved.get(name):
             raise UserError(f"--{name} {flags[name]}: the checkpoint has {saved.get(name)}, drop --{name}")
     c = model_config(checkpoint, **shape) if checkpoint else ModelConfig(**shape)
-    lora = lora_config(checkpoint) if resume or "lora" in checkpoint else LoRAConfig(**adapter)
+    lora = lora_config(checkpoint) if adapted else LoRAConfig(**adapter)
     if resume:
         config = checked(TrainConfig, {**pick(TrainConfig, old), "overwrite": False, **run})
         if config.max_steps < checkpoint["step"]:
@@ -114,13 +114,11 @@ def settle(flags: dict, checkpoint: dict) -> tuple[ModelConfig, LoRAConfig, Trai
         raise UserError(f"--{min(adapter)} is of an adapter: give --lora_r 8, or drop it")
     if lora.lora_r and not checkpoint:
         raise UserError(f"--lora_r {lora.lora_r} adapts a trained model: give --init_from ckpt.pt")
-    if "distil_weight" in run and "teacher" not in run:
-        raise UserError("--distil_weight weighs a teacher's predictions: give --teacher ckpt.pt, or drop it")
-    defaults = {"lr": 0.001} if checkpoint else {}
+    defaults = {"dataset": old.get("dataset", "stdlib")}
     if lora.lora_r:
-        defaults = {"lr": 0.005, "optimizer": "adamw"}
-    if "dataset" in old:
-        defaults["dataset"] = old["dataset"]
+        defaults |= {"lr": 0.005, "optimizer": "adamw"}
+    elif checkpoint:
+        defaults["lr"] = 0.001
     return c, lora, TrainConfig(**{**defaults, **run})
 
 
@@ -163,25 +161,20 @@ def open_teacher(path: str, c: ModelConfig, tokenizer: Tokenizer, device: torch.
     teacher = build_model(checkpoint, device).requires_grad_(False)
     if checkpoint["tokenizer"] not in (None, tokenizer.data) or teacher.config.vocab_size != c.vocab_size:
         raise UserError(f"--teacher {path} has another tokenizer: give one of the same")
-    if teacher.config.block_size < c.block_size:
-        limit = teacher.config.block_size
+    if (limit := teacher.config.block_size) < c.block_size:
         raise UserError(f"--teacher {path} reads {limit} tokens: give --block_size {limit} or less")
     return teacher
 
 
-def compiling_pays(config: TrainConfig, c: ModelConfig, flops: float, device: torch.device) -> bool:
-    """Whether to compile the blocks. Compiled steps take about an eighth less time (measured on CPUs),
-    compiling ten seconds for each kind of head groups: a run must be twice as long as where that breaks even.
-    Its length is estimated at 125 billion operations a second and thread, and so does not depend on the
-    machine's load."""
+def compiling_pays(config: TrainConfig, flops: float, device: torch.device) -> bool:
+    """Whether to compile the blocks. On CPUs compiled steps take about an eighth less time, and compiling
+    takes ten seconds or so: by default, runs of some minutes are compiled."""
     missing = compiler_missing(device)
     if config.compile and missing:
         raise UserError(f"--compile needs {missing}: install it, or give --no-compile")
     if config.compile is not None:
         return config.compile
-    kinds = len({str(groups) for groups in zip(c.k_groups, c.v_groups)})
-    long = flops / (1.25e11 * torch.get_num_threads()) > 200 * kinds
-    return long and device.type == "cpu" and sys.platform == "linux" and not missing
+    return flops > 5e13 and device.type == "cpu" and sys.platform == "linux" and not missing
 
 
 # ---- the model and one step ----
@@ -226,11 +219,6 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return lowest + (config.lr - lowest) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def tokens_read(batches: list[Batch]) -> int:
-    """Input tokens, without the padding after the last target of a row."""
-    return sum(((y != IGNORE).flip(1).cumsum(1) > 0).sum().item() for _, y in batches)
-
-
 def distilled(model: nn.Module, teacher: Llama, x, y: torch.Tensor, weight: float) -> torch.Tensor:
     """(1 - weight) * cross-entropy + weight * KL(teacher || model), nats, summed over the targets that are
     not IGNORE: knowledge distillation (arXiv 1503.02531) at temperature 1."""
@@ -250,11 +238,11 @@ def train_step(
     """One optimizer step over micro-batches; return the loss, nats a token, and the norm of the unclipped
     gradient.
 
-    Each micro-batch's summed loss is divided by the target tokens of the whole step: dividing by its own
-    count would weigh tokens of short or masked micro-batches more, and accumulation would not equal the big
-    batch. Each process computes its share of the rows. DDP and FSDP2 average the gradients over processes, so
-    the loss is multiplied by world(): the average is then the sum. When the norm is not finite nothing is
-    stepped: the scaler tries a smaller scale next time.
+    A micro-batch's summed loss is divided by the target tokens of the whole step: divided by its own count,
+    tokens of short or masked micro-batches would weigh more, and accumulation would not equal the big batch.
+    Each process computes its share of the rows. DDP and FSDP2 average the gradients over processes; the loss
+    times world() makes that average the sum. When the norm is not finite nothing is stepped, and the scaler
+    tries a smaller scale next time.
     """
     device = next(learner.parameters()).device
     tokens = max(1, sum((y != IGNORE).sum().item() for _, y in batches))
@@ -299,8 +287,8 @@ def mean_loss(model: Llama, batches: list[Batch], dtype: torch.dtype) -> tuple[f
 
 
 def validate(model: Llama, data: Text | Examples, dtype: torch.dtype, most=None) -> tuple[float, int]:
-    """Loss, nats a token, and the number of tokens: over non-overlapping blocks of text, or over the answers
-    of examples; of the whole split, or of some `most` tokens, evenly spread."""
+    """`mean_loss` on blocks of text, or on the answers of examples: on the whole split, or on some `most`
+    tokens, evenly spread."""
     if isinstance(data, Text):
         context, text = model.config.block_size, data.tokens
         stride = max(context, context * len(text) // most) if most else context
@@ -330,7 +318,7 @@ class Log:
             with replacing(path, "w") as file:
                 file.writelines(json.dumps(record) + "\n" for record in kept)
 
-    def write(self, record: dict) -> None:
+    def write(self, **record) -> None:
         """Append; numbers that JSON cannot express (inf, nan) become null."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         if rank() == 0:
@@ -350,13 +338,10 @@ def describe(model: Llama, config: TrainConfig, lora: LoRAConfig, data: Text | E
     rows, text = config.batch_size * config.grad_accum, isinstance(data, Text)
     size, unit = (rows * c.block_size, "tokens") if text else (rows, "examples, loss on answers only")
     epochs = size * config.max_steps / (len(data.tokens) if text else len(data.spans))
-    arithmetic = f"{config.batch_size} sequences x {config.grad_accum} micro-batches"
-    print(f"batch: {arithmetic}, {size:,} {unit} a step; ", end="")
-    print(f"{config.max_steps:,} steps = {epochs:.3f} epochs of {config.dataset}")
+    print(f"batch: {config.batch_size} sequences x {config.grad_accum} micro-batches, ", end="")
+    print(f"{size:,} {unit} a step; {config.max_steps:,} steps = {epochs:.3f} epochs of {config.dataset}")
     if not text and data.note:
         print(f"note: {data.note}")
-    if config.warmup_steps >= config.max_steps:
-        print(f"note: {config.warmup_steps} warm-up steps: the learning rate will not reach {config.lr}")
     settings = {"model": asdict(c), "lora": asdict(lora), "train": asdict(config)}
     return {**settings, "params": params, "trainable": trainable, "epochs": epochs}
 
@@ -369,9 +354,9 @@ def restore(checkpoint: dict, optimizers: list[torch.optim.Optimizer], scaler: t
             own, moments = optimizer.state_dict(), saved["state"]
             params = [p for group in optimizer.param_groups for p in group["params"]]
             for i, p in enumerate(params if moments else ()):
-                require(set(moments[i]) == STATE[type(optimizer)], f"state of parameter {i}")
-                shapes = {x.shape for x in moments[i].values()}
-                require(shapes <= {torch.Size(), p.shape}, f"shapes of {i}")
+                sound = set(moments[i]) == STATE[type(optimizer)]
+                sound = sound and {x.shape for x in moments[i].values()} <= {torch.Size(), p.shape}
+                require(sound, f"state of parameter {i}")
                 own["state"][i] = {name: shard(x, p) for name, x in moments[i].items()}
             optimizer.load_state_dict(own)
         require(all(0 <= checkpoint[key] < math.inf for key in ("step", "tokens", "seconds")), "position")
@@ -407,23 +392,21 @@ def check_health(loss: float, norm: float, c: ModelConfig, step: int, saved: int
 
 def report(model: Llama, tokenizer: Tokenizer, data, config: TrainConfig, dtype, path: Path, log: Log):
     """Evaluate on the whole val split, print a sample, and what to run next."""
-    text, device = isinstance(data, Text), model.tok_embeddings.weight.device
-    prompt = tokenizer.prompt("") or [0]
+    text, device, prompt = isinstance(data, Text), model.tok_embeddings.weight.device, tokenizer.prompt("")
     dtype = dtype if config.fsdp else torch.float32  # FSDP collects the weights in it
     if config.eval_tokens:
         loss, count = validate(model, data, dtype)
         what = f"blocks, context {model.config.block_size}" if text else "answers of examples"
         ppl = f"val perplexity {math.exp(min(loss, 700)):.4f} | loss {loss:.4f} nats a token"
         print(f"{ppl} | {what} | {count:,} tokens")
-        record = {"step": config.max_steps, "val_loss": loss, "val_tokens": count}
-        log.write({**record, "peak_memory_bytes": peak_memory_bytes(device)})
+        log.write(step=config.max_steps, val_loss=loss, val_tokens=count)
     if not text:
         prompt = data.parts(0)[0].tolist()
     generator = torch.Generator(device).manual_seed(0)
     how = {"temperature": 0.8, "top_p": 0.95, "stop": tokenizer.stop, "generator": generator}
     model.eval()
     with autocast(device, dtype), torch.compiler.set_stance("force_eager"):
-        (new,) = model.generate([prompt], 160, **how)
+        (new,) = model.generate([prompt or [0]], 160, **how)
     command = f"python eval_ppl.py {path} --split test" if text else f"python -m study score {path}"
     print(f"--- a sample:\n{tokenizer.decode(prompt + new)}\n--- next:\n{command}\npython sample.py {path}")
 
@@ -435,10 +418,9 @@ def report(model: Llama, tokenizer: Tokenizer, data, config: TrainConfig, dtype,
 def main(change: Callable[[Llama], None] | None = None) -> None:
     """The command. `change` is what an experiment does to the model before it trains."""
     flags = parse(__doc__, ModelConfig, LoRAConfig, TrainConfig)
-    resume = flags.get("resume", False)
+    resume, named = flags.get("resume", False), flags.get("out_dir")
     if resume and flags.get("overwrite"):
         raise UserError("--resume continues a run and --overwrite deletes it: give one of them")
-    named = flags.get("out_dir")
     source = load(flags["init_from"]) if "init_from" in flags and not (resume and named) else {}
     flags["out_dir"] = named or default_out_dir(flags, source)
     path = Path(flags["out_dir"]) / "ckpt.pt"
@@ -487,7 +469,7 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
         except ImportError as error:  # Triton is for Linux
             note(f"no triton attention: {error}; sdpa takes its place")
     tokens = last * config.batch_size * config.grad_accum * c.block_size * isinstance(data, Text)
-    config.compile = compiling_pays(config, c, 6 * model.num_params() * tokens / world(), device)
+    config.compile = compiling_pays(config, 6 * model.num_params() * tokens / world(), device)
     if config.compile:
         for layer in model.layers:  # those of the same head groups share what the first compiles
             layer.compile()
@@ -501,11 +483,11 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
         restore(checkpoint, optimizers, scaler)
         step, tokens, seconds = (checkpoint[key] for key in ("step", "tokens", "seconds"))
         saved = step
-    origin = {"grouped": checkpoint["grouped"]} if "grouped" in checkpoint else {}
-    if lora.lora_r:
-        origin["lora"] = asdict(lora)
+    constant = {"config": asdict(c), "train": asdict(config), "data": meta, "tokenizer": tokenizer.data}
+    constant |= {"grouped": checkpoint["grouped"]} if "grouped" in checkpoint else {}
+    constant |= {"lora": asdict(lora)} if lora.lora_r else {}
     log = Log(path.with_name("log.jsonl"), step if config.resume else None)
-    log.write({"step": step, **describe(model, config, lora, data)})
+    log.write(step=step, **describe(model, config, lora, data))
     how = str(dtype).removeprefix("torch.") + ", compiled" * config.compile
     how += f", {world()} processes" * (world() > 1) + " that share the weights" * config.fsdp
     since = f", continued from step {step}" * config.resume
@@ -520,18 +502,16 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
         if step > saved and (due or stop or step == last):
             if step:  # what the last update did shows only in the loss after it
                 check_health(mean_loss(model, batches, dtype)[0], 0.0, c, step, saved)
-            state = {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-            state = whole({"model": model.state_dict(keep_vars=True), **state}) | origin
-            state |= {"config": asdict(c), "train": asdict(config), "data": meta, "tokenizer": tokenizer.data}
+            state = {"model": model.state_dict(keep_vars=True)}
+            state = whole(state | {"optimizers": [optimizer.state_dict() for optimizer in optimizers]})
             state |= {"step": step, "tokens": tokens, "seconds": seconds, "scaler": scaler.state_dict()}
             if rank() == 0:
-                save(path, state)
+                save(path, constant | state)
             # all wait: a rank that left before would have torchrun end rank 0 while it writes
             saved, stop = step, sum_over_ranks(len(caught)) > 0
         if due and step and config.eval_tokens and not stop:  # after saving: it may fail
             loss, count = validate(model, val_data, dtype, config.eval_tokens)
-            record = {"step": step, "val_loss": loss, "val_tokens": count}
-            log.write({**record, "peak_memory_bytes": peak_memory_bytes(device)})
+            log.write(step=step, val_loss=loss, val_tokens=count, peak_memory_bytes=peak_memory_bytes(device))
             tqdm.write(f"step {step}/{last} | val loss {loss:.4f} | val ppl {math.exp(min(loss, 700)):.2f}")
         if stop or step == last:
             break
@@ -543,10 +523,12 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
         loss, norm = train_step(learner, batches, optimizers, lr, *how)
         # to the scaler, an infinite norm only means: a smaller scale next
         check_health(loss, 0.0 if scaler.is_enabled() else norm, c, step + 1, saved)
-        now, count = time.perf_counter() - began, tokens_read(batches)
+        # input tokens, without the padding after the last target of a row
+        count = sum(((y != IGNORE).flip(1).cumsum(1) > 0).sum().item() for _, y in batches)
+        now = time.perf_counter() - began
         step, tokens, seconds = step + 1, tokens + count, seconds + now
         record = {"step": step, "loss": loss, "lr": lr, "norm": norm, "ms": 1000 * now, "tok_s": count / now}
-        log.write({**record, "tokens": tokens, "seconds": seconds})
+        log.write(**record, tokens=tokens, seconds=seconds)
         bar.update()
         if step % 10 == 0 or step == 1:
             line = f"step {step}/{last} | loss {loss:.4f} | lr {lr:.1e} | norm {norm:.2f}"

@@ -25,7 +25,7 @@ from eval_ppl import split_tokens
 from gqa import budget, calibration_blocks, choose, even_counts, head_counts, merge, open_model
 from gqa import perplexity_on, statistics
 from refit import refit
-from search_groups import Search, SearchConfig, knapsack_search, open_search, random_search
+from search_groups import Search, SearchConfig, knapsack_search, random_search
 from study.bench import table
 
 SHARES = (3 / 4, 2 / 3, 1 / 2, 1 / 3, 1 / 4, 1 / 8)
@@ -114,7 +114,7 @@ def searches_main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, (run, more) in ways.items():
             how = {"max_evals": int(more * config.max_evals), "log": f"{folder}/{name}.jsonl"}
-            search, *_ = open_search(replace(config, **how))
+            search = Search(replace(config, **how))
             with search.bar:
                 run(search)
             best = min(map(search.value, search.seen))

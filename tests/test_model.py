@@ -227,7 +227,7 @@ def test_a_gate_is_one_number_a_head_and_of_the_layers_input():
     attention, ours = plain.layers[0].attention, gated.layers[0].attention
     x = torch.randn(2, 9, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     angles = model_file.rope_angles(plain.config, torch.arange(9))
-    heads = attention.heads(x, *angles).unflatten(-1, (4, 8))
+    heads = attention.head_outputs(x, *angles).unflatten(-1, (4, 8))
     strength = 1 / (1 + torch.exp(-(x @ ours.gate.weight.T)))
     assert_close(ours(x, *angles), (heads * strength[..., None]).flatten(2) @ attention.wo.weight.T, 1e-12)
 
