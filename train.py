@@ -399,7 +399,8 @@ def report(model: Llama, tokenizer: Tokenizer, data, config: TrainConfig, dtype,
         what = f"blocks, context {model.config.block_size}" if text else "answers of examples"
         ppl = f"val perplexity {math.exp(min(loss, 700)):.4f} | loss {loss:.4f} nats a token"
         print(f"{ppl} | {what} | {count:,} tokens")
-        log.write(step=config.max_steps, val_loss=loss, val_tokens=count)
+        record = {"step": config.max_steps, "val_loss": loss, "val_tokens": count}
+        log.write(**record, peak_memory_bytes=peak_memory_bytes(device))
     if not text:
         prompt = data.parts(0)[0].tolist()
     generator = torch.Generator(device).manual_seed(0)

@@ -236,7 +236,8 @@ def test_a_weight_takes_4_127_bits():
     model = Llama(c := ModelConfig(n_layer=2, dim=512, n_head=8, vocab_size=64))
     lora.quantize_blocks(model)
     layers = [layer for layer in model.modules() if isinstance(layer, NF4Linear)]
-    count, size = sum(layer.num_weights for layer in layers), sum(layer.nbytes for layer in layers)
+    count = sum(layer.num_weights for layer in layers)
+    size = sum(x.nbytes for layer in layers for x in layer.buffers())
     assert len(layers) == 14 and model.num_params() == Llama(c).num_params()
     assert 8 * size / count == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=0.002)
 
