@@ -41,12 +41,9 @@ def import_model(source: Path, tokenizer: str | None = None, block_size: int | N
         settings, weights = models.read_hugging_face(source)
     elif (source / "params.json").exists():
         settings, weights = models.read_meta(source)
-    elif source.exists():
-        kinds = "a folder with config.json (Hugging Face) or params.json (Meta), or a .bin of llama2.c"
-        raise UserError(f"{source} is no model: name {kinds}; for an adapter, give --base BASE.pt")
     else:
-        hint = "to download one from the hub: hf download NAME --local-dir FOLDER"
-        raise UserError(f"{source}: no such file or folder; {hint}")
+        kinds = "a folder with config.json (Hugging Face) or params.json (Meta), or a .bin of llama2.c"
+        raise UserError(f"{source}: no such file or model: name {kinds}; an adapter needs --base BASE.pt")
     if block_size:
         settings["block_size"] = block_size
     c = model_config({"config": settings})

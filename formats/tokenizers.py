@@ -4,13 +4,14 @@ Read are SentencePiece's tokenizer.model, Hugging Face's tokenizer.json and llam
 becomes a SentencePiece model. To one of these an export adds the tokenizer.json that gives the same tokens.
 """
 
+import base64
 import json
 import re
 import struct
 from pathlib import Path
 
 from common import UserError, note, require
-from data.tokenizer import SPACE, JsonTokenizer, Tokenizer, read_tokenizer, with_special
+from data.tokenizer import SPACE, JsonTokenizer, Tokenizer, read_tokenizer
 from formats.files import read_json, reading
 
 NORMAL, UNKNOWN, CONTROL, BYTE, BPE = 1, 2, 3, 6, 2  # kinds in sentencepiece_model.proto
@@ -35,8 +36,7 @@ def find_tokenizer(source: Path, given: str | None, vocab_size: int) -> bytes | 
         if not llama2c:
             tokenizer = with_special(tokenizer, *special_tokens(tokenizer, folder))
         beside = read_json(paths[1]) if len(paths) == 2 and not given else {}
-        added = [token["content"] for token in beside.get("added_tokens") or []]
-        lost = [piece for piece in added if tokenizer.token_of(piece) is None]
+        lost = {added["content"] for added in beside.get("added_tokens") or []} - {*tokenizer.pieces.values()}
     needed = tokenizer.vocab_size
     # llama2.c's file does not hold the number of its tokens, and may have been cut
     if needed > vocab_size or (llama2c and needed < vocab_size):
@@ -49,6 +49,17 @@ def find_tokenizer(source: Path, given: str | None, vocab_size: int) -> bytes | 
     return tokenizer.data
 
 
+def with_special(tokenizer: Tokenizer, bos: int, add_bos: bool, eos: list[int]) -> Tokenizer:
+    """The tokenizer with these special tokens; its `data` holds them only if its own file has others."""
+    special = {"bos": bos, "add_bos": add_bos, "eos": eos}
+    if special == tokenizer.special:
+        return tokenizer
+    own = {"sentencepiece": base64.b64encode(tokenizer.file).decode()}
+    if isinstance(tokenizer, JsonTokenizer):
+        own = {"tokenizer_json": json.loads(tokenizer.file)}
+    return read_tokenizer(json.dumps({"special": special, **own}, ensure_ascii=False).encode())
+
+
 def special_tokens(tokenizer: Tokenizer, folder: Path) -> tuple[int, bool, list[int]]:
     """BOS, whether it opens a text, and the tokens that end one, from the tokenizer and the folder's configs.
 
@@ -58,20 +69,19 @@ def special_tokens(tokenizer: Tokenizer, folder: Path) -> tuple[int, bool, list[
     names = ("tokenizer_config.json", "config.json", "generation_config.json")
     settings, *configs = (read_json(folder / name) if (folder / name).exists() else {} for name in names)
 
-    def tokens(name: str) -> list[int]:
+    def tokens(name: str, own: int) -> list[int]:
         """Those that tokenizer_config.json gives by text, and the others by number, one or several."""
         text = settings.get(name)
         text = text.get("content") if isinstance(text, dict) else text
-        found = [tokenizer.token_of(text)] if isinstance(text, str) else []
+        found = [own, *(token for token, piece in tokenizer.pieces.items() if piece == text)]
         for value in (config.get(name + "_id") for config in configs):
             found += value if isinstance(value, list) else [value]
-        return [token for token in found if type(token) is int and token >= 0]
+        return list(dict.fromkeys(token for token in found if type(token) is int and token >= 0))
 
     sentencepiece, add_bos = tokenizer.kind == "SentencePiece", settings.get("add_bos_token")
     add_bos = add_bos is not False if sentencepiece else tokenizer.add_bos or add_bos is True
-    bos = tokenizer.bos if tokenizer.bos >= 0 else [*tokens("bos_token"), -1][0]
-    eos = [tokenizer.eos] if tokenizer.eos >= 0 else []
-    eos = list(dict.fromkeys(eos + tokens("eos_token")))
+    bos = [*tokens("bos_token", tokenizer.bos), -1][0]
+    eos = tokens("eos_token", tokenizer.eos)
     return bos, add_bos, [token for token in eos if token != bos] or eos  # one may be both, as in SmolLM
 
 
@@ -91,8 +101,8 @@ def sentencepiece_of_llama2c(data: bytes) -> bytes:
     model = b""
     for (score, piece), kind in zip(pieces, kinds):
         model += entry(1, entry(1, piece.encode()) + b"\x15" + struct.pack("<f", score) + entry(3, kind))
-    special, byte_fallback = entry(40, 0) + entry(41, 1) + entry(42, 2), entry(35, 1)
-    trainer = entry(3, BPE) + entry(4, len(pieces)) + byte_fallback + special
+    trainer = entry(3, BPE) + entry(4, len(pieces)) + entry(35, 1)  # byte fallback
+    trainer += entry(40, 0) + entry(41, 1) + entry(42, 2)  # <unk>, <s>, </s>
     spaces = entry(3, 1) + entry(4, 0) + entry(5, 1)  # one before the text, all kept, escaped
     return model + entry(2, trainer) + entry(3, entry(1, b"identity") + spaces)
 
@@ -113,9 +123,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     make merges of it in the vocabulary's order: with Llama 2's, runs of spaces become other tokens."""
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     settings |= {"add_bos_token": tokenizer.add_bos, "add_eos_token": False}
-    for name, token in (("bos_token", tokenizer.bos), ("eos_token", tokenizer.eos)):
-        if token >= 0 and tokenizer.piece(token) is not None:
-            settings[name] = tokenizer.piece(token)
+    special = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
+    settings |= {name: tokenizer.pieces[i] for name, i in special.items() if i in tokenizer.pieces}
     if isinstance(tokenizer, JsonTokenizer):
         fields, own = json.loads(tokenizer.file), JsonTokenizer(tokenizer.file)
         if (own.bos, own.add_bos) != (tokenizer.bos, tokenizer.add_bos):
@@ -134,14 +143,11 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 def merges_of(tokenizer: Tokenizer) -> list[str] | None:
     """The pairs of pieces that BPE joins, best first, written "l r"; None if the model is no plain BPE.
-
     SentencePiece joins the two neighbours whose joint piece has the best score, `tokenizers` goes by a list
-    of pairs. So the list has the pieces by score, each with all its ways to be cut into two.
-    """
+    of pairs. So the list has the pieces by score, each with all its ways to be cut into two."""
     sp, merges = tokenizer.sp, []
     other = (sp.is_control, sp.is_unknown, sp.is_byte, sp.is_unused)
-    ids = [i for i in range(tokenizer.text_size) if not any(kind(i) for kind in other)]
-    scores = {sp.id_to_piece(i): sp.get_score(i) for i in ids}
+    scores = {p: sp.get_score(i) for i, p in tokenizer.pieces.items() if not any(kind(i) for kind in other)}
     for piece in sorted(scores, key=lambda piece: -scores[piece]):
         cuts = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
         pairs = [f"{left} {right}" for left, right in cuts if left in scores and right in scores]
@@ -157,29 +163,28 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict | None:
     sp, merges = tokenizer.sp, merges_of(tokenizer)
     if merges is None or not tokenizer.is_exact():
         return None
-    vocabulary = {sp.id_to_piece(i): i for i in range(tokenizer.text_size)}
-    special = {piece: i for piece, i in vocabulary.items() if sp.is_control(i) or sp.is_unknown(i)}
+    special = sorted({*tokenizer.silent, sp.unk_id()})
     control = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     prefix = [{"type": "Prepend", "prepend": SPACE}] if tokenizer.dummy_prefix else []
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if tokenizer.dummy_prefix else []
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
-    bytes_back = [{"type": "ByteFallback"}, {"type": "Fuse"}]
+    back = [back, {"type": "ByteFallback"}, {"type": "Fuse"}]
     return {
         "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [{"id": i, "content": piece, **control} for piece, i in special.items()],
+        "added_tokens": [{"id": i, "content": tokenizer.pieces[i], **control} for i in special],
         "normalizer": {"type": "Sequence", "normalizers": [*prefix, spaces]},
         "pre_tokenizer": None, "post_processor": bos_template(tokenizer),
-        "decoder": {"type": "Sequence", "decoders": [back, *bytes_back, *strip]},
-        "model": {"type": "BPE", "dropout": None, "unk_token": sp.id_to_piece(sp.unk_id()), "fuse_unk": True,
+        "decoder": {"type": "Sequence", "decoders": [*back, *strip]},
+        "model": {"type": "BPE", "unk_token": tokenizer.pieces[sp.unk_id()], "fuse_unk": True,
                   "byte_fallback": True, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                  "ignore_merges": False, "vocab": vocabulary, "merges": merges},
+                  "vocab": {piece: i for i, piece in tokenizer.pieces.items()}, "merges": merges},
     }  # fmt: skip
 
 
 def bos_template(tokenizer: Tokenizer) -> dict | None:
     """The part of tokenizer.json that puts BOS before a text."""
-    piece = tokenizer.piece(tokenizer.bos) if tokenizer.bos >= 0 and tokenizer.add_bos else None
+    piece = tokenizer.pieces.get(tokenizer.bos) if tokenizer.add_bos else None
     if piece is None:
         return None
     bos, text = {"SpecialToken": {"id": piece, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}

@@ -27,8 +27,9 @@ from data.corpora import download, functions, split, whole_file
 from data.instruct import encode_answer, encode_prompt, read_splits
 from data.loader import SPLITS, Examples, open_split, read_meta
 from data.prepare import PrepareConfig, prepare
-from data.tokenizer import Tokenizer, read_tokenizer, with_special
+from data.tokenizer import Tokenizer, read_tokenizer
 from eval_ppl import bits_per_byte
+from formats.tokenizers import with_special
 
 
 def tokenizer_of(folder: Path) -> Tokenizer:
