@@ -1,7 +1,5 @@
-"""Where texts come from (files, this Python's standard library, public corpora) and how they become splits.
-
-A corpus is {split: pieces}. A piece is a range of bytes of a file, read only when it is needed.
-"""
+"""Where texts come from (files, this Python's standard library, public corpora) and how they become splits,
+{split: pieces}. A piece is a range of bytes of a file, read only when it is needed."""
 
 import ast
 import glob
@@ -10,23 +8,20 @@ import os
 import shutil
 import sysconfig
 import textwrap
-import time
-import zipfile
 from collections.abc import Iterator
 from hashlib import sha256
-from http.client import HTTPException
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple
 from urllib.request import Request, urlopen
 
+import numpy as np
 from tqdm import tqdm
 
-from common import UserError, note, sha256_of
-from data.loader import DATA, SPLITS
+from common import UserError, require, sha256_of
+from data.loader import BUILT_IN, DATA, SPLITS
 from data.tokenizer import Record
 
-CHUNK = 1 << 24  # bytes of a large file that are read at a time
 SHARES = (0.90, 0.05, 0.05)  # of train, val and test
 GITHUB, HUB = "https://raw.githubusercontent.com/", "https://huggingface.co/datasets/"
 STORIES = HUB + "roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/TinyStoriesV2-GPT4-"
@@ -53,7 +48,7 @@ class Piece(NamedTuple):
     separator: bytes = b""
 
     def documents(self) -> Iterator[str]:
-        """The texts, without empty ones."""
+        """The texts, without empty ones. Raises UserError for a file that is not UTF-8."""
         with open(self.path, "rb") as file:
             file.seek(self.start)
             data = file.read(self.stop - self.start)
@@ -61,8 +56,7 @@ class Piece(NamedTuple):
         try:
             yield from (part.decode() for part in parts if part.strip())
         except UnicodeDecodeError as error:
-            remedy = f"convert it, for instance with: iconv -f latin1 -t utf-8 {self.path}"
-            raise UserError(f"{self.path} is not UTF-8 ({error}): {remedy}") from None
+            raise UserError(f"{self.path} is not UTF-8 ({error}): convert it, iconv -t utf-8") from None
 
 
 def whole_file(path: Path, name: str = "", separator: bytes = b"") -> Piece:
@@ -85,31 +79,23 @@ def split(pieces: list[Piece]) -> dict[str, list[Piece]]:
     pieces = sorted(pieces, key=lambda piece: sha256(piece.name.encode()).digest())
     total, parts = sum(piece.stop for piece in pieces), {}
     for name, share in list(zip(SPLITS, SHARES))[1:]:  # train is what remains
-        size, parts[name] = 0, []
         # one huge file would be most of a small split, and the split would measure that file
         limit = max(share * total / 4, 2 * total / len(pieces))
-        for piece in [piece for piece in pieces if piece.stop <= limit]:
-            if size < share * total:
-                parts[name].append(piece)
-                pieces.remove(piece)
-                size += piece.stop
+        small = [piece for piece in pieces if piece.stop <= limit]
+        before = accumulate((piece.stop for piece in small), initial=0)
+        parts[name] = [piece for piece, size in zip(small, before) if size < share * total]
+        pieces = [piece for piece in pieces if piece not in parts[name]]
     return {"train": sorted(pieces, key=lambda piece: piece.name), **parts}
 
 
 def own_text(patterns: list[str]) -> list[Piece]:
-    """The files that paths and globs name, and in folders all text files, except hidden and binary ones."""
-
-    def is_text(file: Path, folder: Path) -> bool:
-        parts = file.relative_to(folder).parts
-        if not file.is_file() or any(part.startswith(".") or part == "__pycache__" for part in parts):
-            return False
-        with open(file, "rb") as content:
-            return b"\0" not in content.read(4096)
-
+    """The files that paths and globs name, and folders' visible text files. Raises UserError for no text."""
     found: set[Path] = set()
     for pattern in patterns:
         for path in map(Path, glob.glob(pattern, recursive=True) or [pattern]):
-            found |= {file for file in path.rglob("*") if is_text(file, path)} if path.is_dir() else {path}
+            visible = (f for f in path.rglob("*") if "/." not in f"/{f.relative_to(path).as_posix()}")
+            texts = {f for f in visible if f.is_file() and np.fromfile(f, np.uint8, 4096).all()}  # no zeros
+            found |= texts if path.is_dir() else {path}
     if not any(file.stat().st_size for file in found):
         raise UserError(f"--text {' '.join(patterns)}: no text there; name UTF-8 files, folders or globs")
     root = os.path.commonpath([file.resolve().parent for file in found])
@@ -122,14 +108,12 @@ def standard_library() -> list[Piece]:
     # the tables in encodings/ are generated and nearly alike: some in train would give away those in val
     skip = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__"}
     files = [f for f in root.rglob("*.py") if not skip & set(f.relative_to(root).parts[:-1]) and f.is_file()]
-    if not files:
-        raise UserError(f"no Python source in {root}: give your own text with --text FILE")
+    require(files != [], f"no Python source in {root}: give your own text with --text FILE")
     return [whole_file(file, file.relative_to(root).as_posix()) for file in files]
 
 
 def docstrings() -> dict[str, list[Record]]:
-    """Functions of the standard library and their purpose, each in the split of its file in `stdlib`, so that
-    a model trained on that has not read the questions. Code that is also in train leaves val and test."""
+    """Functions of the standard library, split as in `stdlib`. Code that is in train leaves val and test."""
     splits = split(standard_library())
     found = {name: [r for piece in splits[name] for r in functions(piece)] for name in SPLITS}
     train = {record["input"] for record in found["train"]}
@@ -144,9 +128,8 @@ def functions(piece: Piece, longest: int = 500) -> Iterator[Record]:
         tree, lines = ast.parse(text), text.split("\n")
     except SyntaxError:  # a template, not a program
         return
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or not ast.get_docstring(node):
-            continue
+    found = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+    for node in filter(ast.get_docstring, found):
         first, *rest = node.body
         code = lines[node.lineno - 1 : first.lineno - 1] + lines[first.end_lineno : node.end_lineno]
         code = textwrap.dedent("\n".join(code)).strip()
@@ -155,70 +138,53 @@ def functions(piece: Piece, longest: int = 500) -> Iterator[Record]:
             yield {"instruction": "Say what this function does.", "input": code, "output": summary}
 
 
-def downloaded(name: str) -> list[Path]:
-    """The files of a public corpus, downloaded if need be."""
-    return [download(*file, DATA / "downloads") for file in DOWNLOADS[name].items()]
-
-
-def public_corpus(name: str, source: Path | None) -> dict[str, list[Piece]]:
-    """The splits of a public corpus, downloaded or from a local copy: a file, or the folder of its files."""
-    paths, names = [source] if source else downloaded(name), [url.split("/")[-1] for url in DOWNLOADS[name]]
-    if name == "wikitext2":
-        return wikitext(paths[0])
-    if source and source.is_dir():
-        paths = [source / file for file in names]
-    if len(paths) < len(names):
-        raise UserError(f"--from {source}: give the folder of {' and '.join(names)}")
-    if name == "shakespeare":
-        return split([whole_file(paths[0])])
-    mark = b"<|endoftext|>"
-    train, valid = (whole_file(path, separator=mark) for path in paths)
-    count = 1 + train.stop // CHUNK
-    val, test = cut(valid, mark, (0.5, 0.5))
-    return {"train": cut(train, mark, (1 / count,) * count), "val": [val], "test": [test]}
-
-
-def wikitext(path: Path) -> dict[str, list[Piece]]:
-    """WikiText-2's own splits, from its zip file or the folder in it."""
-    names = [f"wiki.{part}.raw" for part in ("train", "valid", "test")]
-    if not path.is_dir():
+def built_in(name: str, files: list[Path]) -> dict[str, list]:
+    """The splits of a built-in data set; `files` are what DOWNLOADS names, or their folder. Raises UserError
+    for another name, too many files or a damaged one."""
+    if name not in BUILT_IN or len(files) > len(DOWNLOADS.get(name, {})):
+        what = " ".join([name, *map(str, files)])
+        raise UserError(f"no data set {what}: take {', '.join(BUILT_IN)}, or give --text or --from X.json")
+    if name == "docstrings":
+        return docstrings()
+    if name in ("stdlib", "shakespeare"):
+        return split([whole_file(file) for file in files] or standard_library())
+    folder = files[0]
+    if name == "tinystories":
+        files = [folder / url.split("/")[-1] for url in DOWNLOADS[name]] if len(files) == 1 else files
+        train, valid = (whole_file(file, separator=b"<|endoftext|>") for file in files)
+        val, test = cut(valid, valid.separator, (0.5, 0.5))
+        return {"train": cut(train, train.separator, (0.01,) * 100), "val": [val], "test": [test]}
+    if folder.is_file():
         try:
-            with zipfile.ZipFile(path) as archive:
-                archive.extractall(DATA / "downloads", [f"wikitext-2-raw/{name}" for name in names])
+            shutil.unpack_archive(folder, DATA / "downloads", "zip")
         except Exception as error:
-            raise UserError(f"{path} is damaged or not WikiText-2's zip file: {error}") from None
-        path = DATA / "downloads" / "wikitext-2-raw"
-    return {split: [whole_file(path / name)] for split, name in zip(SPLITS, names)}
+            raise UserError(f"{folder} is damaged or no zip file: {error}") from None
+        folder = DATA / "downloads" / "wikitext-2-raw"
+    files = [folder / f"wiki.{part}.raw" for part in ("train", "valid", "test")]
+    return {split: [whole_file(file)] for split, file in zip(SPLITS, files)}
 
 
 def download(url: str, checksum: str, folder: Path) -> Path:
-    """Fetch `url` into `folder`, continuing a broken download, and verify it; one that is there is used."""
-    path = folder / url.split("/")[-1]
-    part = folder / f"{path.name}.part"
+    """Fetch `url` into `folder`, continuing a broken download if the server can, and verify it; one that is
+    there is used. Raises UserError if it cannot be had, or has another sha256."""
+    path, part = (folder / (url.split("/")[-1] + end) for end in ("", ".part"))
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    for attempt in range(5):
-        have = part.stat().st_size if part.exists() else 0
-        request = Request(url, headers={"Range": f"bytes={have}-", "User-Agent": "herd"})
-        try:
-            with urlopen(request, timeout=30) as response:
-                mode = "ab" if response.status == 206 else "wb"  # a server without ranges begins again
-                bar = tqdm.wrapattr(response, "read", total=response.length, desc=path.name, disable=None)
-                with open(part, mode) as file, bar as body:
-                    shutil.copyfileobj(body, file)
-                if response.length:
-                    raise ConnectionError(f"{response.length:,} bytes are missing")
-            break
-        except (OSError, HTTPException) as error:
-            if getattr(error, "code", 0) == 416 and have:  # nothing is left to send
-                break
-            if attempt == 4 or getattr(error, "code", 0) in (403, 404):
-                hint = f"try again later, or get the file another way and give --from {path.name}"
-                raise UserError(f"cannot download {url}: {error}; {hint}") from None
-            note(f"download interrupted ({error}); trying again")
-            time.sleep(2**attempt)
-    if (found := sha256_of(part)) != checksum:
+    have = part.stat().st_size if part.exists() else 0
+    request = Request(url, headers={"Range": f"bytes={have}-", "User-Agent": "herd"})
+    try:
+        with urlopen(request, timeout=30) as response:
+            bar = tqdm.wrapattr(response, "read", total=response.length, desc=path.name, disable=None)
+            with open(part, "ab" if response.status == 206 else "wb") as file, bar as body:
+                shutil.copyfileobj(body, file)
+            require(not response.length, f"{response.length} bytes are missing")
+    except Exception as error:
+        if getattr(error, "code", 0) != 416:  # which means that nothing is left to send
+            raise UserError(
+                f"cannot download {url}: {error}; try again to continue, or give --from"
+            ) from None
+    if sha256_of(part) != checksum:
         part.unlink()
-        raise UserError(f"{url}: its sha256 is {found}, not {checksum}; try again, or use --from")
+        raise UserError(f"{url} has another sha256 than {checksum}; try again, or use --from")
     return part.rename(path)

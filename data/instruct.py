@@ -1,8 +1,7 @@
 """Instruction data: records from .json lists, .jsonl files or parallel texts, and their tokens.
 
-A record is an instruction, an input and an output, its answer. An example is BOS, the prompt (`prompt_text`),
-the answer, EOS. A .bin holds the tokens of all examples, a .mask a byte per token: 1 in the answer and its
-EOS, which carry the loss. The .jsonl keeps the records as text, for scoring.
+An example is BOS, the prompt (`prompt_text`), the answer, EOS. A .bin holds the tokens of all, a .mask a byte
+per token: 1 in the answer and its EOS, which carry the loss. A .jsonl keeps the records, for scoring.
 """
 
 import gzip
@@ -10,12 +9,11 @@ import hashlib
 import json
 from pathlib import Path
 
-from common import UserError
+from common import UserError, require
 from data.loader import SPLITS
 from data.tokenizer import Record, Tokenizer, prompt_text
 
 FIELDS = ("instruction", "input", "output")
-Splits = dict[str, list[Record]]
 
 
 def encode_prompt(record: Record, tokenizer: Tokenizer) -> list[int]:
@@ -24,85 +22,56 @@ def encode_prompt(record: Record, tokenizer: Tokenizer) -> list[int]:
 
 def encode_answer(record: Record, tokenizer: Tokenizer) -> list[int]:
     """The answer's tokens and the one that ends it, encoded apart from the prompt, as a model writes them."""
-    if not tokenizer.stop:
-        raise UserError("this tokenizer has no token that ends an answer: take a model that has one")
+    require(bool(tokenizer.stop), "this tokenizer has no token that ends an answer: take one that has")
     return [*tokenizer.encode(record["output"]), tokenizer.stop[0]]
 
 
-def read_text(path: Path) -> str:
-    """A UTF-8 file, gzipped or not."""
-    data = path.read_bytes()
-    return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+def read_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 file, gzipped or not."""
+    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    return data.decode("utf-8-sig").removesuffix("\n").split("\n")
 
 
-def records_of(path: Path, fields: str, instruction: str) -> list[Record]:
-    """The records of a .json list or a .jsonl. Raises UserError for a damaged file or a record without them.
-
-    `fields` names instruction,input,output, or input,output; then all records have the same instruction.
-    """
+def records_of(path: Path, fields: str, instruction: str, target: Path | None = None) -> list[Record]:
+    """The records of a .json list, a .jsonl, or with a `target`, of the lines of parallel texts. `fields` are
+    [instruction,]input,output. Raises UserError for a damaged file or a record without them."""
     names, records = [name.strip() for name in fields.split(",")], []
-    if len(names) not in (2, 3):
-        raise UserError(f"--fields {fields}: name input,output or instruction,input,output, with commas")
-    source = names[-2]
+    require(len(names) in (2, 3), f"--fields {fields}: name input,output or instruction,input,output")
     try:
-        if ".jsonl" in path.suffixes:
-            rows = (json.loads(line) for line in read_text(path).split("\n") if line.strip())
+        rows = read_lines(path)
+        if target:
+            rows = ({"input": a, "output": b} for a, b in zip(rows, read_lines(target), strict=True))
+        elif ".jsonl" in path.suffixes:
+            rows = (json.loads(line) for line in rows if line.strip())
         else:
-            rows = json.loads(read_text(path))
-        found = source == "input"
+            rows = json.loads("\n".join(rows))
         for row in rows:
-            found |= source in row
-            if len(names) == 3 and row.get(source) is None:
-                row = {**row, source: ""}  # many instructions have no input
-            texts = [instruction, *(row[name].strip() for name in names)]
+            row = {"input": "", **row}  # many instructions have none
+            texts = [instruction, *((row[name] or "").strip() for name in names)]
             "".join(texts).encode()  # fails for lone surrogates
             records.append(dict(zip(FIELDS, texts[-3:])))
-        if not found:
-            raise KeyError(source)
     except Exception as error:
-        where, reason = f"{path}, record {len(records) + 1},", f"{type(error).__name__} {str(error)[:80]}"
-        raise UserError(f"{where} is damaged or has no text in --fields {fields} ({reason})") from None
+        where = f"{path}{f' or {target}' if target else ''}, record {len(records) + 1},"
+        raise UserError(f"{where} is damaged or has no text in --fields {fields} ({error!r:.90})") from None
     return records
 
 
-def parallel_records(source: Path, target: Path, instruction: str) -> list[Record]:
-    """A record for each line of two texts that are translations, or the like, of each other."""
-    try:
-        lines = (read_text(path).removesuffix("\n").split("\n") for path in (source, target))
-        return [dict(zip(FIELDS, (instruction, a.strip(), b.strip()))) for a, b in zip(*lines, strict=True)]
-    except Exception as error:
-        raise UserError(f"{source} or {target} is damaged, or they are not parallel: {error}") from None
-
-
-def read_files(files: list[Path], parallel: bool, fields: list[str], instruction: str) -> Splits:
-    """The splits of records in one to three files, or in as many pairs of parallel texts."""
-    if parallel:
-        if len(files) not in (2, 4, 6) or fields:
-            raise UserError("--parallel: give pairs, SOURCE TARGET, of train, val and test, and no --fields")
-        parts = [parallel_records(*pair, instruction) for pair in zip(files[0::2], files[1::2])]
-    else:
-        if len(files) > 3 or len(fields) not in (0, 1, len(files)):
-            raise UserError("--from: give train, val and test, and --fields, with commas, once or per file")
-        fields = (fields or [",".join(FIELDS)]) * len(files)
-        parts = [records_of(path, names, instruction) for path, names in zip(files, fields)]
-    splits = read_splits(parts)
-    if not all(splits.values()):
-        counts = ", ".join(f"{name} {len(splits[name])}" for name in SPLITS)
-        raise UserError(f"a split has no records ({counts}): give more of them")
-    return splits
-
-
-def read_splits(parts: list[list[Record]]) -> Splits:
-    """Three files are train, val and test. One is cut into 85%, 5% and 10%; of two, the second is test.
-
-    A cut follows the order of the prompts' hashes, so no prompt is in two splits, whatever its answers.
-    """
-    if len(parts) == 3:
-        return dict(zip(SPLITS, parts))
-    places = [hashlib.sha256(prompt_text(record).encode()).digest() for record in parts[0]]
+def read_files(files: list[Path], parallel: bool, fields: list[str], instruction: str) -> dict[str, list]:
+    """The splits of records in files, or in pairs of parallel texts. Three are train, val and test. One is
+    cut into 85%, 5% and 10% by the hashes of its prompts, so that none is in two splits; of two, the second
+    is test. Raises UserError for a damaged file, or too few records."""
+    targets = files[1::2] if parallel else [None] * len(files)
+    files, fields = files[:: 1 + parallel], fields or ["input,output" if parallel else ",".join(FIELDS)]
+    fitting = len(files) == len(targets) <= 3 and len(fields) in (1, len(files))
+    require(fitting, "give train [val] [test], with --parallel in pairs, and --fields once or per file")
+    parts = zip(files, fields * 3, [instruction] * 3, targets)
+    records, *given = [records_of(*part) for part in parts]
+    places = [hashlib.sha256(prompt_text(record).encode()).digest() for record in records]
     prompts = sorted(set(places))
     val, test = (max(1, round(share * len(prompts))) for share in (0.05, 0.10))
-    names = ["val"] * val + ["test"] * test * (len(parts) == 1) + ["train"] * len(prompts)
+    names = ["val"] * val * (len(given) < 2) + ["test"] * test * (not given) + ["train"] * len(prompts)
     split_of = dict(zip(prompts, names))
-    splits = {name: [r for r, place in zip(parts[0], places) if split_of[place] == name] for name in SPLITS}
-    return splits if len(parts) == 1 else {**splits, "test": parts[1]}
+    splits = {name: [r for r, place in zip(records, places) if split_of[place] == name] for name in SPLITS}
+    splits |= zip(SPLITS[3 - len(given) :], given)
+    require(all(splits.values()), "a split has no records: give more of them")
+    return splits

@@ -33,15 +33,13 @@ def prompt_text(record: Record) -> str:
 
 def read_tokenizer(data: bytes | None) -> "Tokenizer":
     """The tokenizer in a file's or a checkpoint's bytes. Raises UserError if it is missing or damaged."""
-    if data is None:
-        raise UserError("this checkpoint has no tokenizer: import it again, with --tokenizer FILE")
+    require(data is not None, "this checkpoint has no tokenizer: import it again, with --tokenizer FILE")
     try:
         fields = json.loads(data) if data.startswith(b"{") else {}
         if not fields or "sentencepiece" in fields:
             tokenizer = Tokenizer(base64.b64decode(fields["sentencepiece"]) if fields else data)
         else:
-            own = fields.get("tokenizer_json", fields)
-            tokenizer = JsonTokenizer(json.dumps(own, ensure_ascii=False).encode())
+            tokenizer = JsonTokenizer(json.dumps(fields.get("tokenizer_json", fields)).encode())
         tokenizer.set_special(**fields.get("special", tokenizer.special))
     except ImportError:
         raise UserError("a tokenizer.json needs a library: pip install tokenizers") from None
@@ -53,7 +51,6 @@ def read_tokenizer(data: bytes | None) -> "Tokenizer":
 
 class Tokenizer:
     """A SentencePiece model. A checkpoint carries `data`; `file` is the tokenizer's own file.
-
     pieces      {token: how it is written, such as </s>}; those in `silent` stand for no text
     bos, eos    open a text (without `add_bos`, only an empty one) and end a document; -1 if there is none
     stop        all tokens that end a text: EOS, others like it, and the BOS of the next text
@@ -75,8 +72,7 @@ class Tokenizer:
 
     def set_special(self, bos: int, add_bos: bool, eos: list[int]) -> None:
         """Choose the tokens that open and end a text; the first of `eos` ends a document."""
-        valid = all(type(token) is int and -1 <= token < 2**20 for token in [bos, *eos])
-        require(valid, f"BOS {bos} or EOS {eos} is no token")
+        require(all(type(i) is int and -1 <= i < 2**20 for i in [bos, *eos]), f"BOS {bos}, EOS {eos}")
         self.special = {"bos": bos, "add_bos": add_bos, "eos": eos}
         self.bos, self.add_bos, self.eos = bos, add_bos, [*eos, -1][0]
         self.stop = list(dict.fromkeys(token for token in [*eos, bos] if token >= 0))
@@ -103,10 +99,8 @@ class Tokenizer:
         return first + [token for part in rest for token in mark + part]
 
     def prompt(self, text: str) -> list[int]:
-        """The beginning of a document: BOS, if the model was trained with one, and the ids of the text.
-        Raises UserError for a lone surrogate, which Python makes of a shell's broken bytes."""
-        if re.search("[\ud800-\udfff]", text):
-            raise UserError(f"{text[:40]!r} is not valid UTF-8: retype it")
+        """A document's beginning: BOS, if it opens texts, and the ids. Raises UserError for surrogates."""
+        require(not re.search("[\ud800-\udfff]", text), f"{text[:40]!r} is not valid UTF-8: retype it")
         ids = self.encode(text)
         return [self.bos, *ids] if self.bos >= 0 and (self.add_bos or not ids) else ids
 
