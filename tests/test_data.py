@@ -1,10 +1,8 @@
-"""Text in, tokens out: exact round trips, splits that do not leak, downloads that are whole or absent; and
-instruction data: loss on answers only, no example that sees another, nothing cut in silence."""
+"""Exact round trips, splits that do not leak, whole downloads; instructions with loss on answers only."""
 
 import gzip
 import http.server
 import json
-import math
 import shutil
 import threading
 from hashlib import sha256
@@ -43,9 +41,7 @@ def made(out: Path, *args, **how) -> tuple[dict, Tokenizer, dict[str, np.ndarray
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(
-    st.text(st.characters(exclude_categories=["Cs"])) | st.text(" \u2581\t\n\r\0é<s>0x41\ufeff", max_size=30)
-)
+@given(st.text(st.characters(exclude_categories=["Cs"])) | st.text(" \u2581\t\n\r\0é<s>0x41\ufeff"))
 def test_any_text_round_trips(tiny_data, text):
     tokenizer = tokenizer_of(tiny_data)
     ids = tokenizer.encode(text)
@@ -63,7 +59,7 @@ def test_other_peoples_tokenizers_keep_their_ways_and_those_that_lose_text_are_t
     ids = np.array(prefix.prompt(text))
     assert ids.tolist() == [1, *prefix.sp.encode(text)] and prefix.decode(ids.tolist()) == text
     assert prefix.token_bytes()[ids].sum() == len(text), "a space before every text is no byte"
-    assert bits_per_byte(math.log(2), ids, prefix) == (len(ids) - 1) / len(text)
+    assert bits_per_byte(np.log(2), ids, prefix) == (len(ids) - 1) / len(text)
     assert tokenizer_of(tiny_data).is_exact() and prefix.is_exact()
     for lossy in ({"normalization_rule_name": "nmt_nfkc"}, {"byte_fallback": False}):
         assert not other_tokenizer(**lossy).is_exact()
@@ -80,7 +76,6 @@ def test_token_files_are_the_documents_end_to_end_and_the_same_each_time(tiny_da
         assert max(map(len, documents)) == record["longest"]
         texts += [tokenizer.decode(ids) for ids in documents]
         assert tokens[name].tobytes() == (tiny_data / f"{name}.bin").read_bytes()
-        assert record["sha256"] == sha256(tokens[name]).hexdigest()
     assert sorted(texts) == sorted(path.read_text("utf-8") for path in paths), "a file is lost, or cut"
 
 
@@ -90,9 +85,9 @@ def test_files_are_split_by_their_names_and_repeated_ones_dropped(tmp_path):
         (tmp_path / f"texts/{i}.txt").write_text(f"document number {i % 50} " * 20)  # ten repeat others
     for name in (".hidden", ".git/config", "image.png"):
         (tmp_path / "texts" / name).write_text("not to be read" + "\0" * (name == "image.png"))
-    pieces = corpora.own_text([str(tmp_path / "texts")])
-    assert split(pieces) == split(pieces[::-1]), "the order in which files are found must not matter"
     how = {"text": [str(tmp_path / "texts")], "vocab_size": 300}
+    pieces = corpora.own_text(how["text"])
+    assert split(pieces) == split(pieces[::-1]), "the order in which files are found must not matter"
     records, tokenizer, tokens = made(tmp_path / "out", "x", **how)
     counts = [(record["documents"], record["repeated"]) for record in records.values()]
     assert np.sum(counts, 0).tolist() == [50, 10] and min(counts)[0] >= 2
@@ -100,14 +95,17 @@ def test_files_are_split_by_their_names_and_repeated_ones_dropped(tmp_path):
     assert sum(map(len, found)) == len(set.union(*found)) == 50, "a document is in two splits"
 
 
-def test_few_files_are_cut_at_line_ends(tmp_path):
+def test_few_files_are_cut_at_line_ends_and_a_large_tokenizer_takes_uint32(tmp_path, tiny_data):
     for name in "ab":
         (tmp_path / name).write_text("".join(f"{name} line {i:03}\n" for i in range(200)))
-    _, tokenizer, tokens = made(tmp_path / "out", "x", text=[str(tmp_path / "[ab]")], vocab_size=280)
-    parts = [tokenizer.decode(tokens[name].tolist()) for name in SPLITS]
-    counts = [len(set(part.splitlines())) for part in parts]
-    assert len(set("".join(parts).splitlines())) == 400 == sum(counts)
-    assert np.allclose(counts, (360, 20, 20), atol=4)
+    large = with_special(tokenizer_of(tiny_data), 1, True, [2, 70000])
+    (tmp_path / "large.model").write_bytes(large.data)
+    how = {"text": [str(tmp_path / "[ab]")], "tokenizer": str(tmp_path / "large.model")}
+    _, found, tokens = made(tmp_path / "out", "x", **how)
+    assert found.data == large.data and all(part.itemsize == 4 for part in tokens.values())
+    lines = [found.decode(tokens[name].tolist()).splitlines() for name in SPLITS]
+    assert len(set(chain(*lines))) == 400 == sum(map(len, lines))
+    assert np.allclose(list(map(len, lines)), (360, 20, 20), atol=4)
 
 
 def test_wikitext_keeps_its_splits_and_the_tokenizer_learns_from_train_alone(tmp_path):
@@ -143,20 +141,9 @@ def test_the_standard_library_is_code_and_no_question_stands_in_train(tmp_path, 
         (tmp_path / f"{i}.py").write_text(others + text.format(i) + text.format(i - i % 3))
     monkeypatch.setattr(corpora, "standard_library", lambda: corpora.own_text([str(tmp_path)]))
     found = [{record["input"]: record["output"] for record in part} for part in corpora.docstrings().values()]
-    assert dict(chain(*map(dict.items, found))) == {
-        f"def f{i}(x):\n    return x + {i}": f"Add {i}." for i in range(60)
-    }
+    expected = {f"def f{i}(x):\n    return x + {i}": f"Add {i}." for i in range(60)}
+    assert found[0] | found[1] | found[2] == expected
     assert all(found) and not found[0].keys() & (found[1] | found[2])
-
-
-def test_a_given_tokenizer_is_kept_and_a_large_one_takes_uint32(tmp_path, tiny_data):
-    (tmp_path / "a.txt").write_text(text := "".join(f"some words {i}\n" for i in range(99)))
-    large = with_special(tokenizer_of(tiny_data), 1, True, [2, 70000])
-    (tmp_path / "large.model").write_bytes(large.data)
-    how = {"text": [str(tmp_path / "a.txt")], "tokenizer": str(tmp_path / "large.model")}
-    _, found, tokens = made(tmp_path / "out", "x", **how)
-    assert found.data == large.data and all(part.itemsize == 4 for part in tokens.values())
-    assert "".join(found.decode(tokens[name].tolist()) for name in SPLITS) == text
 
 
 def test_prepared_data_is_not_replaced_unless_asked(tiny_data, tmp_path):
@@ -170,9 +157,7 @@ def test_prepared_data_is_not_replaced_unless_asked(tiny_data, tmp_path):
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Serves BODY, breaks off after BREAK_AFTER bytes of each answer, and honours ranges when RANGES."""
-
-    body, break_after, ranges, requests = bytes(range(256)) * 1000, None, True, []
+    body, break_after, ranges, requests = bytes(range(256)) * 1000, None, True, []  # break_after: bytes
 
     def do_GET(self):
         start = int(self.headers["Range"].split("=")[1].rstrip("-")) if self.ranges else 0
@@ -263,14 +248,11 @@ def test_records_come_from_other_fields_jsonl_parallel_texts_and_gzip(tmp_path):
     texts["jsonl"] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     for name, text in texts.items():
         (tmp_path / f"x.{name}.gz").write_bytes(gzip.compress(text.encode()))
-    (tmp_path / "x.jsonl").write_text(texts["jsonl"])
-    for files in (["jsonl"], ["jsonl.gz"], ["en.gz", "de.gz"]):
+    for files in (["jsonl.gz"], ["en.gz", "de.gz"]):
         paths, pairs = [tmp_path / f"x.{file}" for file in files], len(files) == 2
         found = chain(*read_files(paths, pairs, [] if pairs else ["dialogue,summary"], "Do.").values())
         found = {record["output"]: record["instruction"] + record["input"] for record in found}
-        assert len(found) == 30 and found.get("de 3", found.get("s3")) == (
-            "Do.en 3" if pairs else "Do.a3\u2028b"
-        )
+        assert len(found) == 30 and found.items() & {("de 3", "Do.en 3"), ("s3", "Do.a3\u2028b")}
 
 
 def test_an_epoch_has_every_example_once_in_batches_of_like_length(data):
@@ -288,7 +270,6 @@ def test_an_epoch_has_every_example_once_in_batches_of_like_length(data):
 
 
 def test_no_example_sees_another_and_padding_carries_no_loss(data):
-    """Float64: an example by itself, without padding, has the loss that it has in a batch."""
     examples, total = Examples(*data, "train", 120), 0.0
     model = sharp_model(vocab_size=330, block_size=120).double()
     parts = [examples.parts(row) for row in range(12)]
@@ -305,11 +286,9 @@ def test_too_long_examples_are_counted_and_not_cut(data, tmp_path):
     lengths = Examples(*data, "train", 10**6).lengths
     block = int(lengths.max()) - 5
     examples, out = Examples(*data, "train", block), (lengths > block).sum()
-    assert lengths.max() + 1 == data[1]["splits"]["train"]["longest"]
     assert out > 0 and len(examples.spans) + out == len(lengths) and f"{out} of " in examples.note
     assert all(examples.parts(row)[1][-1] == 2 for row in range(len(examples.spans)))
-    flags = ["--dataset", data[0], "--out_dir", tmp_path, "--block_size", 8]
-    refused(quick("train.py", *flags), "longer than block_size 8")
+    refused(quick("train.py", "--dataset", data[0], "--out_dir", tmp_path, "--block_size", 8), "longer than")
 
 
 def test_a_task_is_answered_from_the_command_line(tiny_run, tmp_path):
