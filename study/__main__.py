@@ -33,12 +33,11 @@ def main() -> None:
         raise UserError(f"{name} is none of the commands: {' '.join(COMMANDS)}")
     module, function = COMMANDS[name][0].split(".")
     try:
-        command = getattr(importlib.import_module(f"study.{module}"), function)
+        getattr(importlib.import_module(f"study.{module}"), function)()
     except ModuleNotFoundError as error:
-        if error.name not in ("matplotlib", "rouge_score", "sacrebleu"):
+        if error.name not in ("matplotlib", "optuna", "rouge_score", "sacrebleu", "transformers"):
             raise
-        raise UserError(f"{error}: pip install -r requirements-dev.txt") from None
-    command()
+        raise UserError(f"{error}: pip install {error.name.replace('_', '-')}") from None
 
 
 if __name__ == "__main__":  # benchmarks start processes, which import this file again

@@ -3,16 +3,13 @@
     python -m study compare-groups ckpt.pt
     python -m study compare-searches ckpt.pt --kv_budget 0.5 --refit none     # needs pip install optuna
 
-compare-groups prints perplexities on the test split as ratios to the original's, for shares of the KV cache,
-without training: first other work, with one map for K and V; from "K and V apart" on, each row adds a step to
-the one above. A cell is the mean over seeds, of the calibration text and of the random groups.
+compare-groups prints perplexities on the test split, ratios to the original's, for shares of the KV cache,
+untrained; from "K and V apart" on, each row adds a step to the one above. A cell is the mean over seeds.
 
 compare-searches prints the best loss that each search finds, the knapsack after --max_evals evaluations, the
-others after 2.5 times as many. TPE, Optuna's default, draws a weight for each slot, in proportion to which
-the budget is shared out.
+others after 2.5 times as many. TPE draws a weight for each slot, and the budget is shared out in proportion.
 """
 
-import importlib.util
 import tempfile
 from dataclasses import dataclass, replace
 
@@ -28,7 +25,6 @@ from refit import refit
 from search_groups import Search, SearchConfig, knapsack_search, random_search
 from study.bench import table
 
-SHARES = (3 / 4, 2 / 3, 1 / 2, 1 / 3, 1 / 4, 1 / 8)
 ROWS = {  # one map for K and V?, which heads share, how they are merged, and whether wq and wk are refitted
     "random joint groups, mean": (True, "random", "mean", None),
     "neighbours, mean (GQA's paper)": (True, "neighbour", "mean", None),
@@ -57,34 +53,30 @@ class CompareConfig:
 def main() -> None:
     config = CompareConfig(**parse(__doc__, CompareConfig))
     checkpoint, model = open_model(config.ckpt, config.device)
-    tokenizer = read_tokenizer(checkpoint["tokenizer"])
-    text, _ = split_tokens(checkpoint, tokenizer, config.dataset, "train")
-    test, source = split_tokens(checkpoint, tokenizer, config.dataset, "test")
+    data = checkpoint, read_tokenizer(checkpoint["tokenizer"]), config.dataset
+    (text, _), (test, source) = split_tokens(*data, "train"), split_tokens(*data, "test")
     test = test[: config.eval_tokens + 1]
-    one_map = model.config.k_groups == model.config.v_groups  # else K and V cannot share one
-    heads = {joint: head_counts(model, joint) for joint in {False, one_map}}
-    least = len(heads[one_map]) / sum(heads[one_map].values())
-    shares = config.shares or [share for share in SHARES if share >= least]
-    totals = {share: budget(heads[one_map], share) for share in shares}
-    rows = {name: row for name, row in ROWS.items() if row[0] in heads}
-    base, cells = perplexity_on(test, model), {(name, share): [] for name in rows for share in shares}
+    heads = {joint: head_counts(model, joint) for joint in (True, False)}
+    least = len(heads[True]) / sum(heads[True].values())
+    shares = config.shares or [x for x in (3 / 4, 2 / 3, 1 / 2, 1 / 3, 1 / 4, 1 / 8) if x >= least]
+    totals = {share: budget(heads[True], share) for share in shares}
+    base, cells = perplexity_on(test, model), {(name, share): [] for name in ROWS for share in shares}
     print(f"perplexity {base:.4f} | {len(test) - 1:,} tokens of {source}", flush=True)
     for seed in tqdm(range(config.seeds), desc="comparing", disable=None, leave=False):
         blocks, known = calibration_blocks(text, model, config.calibration_tokens, seed), {}
         stats = statistics(model, blocks)
         for name, share in cells:
-            joint, grouping, how, attention = rows[name]
-            twice = one_map and not joint  # all rows keep equally many heads
-            counts = even_counts(heads[joint], totals[share] * (1 + twice))
+            joint, grouping, how, attention = ROWS[name]
+            # a joint group is a K and a V head: all rows keep equally many
+            counts = even_counts(heads[joint], totals[share] * (1 if joint else 2))
             small = merge(model, choose(model, stats, counts, grouping, seed, known), stats, how)
             if attention is not None:
                 small = refit(small, model, blocks, attention)
             cells[name, share].append(perplexity_on(test, small) / base)
-    lines = [[name, *(f"{np.mean(cells[name, share]):.3f}" for share in shares)] for name in rows]
-    print(table(["share of the KV cache", *(f"{share:.3g}" for share in shares)], lines))
-
-
-# ---- searches ----
+    rows = {name: {"share of the KV cache": name} for name in ROWS}
+    for (name, share), ratios in cells.items():
+        rows[name][f"{share:.3g}"] = f"{np.mean(ratios):.3f}"
+    print(table(list(rows.values())))
 
 
 def tpe_search(search: Search) -> None:
@@ -105,16 +97,14 @@ def tpe_search(search: Search) -> None:
 
 
 def searches_main() -> None:
-    if importlib.util.find_spec("optuna") is None:
-        raise UserError("compare-searches compares with Optuna: pip install optuna")
     config = SearchConfig(**{"out": "unused.json", **parse(__doc__, SearchConfig)})
     if config.kv_budget is None:
         raise UserError("TPE shares out a budget: give --kv_budget 0.5")
-    ways = {"knapsack": (knapsack_search, 1), "TPE": (tpe_search, 2.5), "random": (random_search, 2.5)}
+    ways = {"TPE": (tpe_search, 2.5), "knapsack": (knapsack_search, 1), "random": (random_search, 2.5)}
     with tempfile.TemporaryDirectory() as folder:
         for name, (run, more) in ways.items():
-            how = {"max_evals": int(more * config.max_evals), "log": f"{folder}/{name}.jsonl"}
-            search = Search(replace(config, **how))
+            evals, log = int(more * config.max_evals), f"{folder}/{name}.jsonl"
+            search = Search(replace(config, max_evals=evals, log=log))
             with search.bar:
                 run(search)
             best = min(map(search.value, search.seen))

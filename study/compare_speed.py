@@ -1,30 +1,28 @@
 """How fast herd and other implementations train, evaluate and write at one shape, on a CPU.
 
     python -m study compare-speed speed.jsonl --n_layer 6 --dim 288 --n_head 6 --hidden_dim 768 \\
-        --llama2c llama2.c/model.py --nanogpt nanoGPT/model.py --run_c llama2.c/run --gguf model.gguf
+        --llama2c llama2.c/model.py --nanogpt nanoGPT/model.py \\
+        --run_c "llama2.c/run model.bin -z tokenizer.bin" --gguf model.gguf
     python -m study time-to-loss llama2.c llama2.c/model.py --out_dir out/llama2c --n_layer 6 --dim 288 \\
         --n_head 6 --hidden_dim 768 --optimizer adamw --compile --max_steps 330 --eval_every 25
 
-transformers is always measured; the others are left out unless named: model.py of llama2.c and of nanoGPT,
-llama2.c's program (gcc -Ofast -fopenmp -march=native run.c -lm -o run), and a model of this shape for
-llama.cpp (an exported run, converted by its convert_hf_to_gguf.py; needs pip install llama-cpp-python).
-Training is compiled, AdamW, bfloat16, on random tokens; text is greedy, from one token to the end of the
-context. Each row is a process of its own; rows take turns, and the table has the medians of the rounds.
+llama2.c's program (gcc -Ofast -fopenmp -march=native run.c -lm -o run) and llama.cpp (llama-cpp-python) need
+a model of this shape, of few steps, so that no text ends early; export it with formats, then convert it with
+llama2.c's export.py --hf and llama.cpp's convert_hf_to_gguf.py. Training is compiled, AdamW, bfloat16, on
+random tokens. Each row is a process of its own; rows take turns.
 
-time-to-loss is train.py with another project's model (transformers takes - in place of a file), whose
-log.jsonl is for `python -m study plot loss --against seconds`. Its ckpt.pt is of no use.
+time-to-loss is train.py with another project's model (transformers takes - for a file), for `plot loss`.
 """
 
 import importlib.util
 import json
 import re
-import statistics
-import struct
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from itertools import islice
+from statistics import median
 
 import torch
 import torch.nn as nn
@@ -34,10 +32,7 @@ from tqdm import tqdm
 import train
 from common import IGNORE, UserError, bounded
 from model import Llama, ModelConfig
-from study.bench import BenchConfig, WriteConfig, alone, configs, in_turns, table, train_speed, write_rows
-
-COLUMNS = {"train_tok_s": "training, tokens/s", "eval_tok_s": "evaluation, tokens/s"}
-COLUMNS |= {"peak_gb": "peak memory, GiB", "tok_s": "text, tokens/s"}
+from study.bench import BenchConfig, alone, configs, median_seconds, show, train_speed
 
 
 @dataclass
@@ -47,11 +42,9 @@ class SpeedConfig:
     out: str  # the JSONL of what was measured, a line a row and round
     llama2c: str | None = None  # llama2.c's model.py
     nanogpt: str | None = None  # nanoGPT's model.py
-    run_c: str | None = None  # llama2.c's program, compiled
-    gguf: str | None = None  # a model of this shape for llama.cpp
+    run_c: str | None = None  # llama2.c's program, model and tokenizer
+    gguf: str | None = None  # llama.cpp's model
     rounds: int = bounded(5, 1)  # processes of each row
-    steps: int = bounded(5, 1)  # timed steps of a process; two more come before them
-    batch_size: int = bounded(16, 1)  # sequences of a training step
 
 
 class Peer(nn.Module):
@@ -74,12 +67,11 @@ class Peer(nn.Module):
         sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         if name == "nanoGPT":
-            shape = {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.dim, "vocab_size": c.vocab_size}
-            self.model = module.GPT(module.GPTConfig(block_size=c.block_size, bias=False, **shape))
+            sizes = c.block_size, c.vocab_size, c.n_layer, c.n_head, c.dim
+            self.model = module.GPT(module.GPTConfig(*sizes, bias=False))
         else:
-            shape = {"n_layers": c.n_layer, "n_heads": c.n_head, "n_kv_heads": c.n_kv_head, "dim": c.dim}
-            shape |= {"hidden_dim": c.hidden_dim, "vocab_size": c.vocab_size, "max_seq_len": c.block_size}
-            self.model = module.Transformer(module.ModelArgs(**shape))
+            sizes = c.dim, c.n_layer, c.n_head, c.n_kv_head, c.vocab_size, c.hidden_dim
+            self.model = module.Transformer(module.ModelArgs(*sizes, max_seq_len=c.block_size))
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         if self.name == "transformers":
@@ -90,94 +82,58 @@ class Peer(nn.Module):
         return mean * (y != IGNORE).sum()
 
 
-# ---- speed ----
-
-
 def learn(name: str, path: str, c: ModelConfig, config: BenchConfig) -> dict:
-    return train_speed(Llama(c) if name == "herd" else Peer(name, path, c), config, "bfloat16", True)
+    model = Llama(c) if name == "herd" else Peer(name, path, c)
+    return train_speed(model, config, torch.bfloat16, compiled=True)
 
 
-def write_herd(c: ModelConfig, texts: int) -> dict:
-    model, how = Llama(c).bfloat16().eval(), WriteConfig(batch_size=texts, compile=True)
-    return {"tok_s": write_rows({"": model}, c.block_size - 1, how)[0]["tok_s"]}
+def write(name: str, path: str, c: ModelConfig, texts: int) -> dict:
+    """Tokens a second of greedy texts, from one token to the end of the context."""
+    new = c.block_size - 1
+    if name == "herd":
+        model = Llama(c).bfloat16().eval()
+        model.compile_step()
+        run = partial(model.generate, [[1]] * texts, new)
+    elif name == "transformers":
+        model, prompts = Peer(name, path, c).model.eval().bfloat16(), torch.ones(texts, 1, dtype=torch.long)
+        run = partial(model.generate, prompts, max_new_tokens=new, min_new_tokens=new, do_sample=False)
+    elif name == "llama.cpp":
+        from llama_cpp import Llama as LlamaCpp
 
+        model = LlamaCpp(path, n_ctx=c.block_size, n_threads=torch.get_num_threads(), verbose=False)
 
-def write_transformers(c: ModelConfig, texts: int) -> dict:
-    model, new = Peer("transformers", "", c).model.eval().to(torch.bfloat16), c.block_size - 1
-    how = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
-    prompt = torch.ones(texts, 1, dtype=torch.long)
-    seconds = in_turns({"": lambda: model.generate(prompt, **how)}, 3)[""]
-    return {"tok_s": texts * new / statistics.median(seconds)}
-
-
-def write_run_c(program: str, c: ModelConfig) -> dict:
-    """Random weights in llama2.c's legacy format, a vocabulary of any words; the program times itself."""
-    torch.manual_seed(0)
-    weights = Llama(c).state_dict()
-    weights["tok_embeddings.weight"][1] = 0  # it ends at BOS, which is never the likeliest now
-    names = ["attention_norm", *(f"attention.w{x}" for x in "qkvo"), "ffn_norm"]
-    names += [f"feed_forward.w{i}" for i in "123"]
-    stacks = [weights[f"layers.{layer}.{name}.weight"] for name in names for layer in range(c.n_layer)]
-    angles = torch.zeros(2, c.block_size, c.head_dim // 2)
-    tensors = [weights["tok_embeddings.weight"], *stacks, weights["norm.weight"], angles]
-    with tempfile.TemporaryDirectory() as folder:
-        model, words = Path(folder) / "model.bin", Path(folder) / "tok.bin"
-        sizes = (c.dim, c.hidden_dim, c.n_layer, c.n_head, c.n_kv_head, c.vocab_size, c.block_size)
-        model.write_bytes(struct.pack("<7i", *sizes) + b"".join(x.numpy().tobytes() for x in tensors))
-        pieces = [f"w{i}".encode() for i in range(c.vocab_size)]
-        words.write_bytes(struct.pack("<i", 8) + b"".join(struct.pack("<fi", 0, len(p)) + p for p in pieces))
-        command = [program, str(model), "-z", str(words), "-t", "0", "-n", str(c.block_size)]
-        said = [subprocess.run(command, capture_output=True, text=True, check=True).stderr for _ in range(3)]
-    return {"tok_s": statistics.median(float(re.search(r"tok/s: ([\d.]+)", text)[1]) for text in said)}
-
-
-def write_gguf(path: str, c: ModelConfig) -> dict:
-    from llama_cpp import Llama as LlamaCpp
-
-    model = LlamaCpp(path, n_ctx=c.block_size, n_threads=torch.get_num_threads(), verbose=False)
-
-    def write() -> None:
-        model.reset()
-        for _ in zip(range(c.block_size - 1), model.generate([1], temp=0.0, repeat_penalty=1.0)):
-            pass
-
-    return {"tok_s": (c.block_size - 1) / statistics.median(in_turns({"": write}, 3)[""])}
-
-
-def rows(c: ModelConfig, config: SpeedConfig) -> dict[str, tuple]:
-    """{label: function and arguments}"""
-    how = BenchConfig(config.batch_size, config.steps, "cpu")
-    files = {"herd": "", "llama2.c": config.llama2c, "nanoGPT": config.nanogpt, "transformers": ""}
-    files = {name: file for name, file in files.items() if file is not None}
-    found = {f"{name}, compiled": (learn, name, file, c, how) for name, file in files.items()}
-    for texts in (1, 16):
-        found[f"herd, compiled, texts: {texts}"] = write_herd, c, texts
-        found[f"transformers, eager, texts: {texts}"] = write_transformers, c, texts
-    if config.run_c:
-        found["llama2.c's C program, float32, texts: 1"] = write_run_c, config.run_c, c
-    if config.gguf:
-        found["llama.cpp, texts: 1"] = write_gguf, config.gguf, c
-    return found
+        def run() -> None:
+            list(islice(model.generate([1], temp=0.0, repeat_penalty=1.0), new))
+    else:  # llama2.c's program times itself
+        words = [*path.split(), "-t", "0", "-n", str(c.block_size)]
+        said = subprocess.run(words, capture_output=True, text=True, check=True).stderr
+        return {"tok_s": float(re.search(r"tok/s: ([\d.]+)", said)[1])}
+    return {"tok_s": texts * new / median_seconds(run, 3)}
 
 
 def main() -> None:
-    config, c = configs(__doc__, SpeedConfig, ModelConfig)
-    work = rows(c, config)
+    config, how, c = configs(__doc__, SpeedConfig, BenchConfig, ModelConfig)
+    how.device = "cpu"
+    files = {"herd": "-", "llama2.c": config.llama2c, "nanoGPT": config.nanogpt, "transformers": "-"}
+    work = {f"{name}, compiled": (learn, name, path, c, how) for name, path in files.items() if path}
+    for texts in (1, 16):
+        work[f"herd, compiled, texts: {texts}"] = write, "herd", "-", c, texts
+        work[f"transformers, eager, texts: {texts}"] = write, "transformers", "-", c, texts
+    if config.run_c:
+        work["llama2.c's C program, float32, texts: 1"] = write, "run.c", config.run_c, c, 1
+    if config.gguf:
+        work["llama.cpp, texts: 1"] = write, "llama.cpp", config.gguf, c, 1
     found: dict[str, list[dict]] = {name: [] for name in work}
     with open(config.out, "w") as file:
-        for turn in tqdm(range(config.rounds), desc="rounds", disable=None):
-            for name, (function, *how) in work.items():
-                found[name].append(alone(name, function, *how))
-                file.write(json.dumps({"row": name, "round": turn, **found[name][-1]}) + "\n")
-                file.flush()
-    lines = []
+        for _ in tqdm(range(config.rounds), desc="rounds", disable=None):
+            for name, (function, *args) in work.items():
+                found[name].append(alone(name, function, *args))
+                print(json.dumps({"row": name, **found[name][-1]}), file=file, flush=True)
+    rows = []
     for name, each in found.items():
-        medians = {key: statistics.median(record[key] for record in each) for key in each[0]}
-        lines.append([name, *(f"{medians[key]:,.4g}" if key in medians else "" for key in COLUMNS)])
-    print(table(["medians of the rounds", *COLUMNS.values()], lines))
-
-
-# ---- time to loss ----
+        medians = {key: median(record[key] for record in each) for key in each[0]}
+        rows.append({"medians of the rounds": name, **medians})
+    show(how, rows)
 
 
 def loss_main() -> None:

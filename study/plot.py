@@ -6,20 +6,20 @@
     python -m study plot groups ckpt.pt grouped.pt                          # which heads do share one
     python -m study plot architecture ckpt.pt                               # a diagram with the model's sizes
 
-In `loss`, seconds include compilation and exclude evaluation. A run's last point is the whole val split in
-float32; the earlier ones are a part of it (`--eval_tokens`) in the run's number format. `similarity` is 1
-where two heads share one at no cost (`Costs` in gqa.py), measured on text of the train split.
+In `loss`, seconds include compilation and exclude evaluation. A run's last point is the whole val split, the
+earlier ones are a part of it (`--eval_tokens`). `similarity` is 1 where two heads share one at no cost.
 """
 
 import itertools
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import matplotlib
+import numpy as np
 import torch
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from checkpoint import build, load, model_config
@@ -28,9 +28,11 @@ from data.tokenizer import read_tokenizer
 from eval_ppl import split_tokens
 from gqa import Costs, calibration_blocks, open_model, statistics
 from model import Llama, ModelConfig, scores
+from study.bench import records
 
 # Okabe and Ito's, which colour-blind readers can tell apart
 COLOURS = ["#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#999999", "#b3a700"]
+PALE = [tuple(0.4 + 0.6 * np.array(to_rgb(colour))) for colour in COLOURS]  # under black letters
 
 
 @dataclass
@@ -39,21 +41,20 @@ class PlotConfig:
 
     action: Literal["loss", "attention", "similarity", "groups", "architecture"]  # what to draw
     paths: list[str]  # loss: folders of runs, or NAME=FOLDER; all others: checkpoints
-    out: str | None = None  # the file to write, .png, .svg or .pdf (default: ACTION.png)
+    out: str | None = None  # .png, .svg or .pdf (default: ACTION.png); beside it a dark one, ACTION-dark.png
     against: Literal["seconds", "tokens", "step"] = "seconds"  # loss: the horizontal axis
     text: str = "def add(a, b): return a + b"  # attention: the text to read
-    dark: bool = False  # light on dark
 
 
-def save(draw: Callable[[], Figure], path: Path, dark: bool) -> None:
-    """Draw a figure and write it."""
+def save(draw: Callable[[], Figure], path: Path) -> None:
+    """Draw a figure twice: for light pages, and for dark ones, NAME-dark."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    ink, paper = ("#e6edf3", "#0d1117") if dark else ("#1f2328", "#ffffff")
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    style = dict.fromkeys(inked, ink) | {"axes.prop_cycle": matplotlib.cycler(color=COLOURS)}
-    style |= dict.fromkeys(("figure.facecolor", "axes.facecolor", "legend.facecolor"), paper)
-    with matplotlib.rc_context({**style, "font.size": 10, "grid.alpha": 0.3, "legend.framealpha": 0.6}):
-        draw().savefig(path, dpi=150)
+    for name, ink, paper in (("", "#1f2328", "#ffffff"), ("-dark", "#e6edf3", "#0d1117")):
+        style = dict.fromkeys(inked, ink) | {"axes.prop_cycle": matplotlib.cycler(color=COLOURS)}
+        style |= dict.fromkeys(("figure.facecolor", "axes.facecolor", "legend.facecolor"), paper)
+        with matplotlib.rc_context({**style, "font.size": 10, "grid.alpha": 0.3, "legend.framealpha": 0.6}):
+            draw().savefig(path.with_stem(path.stem + name), dpi=150)
 
 
 def grid(rows: int, columns: int, width: float = 7, height: float = 4):
@@ -62,19 +63,16 @@ def grid(rows: int, columns: int, width: float = 7, height: float = 4):
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def curve(folder: str, against: str) -> tuple[list[float], list[float]]:
+def curve(folder: str, against: str) -> tuple[tuple, tuple]:
     """The evaluations of a run's log.jsonl: positions, and losses on the val split, nats a token."""
-    path = Path(folder) / "log.jsonl"
-    if not path.exists():
-        raise UserError(f"{folder} has no log.jsonl: give the folder of a run, out/RUN")
-    lines = path.read_text().splitlines()
-    records = [json.loads(line) for line in lines if line.endswith("}")]  # a run may be writing its last line
-    position = {record["step"]: record.get(against, 0) for record in records if "loss" in record}
-    loss = {record["step"]: record["val_loss"] for record in records if "val_loss" in record}
-    steps = sorted(loss.keys() & position.keys())
-    if not steps:
-        raise UserError(f"{path} has no loss on the val split: it comes with --eval_every and --eval_tokens")
-    return [position[step] for step in steps], [loss[step] for step in steps]
+    position, points = 0, []
+    for record in records(Path(folder, "log.jsonl")):
+        position = record.get(against, position)
+        if "val_loss" in record:
+            points.append((position, record["val_loss"]))
+    if not points:
+        raise UserError(f"{folder} has no loss on the val split: it comes with --eval_every, --eval_tokens")
+    return tuple(zip(*points))
 
 
 def draw_loss(runs: list[str], against: str) -> Figure:
@@ -144,21 +142,16 @@ def draw_similarity(ckpt: str | Path) -> Figure:
     return figure
 
 
-def pale(group: int) -> tuple[float, ...]:
-    """A group's colour, light enough for black letters."""
-    return tuple(0.4 + 0.6 * int(COLOURS[group % 8][i : i + 2], 16) / 255 for i in (1, 3, 5))
-
-
 def draw_groups(models: dict[str, ModelConfig]) -> Figure:
     """Two maps, K and V, for each model: layer by query head, coloured and lettered by group."""
     most = max(c.n_layer for c in models.values())
     figure, axes = grid(len(models), 2, 7, 0.6 + (0.6 + 0.22 * most) * len(models))
     for row, (name, c) in zip(axes, models.items()):
         for place, kind, maps in zip(row, "KV", (c.k_groups, c.v_groups)):
-            place.imshow([[pale(group) for group in of_head] for of_head in maps], aspect="auto")
+            place.imshow([[PALE[group % 8] for group in of_head] for of_head in maps], aspect="auto")
             for layer, head in itertools.product(range(c.n_layer), range(c.n_head)):
-                letter = chr(65 + maps[layer][head])
-                place.text(head, layer, letter, ha="center", va="center", fontsize=8, color="black")
+                style = {"ha": "center", "va": "center", "fontsize": 8, "color": "black"}
+                place.text(head, layer, chr(65 + maps[layer][head]), **style)
             kept = sum(max(of_head) + 1 for of_head in maps)
             place.set(xticks=range(c.n_head), yticks=range(c.n_layer), xlabel="query head", ylabel="layer")
             place.set_title(f"{name}: {kept} of {c.n_layer * c.n_head} {kind} heads", fontsize=9)
@@ -171,10 +164,9 @@ def box(axes, x: float, y: float, text: str, colour: str | tuple, above: float |
     ink = axes.title.get_color()
     style = {"ha": "center", "va": "center", "fontsize": 8, "family": "monospace"}
     style |= {"color": ink if colour == "none" else "black"}
-    style["bbox"] = {"boxstyle": "round,pad=0.5", "ec": ink, "fc": colour}
-    if above is not None:
-        style["arrowprops"] = {"arrowstyle": "-|>", "color": ink, "shrinkB": 12}
-    axes.annotate(text, (x, above or y), (x, y), **style)
+    style |= {"bbox": {"boxstyle": "round,pad=0.5", "ec": ink, "fc": colour}}
+    arrow = {"arrowstyle": "-|>", "color": ink, "shrinkB": 12} if above else None
+    axes.annotate(text, (x, above or y), (x, y), **style, arrowprops=arrow)
 
 
 def draw_architecture(c: ModelConfig) -> Figure:
@@ -182,28 +174,25 @@ def draw_architecture(c: ModelConfig) -> Figure:
     figure, [[axes]] = grid(1, 1, 9, 5.2)
     axes.set(xlim=(0, 18), ylim=(0, 10.6))
     axes.axis("off")
-    blue, orange, green = "#9ecae1", "#fdd0a2", "#a1d99b"
-    stack = {
-        "tokens": "none", f"embedding, {c.vocab_size:,} x {c.dim}": blue, "RMSNorm": "none",
-        "attention" + ", novel" * c.novel + ", gated" * c.gated: orange, " RMSNorm ": "none",
-        "SwiGLU w1 w3 w2": green, "norm, output" + " = embedding" * c.tie_embeddings: blue, "logits": "none",
-    }  # fmt: skip
-    for i, (text, colour) in enumerate(stack.items()):
+    attention = "attention" + ", novel" * c.novel + ", gated" * c.gated
+    stack = ["tokens", f"embedding, {c.vocab_size:,} x {c.dim}", "RMSNorm", attention, "RMSNorm"]
+    stack += ["SwiGLU w1 w3 w2", "norm, output" + " = embedding" * c.tie_embeddings, "logits"]
+    colours = ["none", "#9ecae1", "none", "#fdd0a2", "none", "#a1d99b", "#9ecae1", "none"]
+    for i, (text, colour) in enumerate(zip(stack, colours)):
         box(axes, 3.4, 0.5 + 1.35 * i, f"{text:^27}", colour, 1.85 + 1.35 * i if i < 7 else None)
-    line = {"color": axes.title.get_color(), "lw": 1}
+    line = {"color": axes.title.get_color(), "lw": 1, "marker": "<", "markevery": [3], "markersize": 5}
     for below, above in ((2.45, 5.1), (5.3, 7.8)):  # the residual stream
-        path = [3.4, 6, 6, 3.5], [below, below, above, above]
-        axes.plot(*path, **line, marker="<", markevery=[3], markersize=5)
+        axes.plot([3.4, 6, 6, 3.5], [below, below, above, above], **line)
     axes.text(6.2, 7.4, f"x {c.n_layer}", fontsize=10)
     layer, shown = c.n_layer // 2, min(c.n_head, 16)
     k_groups, v_groups = c.k_groups[layer], c.v_groups[layer]
-    for head in range(shown):
-        x = 8.3 + 9.6 / max(4, shown) * (head + 0.5)
-        box(axes, x, 7.3, str(v_groups[head]), pale(v_groups[head]))
-        box(axes, x, 5.4, str(k_groups[head]), pale(k_groups[head]), 7.3)
-        box(axes, x, 3.5, str(head), "none", 5.4)
-    for y, name in ((7.3, "value group"), (5.4, "key group"), (3.5, "query head")):
+    rows = {"query head": range(shown), "key group": k_groups[:shown], "value group": v_groups[:shown]}
+    for i, (name, numbers) in enumerate(rows.items()):
+        y = 3.5 + 1.9 * i
         axes.text(8.1, y, name, ha="right", va="center", fontsize=8)
+        for head, number in enumerate(numbers):
+            x = 8.3 + 9.6 / max(4, shown) * (head + 0.5)
+            box(axes, x, y, str(number), PALE[number % 8] if i else "none", y + 1.9 if i < 2 else None)
     kept = f"{max(k_groups) + max(v_groups) + 2} of {2 * c.n_head} heads of width {c.head_dim}"
     axes.text(13, 1.5, f"in layer {layer} the KV cache holds {kept}", ha="center", fontsize=9)
     return figure
@@ -223,5 +212,5 @@ def main() -> None:
         "groups": lambda: draw_groups({path: model_config(load(path)) for path in config.paths}),
         "architecture": lambda: draw_architecture(model_config(load(first))),
     }[config.action]
-    save(draw, out, config.dark)
-    print(f"wrote {out}")
+    save(draw, out)
+    print(f"wrote {out} and, for dark pages, {out.with_stem(out.stem + '-dark')}")

@@ -9,18 +9,16 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_close, quick, refused, sharp_model, small_run
 
-import model
 from common import UserError
 from lora import TARGETS, LoRAConfig, adapt, adapters
-from study.attention import finetune, kernel_rows
+from study.attention import kernel_rows, multiply, prepare, slice_model
 from study.bench import ROWS as ROWS_OF_MEMORY
 from study.compare_groups import ROWS
-from study.sliced import product, slice_model
 
 SHAPE = ["--n_layer", 1, "--n_head", 4, "--dim", 32, "--vocab_size", 64, "--block_size", 40]
 
 
-def table(*args) -> list[dict] | dict:
+def table(*args) -> list[dict]:
     done = quick("study", *args, "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)["rows"]
@@ -28,9 +26,9 @@ def table(*args) -> list[dict] | dict:
 
 def test_slices_are_rows_side_by_side_or_columns_added_up():
     x, W = torch.randn(3, 6).double(), torch.randn(4, 6).double()
-    assert torch.equal(product(x, W, 2, columns=False), torch.cat((x @ W[:2].T, x @ W[2:].T), dim=1))
-    assert torch.equal(product(x, W, 2, columns=True), x[:, :3] @ W[:, :3].T + x[:, 3:] @ W[:, 3:].T)
-    with pytest.raises(UserError, match="3 slices do not divide a matrix of 32 rows"):
+    assert torch.equal(multiply(x, W, 2, columns=False), torch.cat((x @ W[:2].T, x @ W[2:].T), dim=1))
+    assert torch.equal(multiply(x, W, 2, columns=True), x[:, :3] @ W[:, :3].T + x[:, 3:] @ W[:, 3:].T)
+    with pytest.raises(UserError, match="3 slices do not divide the 32 of"):
         slice_model(sharp_model(vocab_size=66), 3)
 
 
@@ -66,15 +64,8 @@ def test_each_attention_trains_to_the_same_loss(tiny_run, monkeypatch):
     assert [(row["attention"], row["pretraining_tp"]) for row in rows] == some
     losses = {row["val_loss"] for row in rows}
     assert 1 < max(losses) / min(losses) < 1.001
-    assert all(row["generation_s"] > 0 and row["peak"] > 2**20 and row["step_ms"] > 0 for row in rows)
-
-
-def test_another_attention_than_the_rows_is_an_error(tiny_run, tmp_path, monkeypatch):
-    flags = ["--init_from", str(tiny_run), "--lora_r", "2", "--max_steps", "2", "--batch_size", "2"]
-    monkeypatch.setitem(model.ATTENTION, "naive", model.sdpa)
-    monkeypatch.setattr(sys, "argv", [])
-    with mock.patch("signal.signal"), pytest.raises(AssertionError, match=r"naive computed .'sdpa'"):
-        finetune(flags, "naive", 2, str(tmp_path / "run"))
+    with pytest.raises(AssertionError, match=r"naive computed .'sdpa'"):  # not the row's attention
+        prepare(sharp_model(attention="sdpa"), "naive", 1)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
@@ -92,10 +83,10 @@ def test_each_memory_saver_changes_what_it_should(monkeypatch):
     monkeypatch.setattr("study.bench.ROWS", {name: ROWS_OF_MEMORY[name] for name in names})
     # activations are most of its memory
     shape = "--n_layer 6 --dim 64 --n_head 4 --vocab_size 64 --block_size 128 --batch_size 32 --steps 1"
-    rows = table("memory", *shape.split())
+    rows = {row["row"]: row for row in table("memory", *shape.split())}
     full, lora = rows["full fine-tune"], rows["LoRA"]
-    assert all(row["optimizer"] == 8 * row["trainable"] and row["tokens_per_s"] > 0 for row in rows.values())
-    assert lora["trainable"] == 6 * 4 * 8 * (64 + 64) and len(rows) == 5
+    assert all(row["optimizer"] == 8 * row["trainable"] for row in rows.values()) and len(rows) == 5
+    assert lora["trainable"] == 6 * 4 * 8 * (64 + 64)
     assert lora["weights"] == full["weights"] + 4 * lora["trainable"]
     saved = lora["weights"] - rows["QLoRA"]["weights"]
     assert saved == pytest.approx(6 * (4 * 64 * 64 + 3 * 64 * 192) * (4 - 4.127 / 8), rel=0.01)
@@ -108,11 +99,10 @@ def test_decoding_training_and_texts_are_timed(tiny_run, monkeypatch):
     assert [(r["heads"], r["cache_bytes"]) for r in rows] == [(n, 4 * 40 * 2 * n * 8 * 4) for n in (4, 2, 1)]
     refused(quick("study", "decode", *SHAPE, "--steps", 39), "steps is 39", "1 to 38")
     rows = table("latency", "--ckpts", tiny_run, "--steps", 3) + table("generate", *SHAPE, "--steps", 3)
-    assert [(row["layers"], row["tokens"]) for row in rows] == [(2, 31), (1, 39)]
     assert all(0 < row["p5"] <= row["median"] <= row["p95"] for row in rows)
     monkeypatch.setattr("study.bench.compiling_pays", lambda *_: False)  # it takes half a minute
     (row,) = table("train", *SHAPE, "--batch_size", 4)
-    assert min(row.values()) > 0 and "reached" in row
+    assert min(row.values()) > 0
 
 
 def test_comparisons_have_their_rows(tiny_run, tiny_data, tmp_path):
