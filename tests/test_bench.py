@@ -73,21 +73,17 @@ def test_each_attention_trains_to_the_same_loss(tiny_run, monkeypatch):
 def test_kernel_rows_are_of_all_groups_directions_and_ways():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = kernel_rows(1, 20, device, lambda run: 1.0 + 0 * len(run()))
-    of = {(row["groups"], row["direction"], row["attention"]): row["tflops"] for row in rows}
-    assert len(of) == len(rows) == 3 * 3 * 3
-    assert of["equal", "forward", "triton"] == 4 * 8 * 20 * 20 * 16 / 2 / 1e9
+    assert len({(row["groups"], row["direction"], row["attention"]) for row in rows}) == len(rows) == 27
 
 
 def test_each_memory_saver_changes_what_it_should(monkeypatch):
     names = ("full fine-tune", "LoRA", "LoRA + accumulation", "LoRA + activation checkpointing", "QLoRA")
     monkeypatch.setattr("study.bench.ROWS", {name: ROWS_OF_MEMORY[name] for name in names})
-    # activations are most of its memory
     shape = "--n_layer 6 --dim 64 --n_head 4 --vocab_size 64 --block_size 128 --batch_size 32 --steps 1"
-    rows = {row["row"]: row for row in table("memory", *shape.split())}
-    full, lora = rows["full fine-tune"], rows["LoRA"]
+    rows = {row["row"]: row for row in table("memory", *shape.split())}  # activations are most of it
+    lora = rows["LoRA"]
     assert all(row["optimizer"] == 8 * row["trainable"] for row in rows.values()) and len(rows) == 5
-    assert lora["trainable"] == 6 * 4 * 8 * (64 + 64)
-    assert lora["weights"] == full["weights"] + 4 * lora["trainable"]
+    assert lora["weights"] == rows["full fine-tune"]["weights"] + 4 * 6 * 4 * 8 * (64 + 64)
     saved = lora["weights"] - rows["QLoRA"]["weights"]
     assert saved == pytest.approx(6 * (4 * 64 * 64 + 3 * 64 * 192) * (4 - 4.127 / 8), rel=0.01)
     for how in ("accumulation", "activation checkpointing"):  # fewer rows, or those of one block of six
@@ -111,4 +107,3 @@ def test_comparisons_have_their_rows(tiny_run, tiny_data, tmp_path):
     run = [*small_run(tiny_data, tmp_path / "run"), "--max_steps", 2]
     done = quick("study", "time-to-loss", "transformers", "-", *run)
     assert done.returncode == 0 and "val perplexity" in done.stdout, done.stderr
-    refused(quick("study", "attention"), "--init_from ckpt.pt")

@@ -41,8 +41,7 @@ def test_every_figure_is_drawn(tiny_run, tmp_path):
 
 
 def test_what_models_answer_is_kept_and_scored(tiny_run, tmp_path):
-    words = ["red", "green", "blue", "cat", "dog", "bird"]
-    texts = [" ".join(words[i % 5 :: 1 + i % 3]) + f" {i}" for i in range(60)]
+    texts = ["red green blue cat dog bird"[i % 5 * 4 :] + f" {i}" for i in range(60)]
     tasks = [{"instruction": "Repeat.", "input": text, "output": text} for text in texts]
     (tmp_path / "tasks.json").write_text(json.dumps(tasks))
     data, paths = tmp_path / "tasks", [tmp_path / f"{steps}" / "ckpt.pt" for steps in (1, 20)]
@@ -51,8 +50,7 @@ def test_what_models_answer_is_kept_and_scored(tiny_run, tmp_path):
         size = ["--block_size", 160, "--max_steps", path.parent.name, "--out_dir", path.parent]
         assert quick("train.py", "--init_from", tiny_run, "--dataset", data, *size).returncode == 0
     done = quick("study", "score", paths[1], "--base", paths[0], "--max_new_tokens", 20, "--json")
-    first, *lines = (tmp_path / "20" / "ckpt-answers-tasks-test.jsonl").read_text().splitlines()
-    summary, kept = json.loads(first), [json.loads(line) for line in lines]
+    summary, *kept = map(json.loads, (tmp_path / "20/ckpt-answers-tasks-test.jsonl").open())
     assert summary == json.loads(done.stdout) and len(kept) == summary["examples"]
     for name, path in zip(("base", "ckpt"), paths):
         pairs, (model, tokenizer), nats, count = [], build(load(path)), 0.0, 0
@@ -66,7 +64,6 @@ def test_what_models_answer_is_kept_and_scored(tiny_run, tmp_path):
         assert summary[name]["loss"] == pytest.approx(nats / count, rel=1e-5)
         assert summary[name]["bleu"] == sacrebleu.corpus_bleu(answers, [references]).score
         assert summary[name]["rougeL"] == pytest.approx(100 * np.mean(rouge))
-    assert summary["ckpt"]["loss"] < summary["base"]["loss"], "twenty steps taught no more than one"
 
 
 def test_every_step_has_flags_that_exist(monkeypatch):
@@ -90,15 +87,12 @@ def test_every_step_has_flags_that_exist(monkeypatch):
 
 def test_steps_are_skipped_resumed_or_leave_no_log(tmp_path, tiny_data, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    shape = "--n_layer 1 --n_head 2 --dim 16 --block_size 16 --batch_size 2 --eval_tokens 64"
-    line, log = f"train.py --dataset {tiny_data} {shape} --max_steps 3", tmp_path / "logs" / "short.txt"
+    shape = "--n_layer 1 --n_head 2 --dim 16 --block_size 16 --eval_tokens 64 --max_steps 3"
+    line, log = f"train.py --dataset {tiny_data} {shape}", tmp_path / "logs" / "short.txt"
     run.run("short", line)
-    log.write_text(line + "\nkept")
+    log.write_text(line)
     run.run("short", line)
-    assert log.read_text().endswith("kept")
-    with pytest.raises(UserError, match="another command"):
-        run.run("short", line + " --seed 1")
+    assert log.read_text() == line
     with pytest.raises(UserError, match=r"step bad: .*nosuch.pt.*checkpoint.py show nosuch.pt"):
         run.run("bad", "checkpoint.py show nosuch.pt")
     assert not log.with_name("bad.txt").exists()
@@ -112,24 +106,21 @@ def test_tables_hold_what_the_logs_say(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def written(name: str, **printed) -> None:
-        Path("logs").mkdir(exist_ok=True)
         Path("logs", f"{name}.txt").write_text("...\nnote: ...\n" + json.dumps(printed))
 
+    Path("logs").mkdir()
     for name, perplexity in (("5-0", 10.0), ("5-1", 20.0), ("5-novel-0", 11.0), ("5-novel-1", 18.0)):
         written(f"depth-{name}-test", blocks=perplexity, bits_per_byte=1.25)
         Path(f"depth-{name}").mkdir()
         records = {"params": 9}, {"tokens": 1, "seconds": 60.0}, {"val_loss": math.log(20)}
         Path(f"depth-{name}", "log.jsonl").write_text("\n".join(map(json.dumps, records)))
-    written("depth-latency-eager", rows=[{"ckpt": "depth-5-0/ckpt.pt", "median": 9, "p5": 8, "p95": 11}])
     for when, original, grouped in (("before", 10.0, 20.0), ("after", 8.0, 12.0)):
         written(f"{when}-base", blocks=original, kv_bytes_per_token=64)
         for merge in run.LOOPS["merge"]:
             written(f"{when}-{merge}-1of2", blocks=grouped, kv_bytes_per_token=32)
-    written("tuning-memory", rows=[{"row": "LoRA", "peak": 3 * 2**20, "train_tok_s": 700.0}])
     run.report()
     text = Path("tables.md").read_text()
-    assert "| 5 | plain | 0 | 9 | 60 | 20 | 10 | 1.25 | 8 | 9 | 11 | 1 |" in text
-    assert "| 5 | novel | 1 | 9 | 60 | 20 | 18 | 1.25 |  |  |  | 0.9 |" in text
-    assert "mean 1.0000, deviation 0.1414, 2 pairs" in text and "| LoRA | 3.0 MiB | 700 |" in text
+    assert "| 5 | plain | 0 | 9 | 60 | 20 | 10 | 1.25 | 1 |" in text
+    assert "| 5 | novel | 1 | 9 | 60 | 20 | 18 | 1.25 | 0.9 |" in text
+    assert "mean 1.0000, deviation 0.1414, 2 pairs" in text and Path("figures/groups-dark.png").exists()
     assert text.count(" | 2.000 -> 1.500 |") == len(run.LOOPS["merge"])
-    assert all(Path(f"figures/{name}-dark.png").exists() for name in ("depth", "groups", "memory"))
