@@ -41,7 +41,8 @@ def readable(ids: list[int], new_tokens: Iterator[int], tokenizer: Tokenizer) ->
     for token in new_tokens:
         ids.append(token)
         text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):
+        # of byte tokens such as <0xC3> in a row, some tokenizers decode none if one is invalid
+        if not text.endswith("\ufffd") and not (tokenizer.piece(token) or "").startswith("<0x"):
             yield text[shown:]
             shown = len(text)
     yield tokenizer.decode(ids)[shown:]

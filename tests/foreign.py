@@ -6,7 +6,7 @@ import struct
 from dataclasses import asdict
 
 import torch
-from conftest import quick
+from conftest import run, sharpened, tokens_of
 from safetensors.torch import load_file
 
 from checkpoint import save
@@ -18,25 +18,20 @@ LLAMA3 = {
 }  # fmt: skip
 
 
-def run(*args):
-    done = quick("-m formats", *args)
-    assert done.returncode == 0, done.stderr
+def formats(*args) -> str:
+    """What the command prints."""
+    done = run("-m formats", *args)
     return done.stdout + done.stderr
 
 
-def their_model(dtype=torch.float32, seed=0, **settings):
-    """A random LlamaForCausalLM, whose weights are large enough that its logits differ clearly."""
+def their_model(dtype=torch.float32, **settings):
+    """A random LlamaForCausalLM."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     shape |= {"vocab_size": 64, "max_position_embeddings": 128, "rms_norm_eps": 3e-6}
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**{**shape, **settings}))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(std=0.2) if p.dim() == 2 else p.add_(0.1 * torch.randn_like(p))
-    model.tie_weights()
-    return model.to(dtype).eval()
+    torch.manual_seed(0)
+    return sharpened(LlamaForCausalLM(LlamaConfig(**{**shape, **settings}))).to(dtype)
 
 
 def save_folder(model, folder, how="safetensors"):
@@ -61,9 +56,8 @@ def change_json(path, **changes):
 
 
 def logits(model, length=100):
-    tokens = torch.randint(64, (2, length), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        out = model(tokens)
+        out = model(tokens_of((2, length), seed=1))
     return out if isinstance(out, torch.Tensor) else out.logits
 
 
@@ -73,7 +67,7 @@ def checkpoint_of(model, tokenizer=None):
 
 def export_of(model, folder, tokenizer=None):
     save(folder / "ours.pt", checkpoint_of(model, tokenizer))
-    return run("export", folder / "ours.pt", folder / "out")
+    return formats("export", folder / "ours.pt", folder / "out")
 
 
 def write_llama2c(path, model):

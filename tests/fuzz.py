@@ -28,11 +28,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from conftest import quick, sharp_model
+from conftest import content, quick, run, sharp_model
 from corpus import write_corpus
 from foreign import checkpoint_of, save_folder, their_model, write_llama2c, write_llama2c_tokenizer
 
-from checkpoint import load, save
+from checkpoint import save
 from common import bounded, checked, parse, peak_memory_bytes
 from data.tokenizer import Tokenizer
 
@@ -54,7 +54,7 @@ READERS = (  # files to damage; the command that reads {f}/{n} and may write to 
     ("ours/ckpt.pt", "eval_ppl.py {f}/ckpt.pt --dataset {r}/data --max_tokens 40", ""),
     ("adapted/ckpt.pt", "checkpoint.py merge {f}/ckpt.pt --out {o}/x.pt", "{o}/x.pt"),
     ("groups/x.json", GROUP, "{o}/x.pt"),
-    ("log/log.jsonl", SEARCH + " --out {o}/x.json --log {f}/{n}", "{o}/x.json"),
+    ("log/log.jsonl", SEARCH + " --out {o}/groups.json --log {f}/{n}", "{o}/groups.json"),
     ("data/meta.json data/val.bin data/tokenizer.model",
      "eval_ppl.py {r}/run/ckpt.pt --dataset {f} --max_tokens 40", ""),
     ("records/x.json records/x.jsonl records/x.jsonl.gz",
@@ -94,8 +94,7 @@ def good_files(root: Path) -> Path:
     """The folder, filled with a good file of each kind."""
     write_corpus(root / "corpus")
     for line in GOOD:
-        done = quick(*line.format(r=root).split())
-        assert done.returncode == 0, (line, done.stderr)
+        run(*line.format(r=root).split())
     model, tokenizer = sharp_model(vocab_size=400), (root / "data/tokenizer.model").read_bytes()
     records = [{"instruction": f"Count to {n}.", "input": "", "output": "one " * n} for n in range(1, 30)]
     lines = "\n".join(map(json.dumps, records))
@@ -193,17 +192,6 @@ def attempt(line: str, size: int) -> tuple[str, subprocess.CompletedProcess | No
     errors = [line for line in done.stderr.splitlines() if "error: " in line]
     is_clean = done.returncode == 2 and len(errors) == 1 and len(errors[0]) < 600
     return "refused" if is_clean else "traceback", done
-
-
-def content(path: Path) -> object:
-    """What can be compared of a file that a command wrote."""
-    if path.suffix == ".pt":
-        found = load(path)
-        weights = {name: (x.dtype, x.tolist()) for name, x in found["model"].items()}
-        return found["config"], found["tokenizer"], weights
-    if path.suffix == ".json":
-        return [json.loads(path.read_text())[name] for name in ("k_groups", "v_groups")]
-    return path.read_bytes()
 
 
 def trials(good: Path, root: Path, inputs: int, seed: int) -> dict[str, Counter]:

@@ -14,7 +14,6 @@ import argparse
 import hashlib
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -83,25 +82,20 @@ def search(out: Path, printed: str) -> Values:
     return values | {"chosen": f"{chosen['k_groups']} {chosen['v_groups']}"}
 
 
-def random_llama(folder: Path) -> None:
-    """A tiny model of the transformers library, saved as its users save one."""
+def write_inputs(folder: Path) -> None:
+    """A corpus, a group file, instruction data, and a tiny model of the transformers library."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 96, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
-
-
-def other_inputs(folder: Path) -> None:
     write_corpus(folder / "corpus")
     groups = {"k_groups": [[0, 1, 1, 2], [0, 0, 0, 1]], "v_groups": [[0, 0, 1, 0], [0, 1, 2, 3]]}
     (folder / "groups.json").write_text(json.dumps(groups))
     tasks = [{"instruction": "Double it.", "input": f"{i}", "output": f"It is {2 * i}."} for i in range(200)]
     (folder / "tasks.json").write_text(json.dumps(tasks))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 96, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder / "llama")
 
-
-INPUTS = {"llama": random_llama, "inputs": other_inputs}
 
 # of a flag that is given twice, the last value counts
 TUNE = "train.py --dataset {data} --out_dir {out} --batch_size 4 --max_steps 30 --warmup_steps 5 --device cpu"
@@ -139,7 +133,7 @@ PARTS = {
     "lora_from_peft": (checkpoint, "-m formats import {lora_to_peft} {out} --base {plain}"),
     "to_hugging_face": (safetensors, "-m formats export {plain} {out}"),
     "uneven_to_hugging_face": (safetensors, "-m formats export {uneven} {out}"),
-    "from_hugging_face": (checkpoint, "-m formats import {llama} {out}"),
+    "from_hugging_face": (checkpoint, "-m formats import {inputs}/llama {out}"),
     "stories": (checkpoint, STORIES),
     "stories_text": (text, "sample.py {stories} --prompt Once" + GREEDY),
     "perplexity": (perplexity, "eval_ppl.py {plain}" + EVAL),
@@ -157,42 +151,18 @@ PARTS = {
     "task_tuning": (run, TUNE + " --init_from {plain} --dataset {task_data} --lora_r 4 --block_size 96"),
 }
 
-# {command: what it was called in a tree without it}
-OLD_NAMES = {
-    r"-m formats export (\S+) (\S+) --adapter": r"lora.py export \1 \2",
-    r"-m formats import (\S+) (\S+) --base (\S+)": r"lora.py import \1 \3 --out \2",
-    r"-m formats (import|export)": r"checkpoint.py \1",
-    r"checkpoint.py merge": r"lora.py merge",
-}
-
-
-def command_in(root: Path, command: str) -> str:
-    """The command under the name that it has in this tree."""
-    has_formats = (root / "formats" / "__main__.py").exists()
-    has_merge = '"merge"' in (root / "checkpoint.py").read_text()
-    for new, old in OLD_NAMES.items():
-        is_there = has_formats if new.startswith("-m") else has_merge
-        if not is_there and re.match(new, command):
-            return re.sub(new, old, command)
-    return command
-
 
 class Work(dict):
     """{part: path of what it wrote}. A part that is looked up, and has not run yet, runs."""
 
     def __init__(self, root: Path, folder: Path, shared: Path | None):
-        super().__init__({"shared": shared})
-        self.root, self.folder = root, folder
-        self.values, self.failed = {}, set()
+        super().__init__({"shared": shared, "inputs": folder / "inputs"})
+        self.root, self.folder, self.values, self.failed = root, folder, {}, set()
+        write_inputs(self["inputs"])
 
     def __missing__(self, name: str) -> Path:
-        out = self.folder / name
-        if name in INPUTS:
-            INPUTS[name](out)
-        else:
-            out = self.run(name)
-        self[name] = out
-        return out
+        self[name] = self.run(name)
+        return self[name]
 
     def run(self, name: str) -> Path:
         """Run a part and read its values; return the path that other parts use."""
@@ -200,8 +170,7 @@ class Work(dict):
             raise RuntimeError(f"{name} failed")
         read, command = PARTS[name]
         out = self.folder / (name + {checkpoint: ".pt", search: ".json"}.get(read, ""))
-        words = command_in(self.root, command).split()
-        words = [word.replace("{out}", str(out)).format_map(self) for word in words]
+        words = [word.replace("{out}", str(out)).format_map(self) for word in command.split()]
         words = [str(self.root / word) if word.endswith(".py") else word for word in words]
         settings = {"PYTHONPATH": str(self.root), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         how = {"cwd": self.folder, "env": {**os.environ, **settings, "PYTHONDONTWRITEBYTECODE": "1"}}

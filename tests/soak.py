@@ -7,7 +7,6 @@ each kill the files must be whole, and at most one checkpoint interval behind; i
 of an undisturbed run, bit for bit, and no others.
 """
 
-import json
 import random
 import shutil
 import subprocess
@@ -19,8 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-from conftest import command, start_command
+from conftest import command, content, records, start_command
 from corpus import write_corpus
 
 from checkpoint import load
@@ -57,11 +55,6 @@ def killed(rng: random.Random, longest: float, line: str) -> bool:
     return False
 
 
-def records(path: Path) -> list[dict]:
-    """Those of a JSONL whose lines are whole; a killed process may leave half a line."""
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
-
-
 def progress(folder: Path) -> int:
     """Steps in the checkpoint, or measurements in the log. What stands in the folder must be whole."""
     assert not (folder / "own").exists() or (folder / "own/meta.json").exists(), "a data set appeared in part"
@@ -71,25 +64,6 @@ def progress(folder: Path) -> int:
     logged = max((record["step"] for record in records(folder / "log.jsonl")), default=0)
     assert logged - step <= 10, f"logged {logged}, the checkpoint has {step}"
     return step
-
-
-def content(path: Path) -> object:
-    """What must be the same whenever a command was killed: not its seconds, nor the name of its folder."""
-    if path.name == "log.jsonl":
-        return [(r["step"], r["loss"], r["norm"]) for r in records(path) if "loss" in r]
-    if path.name == "groups.json":
-        return [json.loads(path.read_text())[key] for key in ("k_groups", "v_groups", "loss", "kl", "judged")]
-    if path.name == "ckpt.pt":
-        return tensors(load(path))
-    return path.name if path.name == "groups.jsonl" else path.read_bytes()
-
-
-def tensors(part: object) -> list:
-    """All tensors in a checkpoint, in order, as lists."""
-    if isinstance(part, torch.Tensor):
-        return [part.tolist()]
-    items = part.values() if isinstance(part, dict) else part if isinstance(part, list) else []
-    return [x for item in items for x in tensors(item)]
 
 
 def contents(folder: Path) -> dict:

@@ -112,7 +112,8 @@ def room(tiny_data, tiny_run, tmp_path_factory):
     (room / "tasks.json").write_text(json.dumps(records))
     save(room / "bare.pt", {**saved, "tokenizer": None})
     save(room / "lora.pt", {**checkpoint_of(adapt(sharp_model(), lora)), "lora": vars(lora)})
-    save(room / "moved/ckpt.pt", {**saved, "data": {"splits": {"train": {"sha256": "0"}}}})
+    again = {"train": {**saved["train"], "overwrite": True}}  # a guard must not take it from there
+    save(room / "moved/ckpt.pt", {**saved, **again, "data": {"splits": {"train": {"sha256": "0"}}}})
     save_folder(their_model(), room / "hf", "safetensors")
     other = ["--text", room / "text.txt", "--vocab_size", 270, "--out", room / "other"]
     tasks = ["--from", room / "tasks.json", "--tokenizer", tiny_run, "--out", room / "tasks"]
