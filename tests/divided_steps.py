@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from conftest import TINY, tokens_of
 
 from common import IGNORE
 from lora import LoRAConfig, adapt
@@ -17,17 +18,15 @@ from model import Llama, ModelConfig
 from parallel import divided, first_alone, processes, rank, whole
 from train import TrainConfig, learning_rate, make_optimizers, train_step
 
-SHAPE = {"n_layer": 2, "n_head": 4, "dim": 32, "hidden_dim": 48, "vocab_size": 64, "block_size": 32}
 GROUPS = {"k_groups": [[0, 1, 1, 1], [0, 0, 1, 2]], "v_groups": [[0, 0, 0, 0], [0, 1, 1, 0]]}
 # rank of the adapter, optimizer, dtype, activation checkpointing
-VARIANTS = [(0, "adamw", torch.float64, False), (4, "adamw", torch.float64, True)]
-VARIANTS += [(0, "muon", torch.float32, False)]
+ADAPTED = (4, "adamw", torch.float64, True)
+VARIANTS = [(0, "adamw", torch.float64, False), ADAPTED, (0, "muon", torch.float32, False)]
 
 
 def batches(step: int) -> list:
     """Micro-batches of 7 rows and 1, with very different numbers of targets."""
-    generator = torch.Generator().manual_seed(step % 2)
-    x, y = (torch.randint(64, (8, 16), generator=generator) for _ in "xy")
+    x, y = (tokens_of((8, 16), 2 * (step % 2) + i) for i in range(2))
     for row in range(8):
         y[row, : 2 * row] = IGNORE
     return [(x[:7], y[:7]), (x[7:], y[7:])]
@@ -36,7 +35,7 @@ def batches(step: int) -> list:
 def steps(r: int, optimizer: str, dtype: torch.dtype, recompute: bool, fsdp: bool) -> dict:
     """The state dict after ten steps, and the losses; whole in the first process."""
     torch.manual_seed(0)
-    model = adapt(Llama(ModelConfig(**SHAPE, **GROUPS, novel=True)), LoRAConfig(lora_r=r)).to(dtype).train()
+    model = adapt(Llama(ModelConfig(**TINY, **GROUPS, novel=True)), LoRAConfig(lora_r=r)).to(dtype).train()
     for name, p in model.named_parameters():
         if name.endswith("lora_B"):
             p.data.normal_(std=0.02)  # at 0 the first step would leave lora_A as it is

@@ -80,6 +80,7 @@ search_groups.py run/ckpt.pt --out new.json --calibration_tokens 1024
     import text.txt new.pt --base bare.pt    text.txt
     export run/ckpt.pt hf                    hf exists
     export lora.pt new                       checkpoint.py merge
+    export run/ckpt.pt new.pt --adapter      --lora_r
 -m study
     score run/ckpt.pt --dataset data         eval_ppl.py
     plot loss data                           log.jsonl

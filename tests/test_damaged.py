@@ -14,15 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ONE_THREAD, command, quick, refused, small_run
-from fuzz import FAULTS, Bomb, attempt, content, good_files, trials
+from conftest import ONE_THREAD, command, content, quick, refused, small_run
+from fuzz import FAULTS, Bomb, attempt, good_files, trials
 from safetensors.torch import load_file, save_file
 
 from checkpoint import load, save
 from common import held
 from formats.models import FIELDS
 
-LLAMA2C, OURS = "formats import {f}/model.bin {o} --tokenizer {f}/tok.bin", "checkpoint.py show {f}/ckpt.pt"
+READERS = {"llama2c": "formats import {f}/model.bin {o} --tokenizer {f}/tok.bin"}
+READERS["ours"] = "checkpoint.py show {f}/ckpt.pt"
 LIES = {  # each of these was once a traceback, or worse
     "train.lr": "x", "train.seed": -1, "train": [], "data": [], "data.splits": None, "step": "x",
     "tokens": None, "seconds": torch.nan, "optimizers": [], "optimizers.0": 3, "optimizers.0.state": {0: 3},
@@ -35,82 +36,86 @@ def good(tmp_path_factory):
     return good_files(tmp_path_factory.mktemp("good"))
 
 
-def check_refused(folder: Path, *words) -> None:
-    """The model in a folder must be refused, in a line that has the words, within time and memory."""
-    line = {"llama2c": LLAMA2C, "ours": OURS}.get(folder.name, "formats import {f} {o}")
-    size = sum(path.stat().st_size for path in folder.iterdir())
+@pytest.fixture
+def copied(good, tmp_path):
+    """Copies a file with its folder; returns its path."""
+    return lambda name: shutil.copytree((good / name).parent, (tmp_path / name).parent) / Path(name).name
+
+
+def check_refused(path: Path, *words) -> None:
+    """The model in a file's folder must be refused, in a line that has the words, within time and memory."""
+    folder, line = path.parent, READERS.get(path.parent.name, "formats import {f} {o}")
+    size = sum(file.stat().st_size for file in folder.iterdir())
     what, done = attempt(line.format(f=folder, o=folder.with_name("out.pt")), size)
     assert what == "refused", (what, words)
     refused(done, *words)
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name], "something was written"
+    assert [file.name for file in folder.parent.iterdir()] == [folder.name], "something was written"
 
 
-def test_absurd_settings(good, tmp_path):
-    folder = shutil.copytree(good / "hf", tmp_path / "hf")
-    config = json.loads((folder / "config.json").read_text())
+def test_absurd_settings(copied):
+    path = copied("hf/config.json")
+    config = json.loads(path.read_text())
     config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
     absurd = (0, -1, 10**40, 10**400, float("nan"), float("inf"), "1", [], {})
     cases = [(theirs, value) for theirs, *_ in FIELDS.values() for value in absurd]
     cases += [("rope_parameters", value) for value in (3, "x", [1], {"rope_type": []}, {"rope_theta": "x"})]
     cases += [("architectures", value) for value in (3, "x", [1], {"a": 1}, [None])]
     for name, value in cases:
-        (folder / "config.json").write_text(json.dumps({**config, name: value}))
-        check_refused(folder, "config.json")
+        path.write_text(json.dumps({**config, name: value}))
+        check_refused(path, "config.json")
 
 
-def test_headers_of_llama2c_that_lie(good, tmp_path):
-    folder = shutil.copytree(good / "llama2c", tmp_path / "llama2c")
-    path, data = folder / "model.bin", (good / "llama2c/model.bin").read_bytes()
+def test_headers_of_llama2c_that_lie(copied):
+    path = copied("llama2c/model.bin")
+    data = path.read_bytes()
     for place in range(0, 28, 4):
         for value in (0, -1, 1, 2**31 - 1, -(2**31), 3, 2**20):
             path.write_bytes(data[:place] + struct.pack("<i", value) + data[place + 4 :])
-            check_refused(folder, "model.bin")
+            check_refused(path, "model.bin")
     path.write_bytes(data[:-2048] + struct.pack("<f", 0.5) * 512)  # the rotary tables end the file
-    check_refused(folder, "rope_theta")
+    check_refused(path, "rope_theta")
     path.write_bytes(b"24ka" + struct.pack("<i", 1) + data)
-    check_refused(folder, "--version 0")
+    check_refused(path, "--version 0")
 
 
-def test_headers_of_safetensors_that_lie(good, tmp_path):
-    folder = shutil.copytree(good / "hf", tmp_path / "hf")
-    path, data = folder / "model.safetensors", (good / "hf/model.safetensors").read_bytes()
+def test_headers_of_safetensors_that_lie(copied):
+    path = copied("hf/model.safetensors")
+    data = path.read_bytes()
     end = 8 + struct.unpack("<Q", data[:8])[0]
     header, name = json.loads(data[8:end]), "model.norm.weight"
     for length in (0, 1, end - 9, end - 7, len(data), 2**27, 2**40, 2**63, 2**64 - 1):
         path.write_bytes(struct.pack("<Q", length) + data[8:])
-        check_refused(folder, "model.safetensors")
+        check_refused(path, path.name)
     lies = [("shape", x) for x in ([2**40], [-1], [])] + [("dtype", x) for x in ("F64", "X", "I32")]
     lies += [("data_offsets", x) for x in ([0, 1], [0, 2**60], [128, 0], None)]
     texts = [json.dumps({**header, name: {**header[name], key: lie}}).encode() for key, lie in lies]
     for text in (*texts, b"[" * 100000, b"{" * 100000, b"{}", b"null", b"[]", b"\xff" * 100):
         path.write_bytes(struct.pack("<Q", len(text)) + text + data[end:])
-        check_refused(folder, folder)
+        check_refused(path, path.parent)
 
 
-def test_tensors_and_indexes_of_shards_that_lie(good, tmp_path):
-    folder = shutil.copytree(good / "hf", tmp_path / "hf")
-    path, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    tensors = load_file(path)
+def test_tensors_and_indexes_of_shards_that_lie(copied):
+    path = copied("hf/model.safetensors")
+    tensors, index = load_file(path), path.with_suffix(".safetensors.index.json")
     for name, x in list(tensors.items())[:6]:
         wrong = [x[..., :-2].contiguous(), torch.full_like(x, torch.nan), torch.full_like(x, -torch.inf)]
         wrong += [x.to(kind) for kind in (torch.int8, torch.bool, torch.float8_e4m3fn, torch.complex64)]
         others = {key: value for key, value in tensors.items() if key != name}
         for case in (others, {**tensors, "x": x.clone()}, *({**others, name: value} for value in wrong)):
             save_file(case, path)
-            check_refused(folder, folder)
-    save_file(tensors, folder / "shard.safetensors")
+            check_refused(path, path.parent)
+    save_file(tensors, path.with_name("shard.safetensors"))
     path.unlink()
     names = dict.fromkeys(tensors, "shard.safetensors")
     wrong = ("../../etc/passwd", "/etc/passwd", "config.json", "missing", "", ".", 5, None, [], {})
     for value in ({}, [], None, "x", {"a": {}}, *({**names, min(names): file} for file in wrong)):
         index.write_text(json.dumps({"weight_map": value}))
-        check_refused(folder, folder)
+        check_refused(path, path.parent)
 
 
 @pytest.mark.parametrize("file", ["meta/consolidated.00.pth", "ours/ckpt.pt"])
-def test_pickles_neither_run_code_nor_fill_the_memory(file, good, tmp_path):
-    folder = shutil.copytree((good / file).parent, tmp_path / Path(file).parent)
-    path = folder / Path(file).name
+def test_pickles_neither_run_code_nor_fill_the_memory(file, copied):
+    path = copied(file)
     whole = torch.load(path, weights_only=True)
     state = whole.get("model", whole)
     name, x = next(iter(state.items()))
@@ -121,16 +126,16 @@ def test_pickles_neither_run_code_nor_fill_the_memory(file, good, tmp_path):
     states = [{**whole, "model": state} if "model" in whole else state for state in states]
     for found in (*states, Bomb(), [], None, 3, {}, {3: 4}, torch.ones(3)):
         torch.save(found, path)
-        check_refused(folder)
+        check_refused(path)
     torch.save(Bomb(), path, _use_new_zipfile_serialization=False)
-    check_refused(folder, path)
+    check_refused(path, path)
     buffer = io.BytesIO()
     torch.save(whole, buffer)
     for target in ("data/0", "data.pkl"):  # 256 MiB of zeros, in a thousandth of the space
         with zipfile.ZipFile(buffer) as stored, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
             for entry in stored.namelist():
                 packed.writestr(entry, stored.read(entry) + bytes(2**28 if entry.endswith(target) else 0))
-        check_refused(folder, path)
+        check_refused(path, path)
 
 
 def test_inputs_damaged_at_random(good, tmp_path):
@@ -168,13 +173,12 @@ def test_neither_locale_nor_hash_seed_nor_folder_change_a_run(tiny_data, tmp_pat
     assert content(tmp_path / "a/ckpt.pt") == content(tmp_path / "b/ckpt.pt")
 
 
-def test_a_diverging_run_keeps_the_last_good_checkpoint(tiny_data, tmp_path):
-    explode = ["--lr", 10, "--warmup_steps", 0, "--grad_clip", 0, "--max_steps", 50]
-    for every in (1, 100):  # noticed before it is saved, or by the loss of the next step
-        out = tmp_path / str(every)
-        refused(quick("train.py", *small_run(tiny_data, out), *explode, "--eval_every", every), "--lr")
-        saved = load(out / "ckpt.pt")
-        assert saved["step"] == 0 and all(x.abs().max() < 2 for x in saved["model"].values())
+@pytest.mark.parametrize("every", [1, 100])  # noticed before it is saved, or by the loss of the next step
+def test_a_diverging_run_keeps_the_last_good_checkpoint(tiny_data, tmp_path, every):
+    explode = ["--lr", 10, "--warmup_steps", 0, "--grad_clip", 0, "--max_steps", 50, "--eval_every", every]
+    refused(quick("train.py", *small_run(tiny_data, tmp_path), *explode), "--lr")
+    saved = load(tmp_path / "ckpt.pt")
+    assert saved["step"] == 0 and all(x.abs().max() < 2 for x in saved["model"].values())
 
 
 def test_a_full_disk_keeps_the_checkpoint_written_before(tiny_run, tmp_path):
