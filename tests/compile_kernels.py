@@ -64,7 +64,7 @@ def compiled(kernel, constants: dict, target: int, config: triton.Config):
 
 
 def resources(target: int, D: int, direction: str, first: bool) -> tuple[str, bool]:
-    """A line of the most registers of a thread, bytes spilled, and shared memory; and whether it may be so."""
+    """The most registers of a thread, bytes spilled and shared memory, as text; and whether they fit."""
     name, constants = KERNELS[direction]
     tuner, half = getattr(flash_attention, name), torch.empty(0, dtype=torch.bfloat16)
     constants = {**constants, "D": D, "CAUSAL": True, "PRECISION": "ieee"}

@@ -9,7 +9,8 @@ import torch
 from conftest import run, sharpened, tokens_of
 from safetensors.torch import load_file
 
-from checkpoint import save
+from checkpoint import build_model, load, save
+from data.tokenizer import read_tokenizer
 
 TEXTS = ["", "Once upon a time", " two  spaces\nand a line", "def f(x):\n    return x ** 2", "café 中😀 \t."]
 LLAMA3 = {
@@ -22,6 +23,13 @@ def formats(*args) -> str:
     """What the command prints."""
     done = run("-m formats", *args)
     return done.stdout + done.stderr
+
+
+def imported(source, out, *flags):
+    """The model, and the tokenizer if there is one."""
+    formats("import", source, out, *flags)
+    data = load(out)["tokenizer"]
+    return build_model(load(out)), data and read_tokenizer(data)
 
 
 def their_model(dtype=torch.float32, **settings):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import sentencepiece as spm
 import torch
-from conftest import assert_close, quick, refused, sharp_model
+from conftest import assert_close, quick, refused, run, sharp_model
 from corpus import Writer
 from foreign import (
     LLAMA3,
@@ -16,14 +16,16 @@ from foreign import (
     change_json,
     checkpoint_of,
     export_of,
+    formats,
+    imported,
     logits,
-    run,
     save_folder,
     their_model,
     write_llama2c,
     write_llama2c_tokenizer,
-)  # fmt: skip
+)
 from safetensors.torch import load_file
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from checkpoint import build, build_model, load, save
 from common import peak_memory_bytes
@@ -49,16 +51,14 @@ CORPUS = "".join(WRITER.paragraph() + WRITER.function() for _ in range(60)).repl
     ({"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}}, "safetensors"),
 ])  # fmt: skip
 def test_hugging_face_folder_comes_back_bit_equal(tmp_path, settings, how):
-    from transformers import LlamaForCausalLM
-
     theirs = their_model(**settings)
     folder = save_folder(theirs, tmp_path / "in", how)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    run("import", folder, tmp_path / "ours.pt")
+    ours, _ = imported(folder, tmp_path / "ours.pt")
     # permuted in place, but not in the mapped files
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert_close(logits(build_model(load(tmp_path / "ours.pt"))), logits(theirs), TOLERANCE, "logits")
-    run("export", tmp_path / "ours.pt", tmp_path / "out")
+    assert_close(logits(ours), logits(theirs), TOLERANCE, "logits")
+    formats("export", tmp_path / "ours.pt", tmp_path / "out")
     back, report = LlamaForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report.values()), report
     assert back.config.bos_token_id is None and back.config.eos_token_id is None
@@ -74,8 +74,6 @@ def test_hugging_face_folder_comes_back_bit_equal(tmp_path, settings, how):
 ])  # fmt: skip
 def test_folder_of_transformers_4(tmp_path, change):
     """config.json has no rope_parameters, pytorch_model.bin has a tied lm_head and the buffers of RoPE."""
-    from transformers import LlamaForCausalLM
-
     tied = "tie_word_embeddings" in change
     folder = save_folder(their_model(tie_word_embeddings=tied), tmp_path / "in")
     old = {"rope_parameters": None, "dtype": None, "torch_dtype": "float32", "transformers_version": "4.31.0"}
@@ -85,27 +83,23 @@ def test_folder_of_transformers_4(tmp_path, change):
     state |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}
     torch.save(state, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    run("import", folder, tmp_path / "ours.pt")
-    ours = build_model(load(tmp_path / "ours.pt"))
+    ours, _ = imported(folder, tmp_path / "ours.pt")
     assert ours.config.block_size == theirs.config.max_position_embeddings
     assert_close(logits(ours), logits(theirs), TOLERANCE, "logits")
 
 
 def test_bfloat16_stays_bfloat16(tmp_path):
-    from transformers import LlamaForCausalLM
-
     folder = save_folder(their_model(torch.bfloat16, num_key_value_heads=2), tmp_path / "in")
     theirs = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    run("import", folder, tmp_path / "ours.pt")
-    checkpoint = load(tmp_path / "ours.pt")
-    ours, wide = build_model(checkpoint), build_model(checkpoint, dtype=torch.float32)
+    ours, _ = imported(folder, tmp_path / "ours.pt")
+    wide = build_model(load(tmp_path / "ours.pt"), dtype=torch.float32)
     assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
     exact = logits(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().double())
     # each is as far from the exact result as bfloat16 rounds: 2^-9 an operation, some tens of them in a row
     assert_close(logits(ours).double(), exact, 0.03, "ours, to float64 on the same weights")
     assert_close(logits(theirs).double(), exact, 0.03, "theirs")
     assert_close(logits(wide).double(), exact, TOLERANCE, "widened to float32")
-    run("export", tmp_path / "ours.pt", tmp_path / "out")
+    formats("export", tmp_path / "ours.pt", tmp_path / "out")
     assert LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
     back = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(back[k], x) and back[k].dtype == x.dtype for k, x in theirs.state_dict().items())
@@ -118,8 +112,6 @@ def test_bfloat16_stays_bfloat16(tmp_path):
     (4, [[0, 0, 1, 1], [0, 0, 1, 1]], [[0, 0, 1, 1], [0, 1, 1, 0]]),  # no two heads of layer 1 share both
 ])  # fmt: skip
 def test_uneven_groups_are_exported_as_the_fewest_equal_ones(tmp_path, heads, k_groups, v_groups):
-    from transformers import LlamaForCausalLM
-
     ours = sharp_model(k_groups=k_groups, v_groups=v_groups)
     said = export_of(ours, tmp_path)
     theirs = LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
@@ -127,8 +119,7 @@ def test_uneven_groups_are_exported_as_the_fewest_equal_ones(tmp_path, heads, k_
     assert_close(logits(theirs, 60), logits(ours, 60), TOLERANCE, "logits")
     cache, here = 2 * 2 * heads * 8 * 4, ours.config.kv_numbers_per_token * 4
     assert (f"{cache:,} bytes a token there and {here:,} here" in said) == (cache != here)
-    run("import", tmp_path / "out", tmp_path / "back.pt")
-    back = build_model(load(tmp_path / "back.pt"))
+    back, _ = imported(tmp_path / "out", tmp_path / "back.pt")
     assert_close(logits(back, 60), logits(ours, 60), TOLERANCE, "imported again")
 
 
@@ -145,8 +136,8 @@ def test_llama2c_file_gives_the_same_model_and_tokens(tmp_path, prefixed, settin
     ours = sharp_model(vocab_size=500, **settings)
     write_llama2c(tmp_path / "model.bin", ours)
     write_llama2c_tokenizer(tmp_path / "tok.bin", prefixed)
-    run("import", tmp_path / "model.bin", tmp_path / "got.pt", "--tokenizer", tmp_path / "tok.bin")
-    model, tokenizer = build(load(tmp_path / "got.pt"))
+    files = tmp_path / "model.bin", tmp_path / "got.pt", "--tokenizer", tmp_path / "tok.bin"
+    model, tokenizer = imported(*files)
     assert model.config == ours.config
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), ours.parameters(), strict=True))
     for text in TEXTS:
@@ -164,8 +155,7 @@ def test_meta_folder_gives_the_same_model(tmp_path, scaled):
     params = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "norm_eps": 2e-3, "vocab_size": -1}
     params |= {"multiple_of": 16, "rope_theta": 5e5, "use_scaled_rope": scaled, "rope_scaling_factor": 8}
     (tmp_path / "params.json").write_text(json.dumps(params))
-    run("import", tmp_path, tmp_path / "got.pt", "--block_size", 64)
-    model = build_model(load(tmp_path / "got.pt"))
+    model, _ = imported(tmp_path, tmp_path / "got.pt", "--block_size", 64)
     assert model.config == ours.config and torch.equal(logits(model, 60), logits(ours, 60))
     for change, word in (({"sliding_window": 16}, "sliding_window"), ({"n_layers": 3}, "layers.2")):
         (tmp_path / "params.json").write_text(json.dumps(params | change))
@@ -193,27 +183,18 @@ def test_unsupported_models_are_refused_by_name(tmp_path, change, word):
     assert not (tmp_path / "ours.pt").exists()
 
 
-def test_what_would_not_be_the_same_model_is_refused(tmp_path, tiny_run):
+def test_what_would_not_be_the_same_model_is_refused(tmp_path):
     folder = save_folder(their_model(attention_bias=True), tmp_path / "in")
     change_json(folder / "config.json", attention_bias=False)
     refused(quick("-m formats", "import", folder, tmp_path / "no.pt"), "bias")
     for model, word in ((sharp_model(novel=True), "--novel"), (sharp_model(n_head=5, head_dim=6), "n_head")):
         save(tmp_path / "source.pt", checkpoint_of(model))
         refused(quick("-m formats", "export", tmp_path / "source.pt", tmp_path / "out"), word)
-    (tmp_path / "precious").mkdir()
-    (tmp_path / "precious" / "thesis.tex").write_text("all of it")
-    refused(quick("-m formats", "export", tiny_run, tmp_path / "precious"), "exists")
-    assert (tmp_path / "precious" / "thesis.tex").read_text() == "all of it"
-    refused(quick("-m formats", "import", folder, tmp_path / "source.pt"), "exists", "--overwrite")
-    refused(quick("-m formats", "import", tmp_path / "none", tmp_path / "no.pt"), "no such file")
-    refused(quick("-m formats", "import", tmp_path, tmp_path / "no.pt"), "config.json")
     assert not (tmp_path / "no.pt").exists() and not (tmp_path / "out").exists()
 
 
 def test_a_trained_run_writes_the_same_text_in_transformers(tmp_path, tiny_run):
-    from transformers import AutoTokenizer, LlamaForCausalLM
-
-    run("export", tiny_run, tmp_path / "out")
+    formats("export", tiny_run, tmp_path / "out")
     theirs = LlamaForCausalLM.from_pretrained(tmp_path / "out")
     prompt = AutoTokenizer.from_pretrained(tmp_path / "out")("def load(", return_tensors="pt")
     ours, tokenizer = build(load(tiny_run))
@@ -226,11 +207,10 @@ def test_a_trained_run_writes_the_same_text_in_transformers(tmp_path, tiny_run):
 def test_training_goes_on_from_an_imported_bfloat16_model_in_float32(tmp_path, tiny_data):
     folder = save_folder(their_model(torch.bfloat16, vocab_size=400), tmp_path / "in")
     (folder / "tokenizer.model").write_bytes((tiny_data / "tokenizer.model").read_bytes())
-    said = run("import", folder, tmp_path / "ours.pt", "--block_size", 32)
+    said = formats("import", folder, tmp_path / "ours.pt", "--block_size", 32)
     assert f"python sample.py {tmp_path / 'ours.pt'}" in said
     flags = ["--init_from", tmp_path / "ours.pt", "--max_steps", 2, "--batch_size", 4, "--eval_tokens", 0]
-    done = quick("train.py", "--dataset", tiny_data, "--out_dir", tmp_path / "run", *flags)
-    assert done.returncode == 0, done.stderr
+    run("train.py", "--dataset", tiny_data, "--out_dir", tmp_path / "run", *flags)
     assert {x.dtype for x in load(tmp_path / "run" / "ckpt.pt")["model"].values()} == {torch.float32}
 
 
@@ -244,7 +224,7 @@ def test_import_and_export_hold_the_checkpoint_once(tmp_path):
     for line in (["import", folder, ours], ["export", ours, tmp_path / "out"]):
         Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is held now
         before = peak_memory_bytes(torch.device("cpu"))
-        run(*line)
+        formats(*line)
         held = peak_memory_bytes(torch.device("cpu")) - before
         assert held < 1.15 * size, f"{line[0]}: {held:,} bytes for {size:,}"
 
@@ -269,8 +249,6 @@ def byte_level():
 @pytest.mark.parametrize("kind", ["learned", "prefixed", "late"])
 def test_exported_tokenizer_gives_transformers_the_same_tokens(tmp_path, tiny_data, prefixed, kind):
     """In `late`, as in Llama 2's, runs of spaces stand early in the vocabulary and are joined last."""
-    from transformers import AutoTokenizer
-
     write_llama2c_tokenizer(tmp_path / "tok.bin", prefixed, spaces=-1e6)
     data = {"learned": (tiny_data / "tokenizer.model").read_bytes()}
     data["prefixed"] = prefixed.serialized_model_proto()
@@ -315,7 +293,6 @@ SPECIAL = [
 @pytest.mark.parametrize("files, template, bos, add_bos, eos", SPECIAL)
 def test_special_tokens(tmp_path, prefixed, byte_level, files, template, bos, add_bos, eos):
     from tokenizers import processors
-    from transformers import AutoTokenizer
 
     folder = save_folder(their_model(vocab_size=510), tmp_path / "in")
     if template:
@@ -328,10 +305,9 @@ def test_special_tokens(tmp_path, prefixed, byte_level, files, template, bos, ad
     change_json(folder / "config.json", **files.get("config.json", {}))
     for name in ("tokenizer_config.json", "generation_config.json"):
         (folder / name).write_text(json.dumps(files.get(name, {})))
-    run("import", folder, tmp_path / "ours.pt")
-    run("export", tmp_path / "ours.pt", tmp_path / "out")
-    run("import", tmp_path / "out", tmp_path / "again.pt")
-    tokenizer, again = (build(load(tmp_path / name))[1] for name in ("ours.pt", "again.pt"))
+    _, tokenizer = imported(folder, tmp_path / "ours.pt")
+    formats("export", tmp_path / "ours.pt", tmp_path / "out")
+    _, again = imported(tmp_path / "out", tmp_path / "again.pt")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.special == again.special == {"bos": bos, "add_bos": add_bos, "eos": eos}
     for text in TEXTS[1:]:
@@ -356,13 +332,12 @@ def test_a_sentencepiece_model_that_is_no_plain_bpe_is_exported_by_itself(tmp_pa
 def test_which_tokenizer_of_a_folder_is_read(tmp_path, prefixed, byte_level, monkeypatch):
     folder = save_folder(their_model(vocab_size=510), tmp_path / "in")
     (folder / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")  # Llama 3's own, in tiktoken's format
-    assert "import again" in run("import", folder, tmp_path / "ours.pt")
-    refused(quick("sample.py", tmp_path / "ours.pt"), "no tokenizer", "--tokenizer FILE")
+    assert "import again" in formats("import", folder, tmp_path / "ours.pt")
     byte_level.save(str(folder / "tokenizer.json"))
-    run("import", folder, tmp_path / "ours.pt", "--overwrite")
-    assert read_tokenizer(load(tmp_path / "ours.pt")["tokenizer"]).kind == "tokenizer.json"
+    _, tokenizer = imported(folder, tmp_path / "ours.pt", "--overwrite")
+    assert tokenizer.kind == "tokenizer.json"
     (folder / "tokenizer.model").write_bytes(prefixed.serialized_model_proto())
-    said = run("import", folder, tmp_path / "ours.pt", "--overwrite")
+    said = formats("import", folder, tmp_path / "ours.pt", "--overwrite")
     assert f"tokens of {folder / 'tokenizer.json'}" in said  # those that only this file has
     change_json(folder / "config.json", eos_token_id=9999)
     refused(quick("-m formats", "import", folder, tmp_path / "no.pt"), "10000", "510", "eos_token_id")
