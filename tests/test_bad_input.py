@@ -69,6 +69,7 @@ gqa.py run/ckpt.pt --out new.pt --calibration_tokens 1024
     --seed 1                                 --kv_budget
     --n_kv_head 5                            --n_kv_head
     --groups torn.json                       torn.json
+    --groups tasks.json                      tasks.json
 search_groups.py run/ckpt.pt --out new.json --calibration_tokens 1024
     --kv_budget 0.01                         --kv_budget
     --objective os.system('x')               --objective

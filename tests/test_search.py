@@ -3,11 +3,13 @@
 import fcntl
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import quick, refused, sharp_model
+from conftest import content, quick, records, refused, run, sharp_model
+from foreign import checkpoint_of
 from test_gqa import grouped, variant
 
 import search_groups
@@ -23,10 +25,9 @@ HALF = ["--kv_budget", 0.5, "--refit", "none"]
 
 def search(ckpt, out, *flags) -> tuple[dict, list[dict]]:
     """The group file, and the evaluations in the log."""
-    done = quick("search_groups.py", ckpt, "--out", out, *SMALL, *flags)
-    assert done.returncode == 0, done.stderr
+    run("search_groups.py", ckpt, "--out", out, *SMALL, *flags)
     found = json.loads(out.read_text())
-    return found, [json.loads(line) for line in open(found["search"]["log"])][1:]
+    return found, records(Path(found["search"]["log"]))[1:]
 
 
 def nll(model: Llama, tokens: np.ndarray) -> float:
@@ -82,8 +83,8 @@ def test_what_is_reported_was_read_neither_by_the_search_nor_by_the_choice(tiny_
     for name, splits in marked.items():
         data = variant(tiny_data, tmp_path / name, **splits)
         flags = ["--max_evals", 8, "--method", "random", "--merge", "mean", "--dataset", data]
-        found, records = search(tiny_run, data / "out.json", *HALF, *flags)
-        seen[name] = [record["loss"] for record in records]
+        found, evaluations = search(tiny_run, data / "out.json", *HALF, *flags)
+        seen[name] = [record["loss"] for record in evaluations]
         reported[name] = {str(row["k_groups"] + row["v_groups"]): row["loss"] for row in found["judged"]}
         small = merge(model, (found["k_groups"], found["v_groups"]), [], "mean")
         assert found["loss"] == pytest.approx(nll(small, splits.get("val", val)[1024:1537]), rel=1e-5)
@@ -116,14 +117,14 @@ def test_search_keeps_to_the_budget_and_reports_what_gqa_makes_of_it(tiny_run, t
 def test_the_published_search_runs_as_published(tiny_run, tiny_data, tmp_path):
     """Random joint maps, means of heads, nothing refitted."""
     flags = ["--method", "random", "--joint", "--merge", "mean", "--refit", "none", "--max_evals", 12]
-    found, records = search(tiny_run, tmp_path / "x.json", *flags, "--objective", "ppl*groups**2")
-    assert len(records) == 12 == found["evals"] and len({group_count(record) for record in records}) > 2
+    found, evaluations = search(tiny_run, tmp_path / "x.json", *flags, "--objective", "ppl*groups**2")
+    assert len(evaluations) == 12 == found["evals"] and len(set(map(group_count, evaluations))) > 2
     model, first = build_model(load(tiny_run)), np.fromfile(tiny_data / "val.bin", np.uint16)[: 512 + 1]
-    for record in records:
+    for record in evaluations:
         assert record["k_groups"] == record["v_groups"] and record["groups"] == group_count(record) / 2
         small = merge(model, (record["k_groups"], record["v_groups"]), [], "mean")
         assert record["loss"] == pytest.approx(nll(small, first), rel=1e-5)
-    best = sorted(records, key=lambda record: math.exp(record["loss"]) * record["groups"] ** 2)[:3]
+    best = sorted(evaluations, key=lambda record: math.exp(record["loss"]) * record["groups"] ** 2)[:3]
     judged = [row["k_groups"] for row in found["judged"] if row["name"].startswith("found")]
     assert {str(row) for row in judged} == {str(record["k_groups"]) for record in best}
 
@@ -139,54 +140,43 @@ def test_objective_search_covers_all_budgets(tiny_run, tmp_path):
 @pytest.mark.parametrize("method", ["knapsack", "random"])
 def test_interrupted_search_continues(tiny_run, tmp_path, method, monkeypatch):
     """Stopped in its sixth evaluation, with half a line written: the same answer, nothing measured twice."""
-    flags, cut, calls = [*HALF, "--max_evals", 12, "--method", method], tmp_path / "cut.json", []
-    whole, _ = search(tiny_run, tmp_path / "whole.json", *flags)
-    original = Judge.__call__
+    flags, original = [*HALF, "--max_evals", 12, "--method", method], Judge.__call__
+    whole, cut = tmp_path / "whole/groups.json", tmp_path / "groups.json"
+    search(tiny_run, whole, *flags)
+    five, log = iter(range(5)), cut.with_suffix(".jsonl")
 
     def interrupted(self, model):
-        calls.append(model)
-        if len(calls) == 6:
+        if next(five, None) is None:
             raise KeyboardInterrupt
         return original(self, model)
 
     monkeypatch.setattr(Judge, "__call__", interrupted)
     assert quick("search_groups.py", tiny_run, "--out", cut, *SMALL, *flags).returncode == 130
     monkeypatch.undo()
-    log = cut.with_suffix(".jsonl")
     before = log.read_text().splitlines()
     log.write_text("\n".join([*before, '{"note": "half a li']))
     assert not cut.exists() and len(before) == 6
-    done = quick("search_groups.py", tiny_run, "--out", cut, *SMALL, *flags)
+    run("search_groups.py", tiny_run, "--out", cut, *SMALL, *flags)
     after = [line for line in log.read_text().splitlines() if line.endswith("}")]
-    assert done.returncode == 0 and after[:6] == before and len(set(after)) == len(after), done.stderr
-    ours = json.loads(cut.read_text())
-    assert all(ours[key] == whole[key] for key in ("k_groups", "v_groups", "loss", "judged"))
+    assert after[:6] == before and len(set(after)) == len(after) and content(cut) == content(whole)
 
 
-@pytest.mark.parametrize("other", [["--kv_budget", 0.75], [*HALF, "--merge", "closed"]])
-def test_two_searches_on_one_fresh_log_lose_and_mix_nothing(tiny_run, tmp_path, monkeypatch, other):
-    """The second runs, from its start to its end, when the first is about to lock the log for its first line;
-    if they merge in different ways, the first is refused then."""
-    real, log, first = fcntl.flock, tmp_path / "log.jsonl", tmp_path / "first.json"
-    flags = ["--method", "random", "--max_evals", 4, "--log", log, "--refit", "none", "--merge", "mean"]
+def test_two_searches_on_one_fresh_log_lose_and_mix_nothing(tmp_path, monkeypatch):
+    """One writes its first line when the other is about to lock the log for its own."""
+    real, log, mean = fcntl.flock, tmp_path / "log.jsonl", {"merge": "mean"}
+    maps = {"k_groups": [], "v_groups": [], **dict.fromkeys(search_groups.NUMBERS, 1.0)}
+    one, two = ({"note": note, **maps} for note in ("one", "two"))
 
     def meanwhile(*args):
         monkeypatch.undo()
-        search(tiny_run, tmp_path / "second.json", *flags, *other)
+        search_groups.append(log, two, mean)
         return real(*args)
 
     monkeypatch.setattr(fcntl, "flock", meanwhile)
-    done = quick("search_groups.py", tiny_run, "--out", first, *SMALL, *flags, *HALF)
-    assert fcntl.flock is real, "nobody locks the log"
-    text = log.read_text()
-    if "closed" in other:
-        refused(done, "log.jsonl")
-    else:
-        assert done.returncode == 0, done.stderr
-        search(tiny_run, tmp_path / "again.json", *flags, *HALF)
-    search(tiny_run, tmp_path / "and again.json", *flags, *other)
-    assert log.read_text() == text, "something was measured anew"
-    assert len({json.loads(line)["loss"] for line in text.splitlines()[1:]}) == 4 * (2 - ("closed" in other))
+    search_groups.append(log, one, mean)
+    with pytest.raises(UserError, match="of another merge"):
+        search_groups.append(log, one, {"merge": "closed"})
+    assert fcntl.flock is real and records(log) == [mean, two, one]
 
 
 def test_foreign_logs_are_left_alone(tiny_run, tmp_path):
@@ -211,25 +201,26 @@ def test_foreign_logs_are_left_alone(tiny_run, tmp_path):
 
 @pytest.mark.parametrize("layers", [2, 30])
 def test_moves_find_what_single_layers_do_not_show(tiny_run, tmp_path, monkeypatch, layers):
-    """A made-up loss, whose best counts single layers hide; with 30 layers and the default 60 evaluations
-    there must be moves, too."""
+    """A made-up loss, which misleads below the budget; 30 layers leave evaluations for moves, too."""
     model = sharp_model(n_layer=layers, dim=16, hidden_dim=16, vocab_size=400, block_size=32)
     wish = {slot: 3 if sum(map(ord, slot[1])) + slot[0] & 1 else 1 for slot in head_counts(model)}
 
-    def loss(maps) -> float:
+    def loss(_, maps) -> tuple[float, float]:
+        if isinstance(maps, Llama):
+            return 0, 0
         counts = {(layer, kind): max(maps["kv".index(kind)][layer]) + 1 for layer, kind in wish}
-        if sum(counts.values()) != 2 * len(wish):  # what layers do by themselves misleads
-            return 0.01 * sum((counts[slot] - 4 + wish[slot]) ** 2 for slot in wish)
-        return 0.01 * sum((counts[slot] - wish[slot]) ** 2 for slot in wish)
+        within = sum(counts.values()) == 2 * len(wish)
+        aims = {slot: best if within else 4 - best for slot, best in wish.items()}
+        lost = 0.01 * sum((counts[slot] - aims[slot]) ** 2 for slot in wish)
+        return lost, lost
 
-    measured = lambda _, maps: (0, 0) if isinstance(maps, Llama) else (loss(maps), loss(maps))  # noqa: E731
     monkeypatch.setattr(search_groups, "merge", lambda model, maps, *rest: maps)
-    monkeypatch.setattr(Judge, "__call__", measured)
-    parts = {"model": model.state_dict(), "config": vars(model.config)}
-    save(tmp_path / "x.pt", {**load(tiny_run), **parts})
-    found, records = search(tmp_path / "x.pt", tmp_path / "x.json", *HALF)
-    best = {note: min(r["loss"] for r in records if r["note"] == note) for note in ("knapsack", "move")}
-    assert len(records) <= found["evals"] <= 60 and best["move"] < best["knapsack"]
+    monkeypatch.setattr(Judge, "__call__", loss)
+    saved = load(tiny_run)
+    save(tmp_path / "x.pt", saved | checkpoint_of(model, saved["tokenizer"]))
+    found, seen = search(tmp_path / "x.pt", tmp_path / "x.json", *HALF)
+    best = {note: min(r["loss"] for r in seen if r["note"] == note) for note in ("knapsack", "move")}
+    assert len(seen) <= found["evals"] <= 60 and best["move"] < best["knapsack"]
     assert found["loss"] <= best["move"] and (layers > 2 or found["loss"] == 0)
 
 
@@ -248,8 +239,7 @@ def test_healing_brings_a_grouped_model_back_and_resumes(tiny_run, tiny_data, tm
     flags = ["--init_from", small, "--teacher", teacher, "--distil_weight", 1, "--batch_size", 4]
     flags += ["--warmup_steps", 0, "--lr", 0.005, "--min_lr", 0.005, "--eval_every", 16, "--eval_tokens", 512]
     for out, how, steps in (("whole", flags, 40), ("cut", flags, 16), ("cut", ["--resume"], 40)):
-        done = quick("train.py", *how, "--out_dir", tmp_path / out, "--max_steps", steps)
-        assert done.returncode == 0, done.stderr
+        run("train.py", *how, "--out_dir", tmp_path / out, "--max_steps", steps)
     ours, theirs = (load(tmp_path / out / "ckpt.pt") for out in ("cut", "whole"))
     assert ours["step"] == 40 and ours["grouped"] == load(small)["grouped"]
     assert all(torch.equal(ours["model"][name], x) for name, x in theirs["model"].items())
