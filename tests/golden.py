@@ -2,8 +2,6 @@
 
     python tests/golden.py --write golden.json                     # before a change to the code
     python tests/golden.py --compare golden.json                   # after it; exit code 1 if a value differs
-    python tests/golden.py --compare golden.json --only lora       # only the parts with "lora" in their name
-    python tests/golden.py --compare golden.json --root FOLDER     # the project in another folder
 
 The commands run as a user would run them, on tiny models, with one thread on the CPU; nothing of the project
 is imported. A record holds for one machine and one version of PyTorch, so it is not kept in the repository.
@@ -14,6 +12,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -108,8 +107,8 @@ SEARCH = "search_groups.py {plain} --out {out} --calibration_tokens 2048 --searc
 STORIES = "-m formats import {shared}/stories260K.bin {out} --tokenizer {shared}/tok512.bin"
 GREEDY = " --temperature 0 --max_new_tokens 28 --device cpu"
 
-# {part: (reader, command)}. {out} is where the command writes; {another part} is what that part wrote (for a
-# training run, its checkpoint), and that part runs first.
+# {part: (reader, command)}. {out} is where the command writes, {part} what a part above wrote: of a run, its
+# checkpoint.
 PARTS = {
     "data": (tokens, "data/prepare.py golden --text {inputs}/corpus --vocab_size 400 --out {out}"),
     "plain": (run, TRAIN + " --batch_size 8 --max_steps 400 --eval_tokens 1024 --eval_every 200"),
@@ -152,41 +151,19 @@ PARTS = {
 }
 
 
-class Work(dict):
-    """{part: path of what it wrote}. A part that is looked up, and has not run yet, runs."""
-
-    def __init__(self, root: Path, folder: Path, shared: Path | None):
-        super().__init__({"shared": shared, "inputs": folder / "inputs"})
-        self.root, self.folder, self.values, self.failed = root, folder, {}, set()
-        write_inputs(self["inputs"])
-
-    def __missing__(self, name: str) -> Path:
-        self[name] = self.run(name)
-        return self[name]
-
-    def run(self, name: str) -> Path:
-        """Run a part and read its values; return the path that other parts use."""
-        if name in self.failed:
-            raise RuntimeError(f"{name} failed")
-        read, command = PARTS[name]
-        out = self.folder / (name + {checkpoint: ".pt", search: ".json"}.get(read, ""))
-        words = [word.replace("{out}", str(out)).format_map(self) for word in command.split()]
-        words = [str(self.root / word) if word.endswith(".py") else word for word in words]
-        settings = {"PYTHONPATH": str(self.root), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        how = {"cwd": self.folder, "env": {**os.environ, **settings, "PYTHONDONTWRITEBYTECODE": "1"}}
-        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300, **how)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(words)}\n{done.stderr[-1500:]}")
-        self.values |= {f"{name}: {what}": value for what, value in read(out, done.stdout).items()}
-        return out / "ckpt.pt" if read is run else out
-
-
-def compare(before: Values, after: Values) -> bool:
-    """Print a line for each value; return whether all are equal."""
-    for name in before | after:
-        old, new = before.get(name, "missing"), after.get(name, "missing")
-        print(f"equal      {name}" if old == new else f"DIFFERENT  {name}\n    old {old}\n    new {new}")
-    return before == after
+def run_part(name: str, root: Path, paths: dict[str, Path]) -> Values:
+    """Run a part, note the path that other parts use, and read the values."""
+    read, command = PARTS[name]
+    out = paths["inputs"].with_name(name + {checkpoint: ".pt", search: ".json"}.get(read, ""))
+    words = [word.replace("{out}", str(out)).format_map(paths) for word in command.split()]
+    words = [str(root / word) if word.endswith(".py") else word for word in words]
+    settings = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    how = {"cwd": out.parent, "env": {**os.environ, **settings, "PYTHONDONTWRITEBYTECODE": "1"}}
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300, **how)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words)}\n{done.stderr[-1500:]}")
+    paths[name] = out / "ckpt.pt" if read is run else out
+    return {f"{name}: {what}": value for what, value in read(out, done.stdout).items()}
 
 
 def main() -> None:
@@ -198,21 +175,28 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, help="folder with stories260K.bin and tok512.bin to import")
     parser.add_argument("--only", default="", help="run only parts with this in their name")
     args = parser.parse_args()
-    names = [name for name in PARTS if args.only in name and (args.shared or "stories" not in name)]
+    wanted = {name for name in PARTS if args.only in name and (args.shared or "stories" not in name)}
+    needed, after, failed = set(wanted), {}, False
+    for name in reversed(PARTS):
+        needed |= set(re.findall(r"{(\w+)}", PARTS[name][1])) if name in needed else set()
     with tempfile.TemporaryDirectory(prefix="golden ") as folder:
-        work = Work(args.root.resolve(), Path(folder), args.shared and args.shared.resolve())
-        for name in names:  # a part that another one needed has run already
+        paths = {"inputs": Path(folder, "inputs"), "shared": args.shared and args.shared.resolve()}
+        write_inputs(paths["inputs"])
+        for name in (name for name in PARTS if name in needed):
             try:
-                work[name]
+                after |= run_part(name, args.root.resolve(), paths)
             except Exception as error:  # the other parts may still run
-                work.failed.add(name)
-                print(f"FAILED     {name}: {error}", flush=True)
+                failed = True
+                print(f"FAILED     {name}: {error!r}", flush=True)
     if args.write:
-        args.write.write_text(json.dumps(work.values, indent=1, ensure_ascii=False) + "\n")
-        sys.exit(bool(work.failed))
-    pair = json.loads(args.compare.read_text()), work.values
-    before, after = ({n: x for n, x in values.items() if n.split(":")[0] in names} for values in pair)
-    sys.exit(not compare(before, after))
+        args.write.write_text(json.dumps(after, indent=1, ensure_ascii=False) + "\n")
+        sys.exit(failed)
+    before = json.loads(args.compare.read_text())
+    for name in (name for name in before | after if name.split(":")[0] in wanted):
+        old, new = before.get(name, "missing"), after.get(name, "missing")
+        failed |= old != new
+        print(f"equal      {name}" if old == new else f"DIFFERENT  {name}\n    old {old}\n    new {new}")
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import sentencepiece as spm
 import torch
-from conftest import assert_close, quick, refused, run, sharp_model
+from conftest import assert_close, quick, refused, sharp_model
 from corpus import Writer
 from foreign import (
     LLAMA3,
@@ -24,10 +24,11 @@ from foreign import (
     write_llama2c,
     write_llama2c_tokenizer,
 )
+from fuzz import memory_now
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from checkpoint import build, build_model, load, save
+from checkpoint import build_model, load, save
 from common import peak_memory_bytes
 from data.tokenizer import SETTINGS, read_tokenizer
 from formats.models import uniform_heads
@@ -193,27 +194,6 @@ def test_what_would_not_be_the_same_model_is_refused(tmp_path):
     assert not (tmp_path / "no.pt").exists() and not (tmp_path / "out").exists()
 
 
-def test_a_trained_run_writes_the_same_text_in_transformers(tmp_path, tiny_run):
-    formats("export", tiny_run, tmp_path / "out")
-    theirs = LlamaForCausalLM.from_pretrained(tmp_path / "out")
-    prompt = AutoTokenizer.from_pretrained(tmp_path / "out")("def load(", return_tensors="pt")
-    ours, tokenizer = build(load(tiny_run))
-    ids = tokenizer.prompt("def load(")
-    assert prompt["input_ids"][0].tolist() == ids
-    text = theirs.generate(**prompt, max_new_tokens=15, do_sample=False)[0].tolist()
-    assert text == ids + ours.generate([ids], 15)[0]
-
-
-def test_training_goes_on_from_an_imported_bfloat16_model_in_float32(tmp_path, tiny_data):
-    folder = save_folder(their_model(torch.bfloat16, vocab_size=400), tmp_path / "in")
-    (folder / "tokenizer.model").write_bytes((tiny_data / "tokenizer.model").read_bytes())
-    said = formats("import", folder, tmp_path / "ours.pt", "--block_size", 32)
-    assert f"python sample.py {tmp_path / 'ours.pt'}" in said
-    flags = ["--init_from", tmp_path / "ours.pt", "--max_steps", 2, "--batch_size", 4, "--eval_tokens", 0]
-    run("train.py", "--dataset", tiny_data, "--out_dir", tmp_path / "run", *flags)
-    assert {x.dtype for x in load(tmp_path / "run" / "ckpt.pt")["model"].values()} == {torch.float32}
-
-
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_import_and_export_hold_the_checkpoint_once(tmp_path):
     """Copies of wq and wk, here 2/9 of the weights, would show."""
@@ -222,8 +202,7 @@ def test_import_and_export_hold_the_checkpoint_once(tmp_path):
     size = (folder / "model.safetensors").stat().st_size
     ours = tmp_path / "ours.pt"
     for line in (["import", folder, ours], ["export", ours, tmp_path / "out"]):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is held now
-        before = peak_memory_bytes(torch.device("cpu"))
+        before = memory_now()
         formats(*line)
         held = peak_memory_bytes(torch.device("cpu")) - before
         assert held < 1.15 * size, f"{line[0]}: {held:,} bytes for {size:,}"

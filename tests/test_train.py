@@ -231,13 +231,17 @@ def test_a_resumed_run_takes_some_flags_and_refuses_others(tiny_data, tiny_run, 
 
 
 def test_a_tuned_run_resumes_by_the_same_command(tiny_data, tiny_run, tmp_path, monkeypatch):
+    """From bfloat16 weights, in float32."""
     monkeypatch.chdir(tmp_path)
-    flags = ["--dataset", tiny_data, "--init_from", tiny_run, "--batch_size", 2, "--lr", 0]
+    theirs = load(tiny_run)
+    theirs["model"] = {name: x.bfloat16() for name, x in theirs["model"].items()}
+    save(tmp_path / "half.pt", theirs)
+    flags = ["--dataset", tiny_data, "--init_from", "half.pt", "--batch_size", 2, "--lr", 0]
     for more in (["--max_steps", 2], ["--max_steps", 3, "--resume"]):
         run("train.py", *flags, *more)
-    ours, theirs = load(tmp_path / "out" / "own-2x32-tuned" / "ckpt.pt"), load(tiny_run)
-    assert ours["step"] == 3 and ours["config"]["n_layer"] == 2
-    assert all(torch.equal(x, theirs["model"][name]) for name, x in ours["model"].items())  # for lr is 0
+    ours = load(tmp_path / "out" / "own-2x32-tuned" / "ckpt.pt")
+    assert ours["step"] == 3 and {x.dtype for x in ours["model"].values()} == {torch.float32}
+    assert all(torch.equal(x, theirs["model"][name].float()) for name, x in ours["model"].items())  # lr is 0
 
 
 def test_evaluations_change_nothing_and_the_last_is_what_eval_ppl_prints(tiny_data, tmp_path):
