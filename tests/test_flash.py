@@ -108,14 +108,6 @@ def test_the_operators_pass_opcheck():
     torch.library.opcheck(flash.flash_attention_backward, (*saved, True))
 
 
-def test_the_backward_gives_the_same_bits_each_time():
-    T = 2048 if DEVICE == "cuda" else 40  # many programs at a time, where there are some
-    q, k, v, grad = (torch.randn(2, n, T, 32, device=DEVICE) for n in (6, 2, 1, 6))
-    maps = torch.tensor([[0, 0, 1, 0, 1, 0], [0] * 6], device=DEVICE)
-    runs = [results(ours, q, k, v, grad, *maps).values() for _ in range(2)]
-    assert all(map(torch.equal, *runs))
-
-
 def with_kernels(**settings):
     model = sharp_model(attention="triton", **settings).to(DEVICE)
     flash.use_kernels(model)
@@ -125,7 +117,6 @@ def with_kernels(**settings):
 
 @pytest.mark.parametrize("T", [1, 4, 9])
 def test_masks_and_gradients_are_the_textbooks(T):
-    """One token is no reason to decode where only wk or wv has an adapter."""
     heads = [HeadGroups([0, 1, 0]).to(DEVICE), HeadGroups([0, 0, 0]).to(DEVICE)]
     q, k, v = (torch.randn(3, n, t, 16, device=DEVICE) for n, t in ((3, T), (2, 9), (1, 9)))
     causal = torch.ones(T, 9, dtype=torch.bool, device=DEVICE).tril(9 - T)
@@ -220,10 +211,12 @@ def test_kernels_compile_for_real_gpus_without_spills():
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
 @pytest.mark.parametrize("D", [32, 64, 128])
-def test_long_texts_on_a_gpu(D):
+def test_long_texts_on_a_gpu_and_again_with_the_same_bits(D):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, n, 4096, D, device="cuda", dtype=torch.bfloat16) for n in (8, 3, 2))
     maps = torch.tensor([[0, 1, 1, 2, 2, 2, 0, 1], [0, 0, 0, 0, 1, 1, 0, 0]], device="cuda")
     exact = results(pytorch, q.float(), k.float(), v.float(), q, *maps)
-    for name, x in results(ours, q, k, v, q, *maps).items():
+    found, again = (results(ours, q, k, v, q, *maps) for _ in range(2))
+    for name, x in found.items():
         assert_close(x.float(), exact[name], 0.02, name)
+        assert torch.equal(x, again[name])

@@ -48,13 +48,12 @@ def weights(model) -> torch.Tensor:
 
 
 def their_optimizers(twin, with_muon: bool, decay: float, momentum: float) -> list:
-    learning = dict(twin.named_parameters())
-    blocks = {name: p for name, p in learning.items() if "_proj" in name and with_muon}
-    rest = [p for name, p in learning.items() if name not in blocks]
-    groups = [{"params": [p for p in rest if p.dim() == 2], "weight_decay": decay}]
-    groups += [{"params": [p for p in rest if p.dim() == 1], "weight_decay": 0}]
+    blocks, rest = [], []
+    for name, p in twin.named_parameters():
+        (blocks if "_proj" in name and with_muon else rest).append(p)
+    groups = [{"params": [p for p in rest if p.dim() == n], "weight_decay": decay * (n == 2)} for n in (1, 2)]
     how = {"momentum": momentum, "weight_decay": decay, "adjust_lr_fn": "match_rms_adamw"}
-    muon = [torch.optim.Muon(blocks.values(), **how)] if with_muon else []
+    muon = [torch.optim.Muon(blocks, **how)] if with_muon else []
     return [torch.optim.AdamW(groups, betas=(0.9, 0.95)), *muon]
 
 
@@ -100,8 +99,7 @@ def test_orthogonalised_equals_the_svd():
         U, S, Vh = torch.linalg.svd(torch.randn(shape, generator=seeded()), full_matrices=False)
         inside = U.T @ orthogonalised(U * torch.logspace(0, -1.7, len(S)) @ Vh).float() @ Vh.T
         values = inside.diagonal()
-        assert values.min() > 0.65 and values.max() < 1.25
-        assert (inside - values.diag()).abs().max() < 0.05
+        assert values.min() > 0.65 and values.max() < 1.25 and (inside - values.diag()).abs().max() < 0.05
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -256,7 +254,6 @@ def test_evaluations_change_nothing_and_the_last_is_what_eval_ppl_prints(tiny_da
 
 
 def test_compiled_blocks_have_the_names_and_the_gradients_of_the_others():
-    """An adapter on 4-bit matrices, novel layer, uneven groups, recomputed activations, half precision."""
     torch._dynamo.reset()
     model = sharp_model(novel=True, n_layer=1, k_groups=[[0, 1, 1, 1]], v_groups=[[0, 0, 0, 0]])
     adapt(model, LoRAConfig(lora_r=2, quantize="nf4")).train()
