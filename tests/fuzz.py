@@ -115,9 +115,6 @@ def good_files(root: Path) -> Path:
     return root
 
 
-# ---- damage ----
-
-
 def damaged_bytes(data: bytes, rng: random.Random) -> bytes:
     start, flipped = rng.randrange(len(data)), bytearray(data)
     for _ in range(rng.randrange(1, 9)):
@@ -160,9 +157,6 @@ def damage(path: Path, rng: random.Random) -> None:
     else:
         data = damaged_bytes(data, rng)
     path.write_bytes(data)
-
-
-# ---- trials ----
 
 
 def memory_now() -> int:

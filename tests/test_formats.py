@@ -40,9 +40,6 @@ WRITER = Writer(0)
 CORPUS = "".join(WRITER.paragraph() + WRITER.function() for _ in range(60)).replace("\u2581", "").splitlines()
 
 
-# ---- models ----
-
-
 @pytest.mark.parametrize("settings, how", [
     ({}, "safetensors"), ({"num_key_value_heads": 2}, "safetensors shards"),
     ({"num_key_value_heads": 1, "head_dim": 12}, "bin"),
@@ -206,9 +203,6 @@ def test_import_and_export_hold_the_checkpoint_once(tmp_path):
         formats(*line)
         held = peak_memory_bytes(torch.device("cpu")) - before
         assert held < 1.15 * size, f"{line[0]}: {held:,} bytes for {size:,}"
-
-
-# ---- tokenizers ----
 
 
 @pytest.fixture

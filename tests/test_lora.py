@@ -32,9 +32,6 @@ def adapted(targets=TARGETS[:4], r=3, alpha=5.0, quantized=False, **settings):
     return model
 
 
-# ---- the adapter ----
-
-
 @pytest.mark.parametrize("targets", TARGET_SETS, ids="-".join)
 @pytest.mark.parametrize("shape", [{"n_kv_head": 2, "tie_embeddings": False}, {"k_groups": UNEVEN}])
 def test_outputs_and_gradients_equal_peft(targets, shape):
@@ -112,9 +109,6 @@ def test_settings_reach_whole_names_once():
         lora.quantize_blocks(model)
 
 
-# ---- training and the commands ----
-
-
 def tuned(base, out, *flags):
     how = ["--batch_size", 4, "--eval_tokens", 512, "--lr", 0.02, "--warmup_steps", 2]
     run("train.py", "--init_from", base, "--out_dir", out, *how, *flags)
@@ -172,9 +166,6 @@ def test_a_bfloat16_base_stays_bfloat16_beside_an_adapter_and_after_merging():
     exact = base.float() + 5 / 3 * layer.lora_B @ layer.lora_A  # float32: the exact sum, rounded once
     assert torch.equal(layer.linear.weight, base)
     assert torch.equal(weights["layers.1.attention.wo.weight"], exact.bfloat16())
-
-
-# ---- NF4 ----
 
 
 def test_nf4_values_are_quantiles_of_a_normal_distribution():

@@ -38,9 +38,6 @@ def nll(model: Llama, tokens: np.ndarray) -> float:
         return -model(blocks).double().log_softmax(-1).gather(-1, targets[..., None]).mean().item()
 
 
-# ---- the objective ----
-
-
 def test_objective_is_arithmetic():
     values = {"ppl": math.exp(3.0), "loss": 3.0, "groups": 97.0, "kv_bytes": 4096.0}
     for text in ("ppl*groups**2/144", "-loss + 2*(kv_bytes - 1)/3", "ppl ** 0.5", "groups", "loss*1e3"):
@@ -56,9 +53,6 @@ def test_objective_is_arithmetic():
 def test_objective_refuses_everything_else(text):
     with pytest.raises(UserError, match="objective"):
         objective(text, 3.0, 1, 1)
-
-
-# ---- measuring ----
 
 
 def test_judge_measures_loss_and_divergence():
@@ -93,9 +87,6 @@ def test_what_is_reported_was_read_neither_by_the_search_nor_by_the_choice(tiny_
     for name, rows in reported.items():
         both = rows.keys() & reported["none"].keys()
         assert both and all(rows[row] == reported["none"][row] for row in both) == (name != "third 2"), name
-
-
-# ---- searching ----
 
 
 def group_count(found: dict) -> int:
@@ -222,9 +213,6 @@ def test_moves_find_what_single_layers_do_not_show(tiny_run, tmp_path, monkeypat
     best = {note: min(r["loss"] for r in seen if r["note"] == note) for note in ("knapsack", "move")}
     assert len(seen) <= found["evals"] <= 60 and best["move"] < best["knapsack"]
     assert found["loss"] <= best["move"] and (layers > 2 or found["loss"] == 0)
-
-
-# ---- healing ----
 
 
 def test_healing_brings_a_grouped_model_back_and_resumes(tiny_run, tiny_data, tmp_path):
