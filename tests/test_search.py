@@ -67,7 +67,6 @@ def test_judge_measures_loss_and_divergence():
 
 
 def test_what_is_reported_was_read_neither_by_the_search_nor_by_the_choice(tiny_run, tiny_data, tmp_path):
-    """A marker in one split, or in one third of val, changes the numbers that are said to be of it alone."""
     val = np.fromfile(tiny_data / "val.bin", np.uint16)
     marked = {"train": {"train": np.full(3000, 40)}, "test": {"test": np.full(3000, 41)}, "none": {}}
     for third in range(3):
@@ -121,7 +120,6 @@ def test_the_published_search_runs_as_published(tiny_run, tiny_data, tmp_path):
 
 
 def test_objective_search_covers_all_budgets(tiny_run, tmp_path):
-    """Where groups cost nothing the original is the answer, where only they cost multi-query attention."""
     flags = ["--max_evals", 24, "--refit", "none", "--objective"]
     found, _ = search(tiny_run, tmp_path / "loss.json", *flags, "loss")
     assert found["loss"] <= found["original_loss"] + 0.01
@@ -171,23 +169,22 @@ def test_two_searches_on_one_fresh_log_lose_and_mix_nothing(tmp_path, monkeypatc
 
 
 def test_foreign_logs_are_left_alone(tiny_run, tmp_path):
-    """Another model, other text or settings, or no log at all: refused, and not a byte changed."""
+    """Another model, other text or settings, or damaged: refused, and not a byte changed."""
     log, changed, checkpoint = tmp_path / "mine.jsonl", tmp_path / "changed.pt", load(tiny_run)
     flags = [*HALF, "--max_evals", 3, "--log", log]
     search(tiny_run, tmp_path / "mine.json", *flags)
-    header, first = log.read_text().splitlines()[:2]
+    header, first = records(log)[:2]
     checkpoint["model"]["layers.0.feed_forward.w1.weight"] *= 1.01
     save(changed, checkpoint)
-    damage = ("loss", "x"), ("kl", math.nan), ("groups", None)
-    lines = [json.dumps({**json.loads(first), name: value}) for name, value in damage]
-    texts = [f"{header}\n{line}\n" for line in lines] + ["my notes\nfor the year", "[" * 10**5]
     others = "--seed 1", "--calibration_tokens 512", "--search_tokens 256", "--refit output", "--merge mean"
-    trials = [*((tiny_run, more, None) for more in others), (changed, "", None)]
-    for ckpt, more, text in trials + [(tiny_run, "", text) for text in texts]:
-        before = log.write_text(text or log.read_text()) and log.read_bytes()
-        done = quick("search_groups.py", ckpt, "--out", tmp_path / "x.json", *SMALL, *flags, *more.split())
+    trials = [(tiny_run, more.split(), log.read_text()) for more in others] + [(changed, [], log.read_text())]
+    for damage in ({"loss": "x"}, {"kl": math.nan}, {"groups": None}):
+        trials.append((tiny_run, [], f"{json.dumps(header)}\n{json.dumps(first | damage)}\n"))
+    for ckpt, more, text in trials:
+        log.write_text(text)
+        done = quick("search_groups.py", ckpt, "--out", tmp_path / "x.json", *SMALL, *flags, *more)
         refused(done, "mine.jsonl", "--log")
-        assert log.read_bytes() == before
+        assert log.read_text() == text
 
 
 @pytest.mark.parametrize("layers", [2, 30])
@@ -217,11 +214,10 @@ def test_moves_find_what_single_layers_do_not_show(tiny_run, tmp_path, monkeypat
 
 def test_healing_brings_a_grouped_model_back_and_resumes(tiny_run, tiny_data, tmp_path):
     """Towards a teacher whose attention matters; a run in two parts ends with the bits of one."""
-    teacher, small, rng = tmp_path / "teacher.pt", tmp_path / "small.pt", torch.Generator().manual_seed(0)
-    checkpoint = load(tiny_run)
+    teacher, small, checkpoint = tmp_path / "teacher.pt", tmp_path / "small.pt", load(tiny_run)
     for name, x in checkpoint["model"].items():
         if ".attention." in name:
-            checkpoint["model"][name] = torch.randn(x.shape, generator=rng)
+            checkpoint["model"][name] = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     save(teacher, checkpoint)
     grouped(teacher, small, "--n_kv_head", 1, "--merge", "mean", "--refit", "none")
     flags = ["--init_from", small, "--teacher", teacher, "--distil_weight", 1, "--batch_size", 4]
