@@ -28,7 +28,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from conftest import content, quick, run, sharp_model
+from conftest import content, quick, refused, run, sharp_model
 from corpus import write_corpus
 from foreign import checkpoint_of, save_folder, their_model, write_llama2c, write_llama2c_tokenizer
 
@@ -119,10 +119,10 @@ def damaged_bytes(data: bytes, rng: random.Random) -> bytes:
     start, flipped = rng.randrange(len(data)), bytearray(data)
     for _ in range(rng.randrange(1, 9)):
         flipped[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    end = start + 1 + int(2 ** rng.uniform(0, 12))
-    head, piece, tail = data[:start], data[start:end], data[end:]
-    added = (b"", bytes(len(piece)), piece + piece, rng.randbytes(len(piece)) + piece)
-    return rng.choice((head, bytes(flipped), bytes(flipped), *(head + new + tail for new in added)))
+    piece, tail = data[start:][: 1 + int(2 ** rng.uniform(0, 12))], data[start:]
+    others = b"", bytes(len(piece)), piece + piece, rng.randbytes(len(piece)) + piece
+    cut = (data[:start] + new + tail[len(piece) :] for new in others)
+    return rng.choice((data[:start], bytes(flipped), bytes(flipped), *cut))
 
 
 def damaged_value(value: object, rng: random.Random, hostile: list) -> object:
@@ -142,21 +142,19 @@ def damaged_value(value: object, rng: random.Random, hostile: list) -> object:
 
 def damage(path: Path, rng: random.Random) -> None:
     """Damage a file: about half of those that have a structure in it, the others in their bytes."""
-    kind, data, inside = path.suffix, path.read_bytes(), rng.random() < 0.6
-    if kind in (".pt", ".pth") and inside:
+    kind, data = path.suffix if rng.random() < 0.6 else "", path.read_bytes()
+    if kind in (".pt", ".pth"):
         found = torch.load(path, weights_only=True)
         torch.save(damaged_value(found, rng, [*HOSTILE, Bomb(), Bomb()]), path)
-        return
-    if kind in (".json", ".jsonl") and inside:
+    elif kind in (".json", ".jsonl"):
         lines = data.split(b"\n") if kind == ".jsonl" else [data]
         number = rng.randrange(len(lines))
         lines[number] = json.dumps(damaged_value(json.loads(lines[number] or "0"), rng, HOSTILE)).encode()
-        data = b"\n".join(lines)
-    elif kind == ".gz" and inside:
-        data = gzip.compress(damaged_bytes(gzip.decompress(data), rng))
+        path.write_bytes(b"\n".join(lines))
+    elif kind == ".gz":
+        path.write_bytes(gzip.compress(damaged_bytes(gzip.decompress(data), rng)))
     else:
-        data = damaged_bytes(data, rng)
-    path.write_bytes(data)
+        path.write_bytes(damaged_bytes(data, rng))
 
 
 def memory_now() -> int:
@@ -169,27 +167,23 @@ def memory_now() -> int:
 def attempt(line: str, size: int) -> tuple[str, subprocess.CompletedProcess | None]:
     """Run a command on an input of so many bytes: "refused", "accepted" or a fault; and what it printed."""
     signal.signal(signal.SIGALRM, signal.default_int_handler)
-    before = memory_now()
+    before, done = memory_now(), None
     signal.alarm(60)
     try:
         done = quick(*line.split())
+        if done.returncode:
+            refused(done)
+        what = "refused" if done.returncode else "accepted"
     except Exception:
+        what = "hang" if done and done.returncode == 128 + signal.SIGINT else "traceback"
         traceback.print_exc()
-        return "traceback", None
-    finally:
-        signal.alarm(0)
-    if done.returncode == 128 + signal.SIGINT:
-        return "hang", done
+    signal.alarm(0)
     if Bomb.marker.exists():
         Bomb.marker.unlink()
-        return "code run", done
-    if peak_memory_bytes(torch.device("cpu")) - before > 3 * size + SLACK:
-        return "memory", done
-    if done.returncode == 0:
-        return "accepted", done
-    errors = [line for line in done.stderr.splitlines() if "error: " in line]
-    is_clean = done.returncode == 2 and len(errors) == 1 and len(errors[0]) < 600
-    return "refused" if is_clean else "traceback", done
+        what = "code run"
+    elif peak_memory_bytes(torch.device("cpu")) - before > 3 * size + SLACK:
+        what = "memory"
+    return what, done
 
 
 def trials(good: Path, root: Path, inputs: int, seed: int) -> dict[str, Counter]:
