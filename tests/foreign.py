@@ -12,12 +12,6 @@ from safetensors.torch import load_file
 from checkpoint import build_model, load, save
 from data.tokenizer import read_tokenizer
 
-TEXTS = ["", "Once upon a time", " two  spaces\nand a line", "def f(x):\n    return x ** 2", "café 中😀 \t."]
-LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
-}  # fmt: skip
-
 
 def formats(*args) -> str:
     """What the command prints."""
@@ -78,8 +72,9 @@ def export_of(model, folder, tokenizer=None):
     return formats("export", folder / "ours.pt", folder / "out")
 
 
-def write_llama2c(path, model):
-    """As llama2.c's legacy export does, whose layout its run.c reads."""
+def write_llama2c(folder, model, sp, spaces=None):
+    """model.bin as llama2.c's legacy export writes it, tok.bin as its tokenizer.py does; from `spaces` down are
+    the scores of runs of spaces."""
     c, tensors = model.config, [model.tok_embeddings.weight]
     attention = [f"attention.{name}" for name in ("wq", "wk", "wv", "wo")]
     for name in ("attention_norm", *attention, "ffn_norm", *(f"feed_forward.w{i}" for i in (1, 2, 3))):
@@ -91,15 +86,11 @@ def write_llama2c(path, model):
     vocabulary = c.vocab_size if c.tie_embeddings else -c.vocab_size
     sizes = (c.dim, c.hidden_dim, c.n_layer, c.n_head, c.n_kv_head, vocabulary, c.block_size)
     numbers = (x.detach().numpy().astype("<f4").tobytes() for x in tensors)
-    path.write_bytes(struct.pack("<7i", *sizes) + b"".join(numbers))
-
-
-def write_llama2c_tokenizer(path, sp, spaces=None):
-    """As llama2.c's tokenizer.py does. Runs of spaces may have worse scores, from `spaces` down."""
+    (folder / "model.bin").write_bytes(struct.pack("<7i", *sizes) + b"".join(numbers))
     marks = {sp.bos_id(): "\n<s>\n", sp.eos_id(): "\n</s>\n"}
     pieces = [marks.get(i, sp.id_to_piece(i)).replace("\u2581", " ").encode() for i in range(len(sp))]
-    with open(path, "wb") as file:
-        file.write(struct.pack("<I", max(map(len, pieces))))
-        for i, piece in enumerate(pieces):
-            score = sp.get_score(i) if spaces is None or piece.strip(b" ") else spaces - i
-            file.write(struct.pack("<fI", score, len(piece)) + piece)
+    data = struct.pack("<I", max(map(len, pieces)))
+    for i, piece in enumerate(pieces):
+        score = sp.get_score(i) if spaces is None or piece.strip(b" ") else spaces - i
+        data += struct.pack("<fI", score, len(piece)) + piece
+    (folder / "tok.bin").write_bytes(data)

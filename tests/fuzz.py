@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from conftest import content, quick, refused, run, sharp_model
 from corpus import write_corpus
-from foreign import checkpoint_of, save_folder, their_model, write_llama2c, write_llama2c_tokenizer
+from foreign import checkpoint_of, save_folder, their_model, write_llama2c
 
 from checkpoint import save
 from common import bounded, checked, parse, peak_memory_bytes
@@ -105,13 +105,13 @@ def good_files(root: Path) -> Path:
     files = {"groups/x.json": groups, "records/x.json": records, "meta/params.json": params}
     files = {name: json.dumps(value).encode() for name, value in files.items()}
     files |= {"records/x.jsonl": lines, "records/x.jsonl.gz": gzip.compress(lines)}
-    files |= {"hf/tokenizer.model": tokenizer, "meta/tokenizer.model": tokenizer, "llama2c/tok.bin": b""}
+    files |= {"hf/tokenizer.model": tokenizer, "meta/tokenizer.model": tokenizer}
     for name, data in files.items():
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_bytes(data)
     torch.save(model.state_dict(), root / "meta/consolidated.00.pth")
-    write_llama2c(root / "llama2c/model.bin", model)
-    write_llama2c_tokenizer(root / "llama2c/tok.bin", Tokenizer(tokenizer).sp)
+    (root / "llama2c").mkdir()
+    write_llama2c(root / "llama2c", model, Tokenizer(tokenizer).sp)
     return root
 
 

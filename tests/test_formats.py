@@ -10,20 +10,7 @@ import sentencepiece as spm
 import torch
 from conftest import assert_close, quick, refused, sharp_model
 from corpus import Writer
-from foreign import (
-    LLAMA3,
-    TEXTS,
-    change_json,
-    checkpoint_of,
-    export_of,
-    formats,
-    imported,
-    logits,
-    save_folder,
-    their_model,
-    write_llama2c,
-    write_llama2c_tokenizer,
-)
+from foreign import change_json, export_of, formats, imported, logits, save_folder, their_model, write_llama2c
 from fuzz import memory_now
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
@@ -35,6 +22,11 @@ from formats.tokenizers import sentencepiece_of_llama2c
 from model import ROPE_SCALING
 
 TOLERANCE = 1e-5  # of the largest logit: some hundred float32 roundings of 6e-8, in another order
+TEXTS = ["", "Once upon a time", " two  spaces\nand a line", "def f(x):\n    return x ** 2", "café 中😀 \t."]
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+}  # fmt: skip
 WRITER = Writer(0)
 CORPUS = "".join(WRITER.paragraph() + WRITER.function() for _ in range(60)).replace("\u2581", "").splitlines()
 
@@ -122,8 +114,7 @@ def test_uneven_groups_are_exported_as_the_fewest_equal_ones(tmp_path, heads, k_
 @pytest.mark.parametrize("settings", [{"n_kv_head": 2}, {"tie_embeddings": False}])
 def test_llama2c_file_gives_the_same_model_and_tokens(tmp_path, prefixed, settings):
     ours = sharp_model(vocab_size=500, **settings)
-    write_llama2c(tmp_path / "model.bin", ours)
-    write_llama2c_tokenizer(tmp_path / "tok.bin", prefixed)
+    write_llama2c(tmp_path, ours, prefixed)
     files = tmp_path / "model.bin", tmp_path / "got.pt", "--tokenizer", tmp_path / "tok.bin"
     model, tokenizer = imported(*files)
     assert model.config == ours.config
@@ -176,7 +167,8 @@ def test_what_would_not_be_the_same_model_is_refused(tmp_path):
     change_json(folder / "config.json", attention_bias=False)
     refused(quick("-m formats", "import", folder, tmp_path / "no.pt"), "bias")
     for model, word in ((sharp_model(novel=True), "--novel"), (sharp_model(n_head=5, head_dim=6), "n_head")):
-        save(tmp_path / "source.pt", checkpoint_of(model))
+        parts = {"model": model.state_dict(), "config": vars(model.config), "tokenizer": None}
+        save(tmp_path / "source.pt", parts)
         refused(quick("-m formats", "export", tmp_path / "source.pt", tmp_path / "out"), word)
     assert not (tmp_path / "no.pt").exists() and not (tmp_path / "out").exists()
 
@@ -211,11 +203,12 @@ def byte_level():
 @pytest.mark.parametrize("kind", ["learned", "prefixed", "late"])
 def test_exported_tokenizer_gives_transformers_the_same_tokens(tmp_path, tiny_data, prefixed, kind):
     """In `late`, as in Llama 2's, runs of spaces are joined last."""
-    write_llama2c_tokenizer(tmp_path / "tok.bin", prefixed, spaces=-1e6)
+    model = sharp_model(vocab_size=500)
+    write_llama2c(tmp_path, model, prefixed, spaces=-1e6)
     data = {"learned": (tiny_data / "tokenizer.model").read_bytes()}
     data["prefixed"] = prefixed.serialized_model_proto()
     data["late"] = sentencepiece_of_llama2c((tmp_path / "tok.bin").read_bytes())
-    export_of(sharp_model(vocab_size=500), tmp_path, data[kind])
+    export_of(model, tmp_path, data[kind])
     ours, theirs = read_tokenizer(data[kind]), AutoTokenizer.from_pretrained(tmp_path / "out")
     fields = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
     alone = read_tokenizer(json.dumps(fields).encode())

@@ -29,7 +29,7 @@ SHAPES = {
     "gated": {"gated": True},
 }
 SCALING = dict(zip(ROPE_SCALING, (8.0, 1.0, 4.0, 24)))  # strong within the 48 tokens
-ONE = [[0] * 4] * 2
+ONE, TOKENS = [[0] * 4] * 2, tokens_of((6, 48), seed=1)
 
 
 def choices(field: str) -> tuple[str, ...]:
@@ -43,10 +43,6 @@ def frozen(seed=0, **settings) -> Llama:
 
 def double(seed=0, **settings) -> Llama:
     return frozen(seed, **settings).double()
-
-
-def some_tokens(rows=6, length=48) -> torch.Tensor:
-    return tokens_of((rows, length), seed=1)
 
 
 def disguise(attention, head: int, seed: int) -> None:
@@ -68,7 +64,7 @@ def disguise(attention, head: int, seed: int) -> None:
 def test_heads_equal_up_to_the_symmetries_merge_at_no_cost(shape):
     """A grouped model, written as multi-head attention and disguised, comes back with its logits."""
     source = double(**SHAPES[shape])
-    tokens, c, weights = some_tokens(), source.config, source.state_dict()
+    tokens, c, weights = TOKENS, source.config, source.state_dict()
     for layer, (name, groups) in product(range(2), (("wk", c.k_groups), ("wv", c.v_groups))):
         at = f"layers.{layer}.attention.{name}.weight"
         weights[at] = weights[at].unflatten(0, (-1, c.head_dim))[groups[layer]].flatten(0, 1)
@@ -91,7 +87,7 @@ def test_heads_equal_up_to_the_symmetries_merge_at_no_cost(shape):
 @pytest.mark.parametrize("how", choices("merge"))
 def test_singletons_change_nothing_bit_for_bit(shape, how):
     model = frozen(**SHAPES[shape])
-    tokens, c = some_tokens(), model.config
+    tokens, c = TOKENS, model.config
     result = refit(merge(model, (c.k_groups, c.v_groups), statistics(model, tokens), how), model, tokens)
     assert all(torch.equal(result.state_dict()[name], x) for name, x in model.state_dict().items())
 
@@ -103,7 +99,7 @@ def test_equal_heads_merge_to_themselves_and_the_original_is_left_alone(how):
         for w in (layer.attention.wq, layer.attention.wk, layer.attention.wv):
             w.weight[8:16] = w.weight[:8]
     before = {name: x.clone() for name, x in model.state_dict().items()}
-    tokens, maps = some_tokens(), [[0, 0, 1, 2]] * 2
+    tokens, maps = TOKENS, [[0, 0, 1, 2]] * 2
     result = merge(model, (maps, maps), statistics(model, tokens), how)
     assert_close(result(tokens), model(tokens), 1e-7, how)
     refit(merge(model, (ONE, ONE), statistics(model, tokens), how), model, tokens)
@@ -114,7 +110,7 @@ def test_statistics_are_direct_sums_over_the_text(monkeypatch):
     """In float64, over heads, tokens and pairs; attention, with RoPE scaled, is that of transformers."""
     monkeypatch.setattr(refitting, "QUERIES", 20)  # of rows of 48: at every second place
     model = double(n_kv_head=2, rope_scaling=SCALING)
-    tokens = some_tokens(rows=3)
+    tokens = TOKENS[:3]
     found, seen = statistics(model, tokens)[1], {}
     with model.layers[1].attention.wq.register_forward_hook(lambda _, x, q: seen.update(x=x[0], q=q)):
         model(tokens)
@@ -142,7 +138,7 @@ def pairs_of(weight: torch.Tensor, D: int) -> torch.Tensor:  # (heads, D/2, C)
 @pytest.mark.parametrize("shape", ["mha", "gqa", "uneven", "narrow"])
 def test_shared_heads_are_the_best_of_their_rank_and_cost_what_that_loses(shape):
     model = double(seed=3, **{**SHAPES, "narrow": {"dim": 8, "head_dim": 16}}[shape])
-    attention, stats = model.layers[1].attention, statistics(model, some_tokens())[1]
+    attention, stats = model.layers[1].attention, statistics(model, TOKENS)[1]
     D, C = attention.head_dim, stats.inputs.to(torch.complex128)
     V, W = attention.wv.weight.unflatten(0, (-1, D)), attention.wo.weight.unflatten(1, (4, D)).transpose(0, 1)
     P, Q, sizes = pairs_of(attention.wk.weight, D), pairs_of(attention.wq.weight, D), stats.energy.sqrt()
@@ -174,7 +170,7 @@ def test_shared_heads_are_the_best_of_their_rank_and_cost_what_that_loses(shape)
 
 def test_novel_values_share_the_weighted_mean():
     model = double(novel=True)
-    attention, stats = model.layers[0].attention, statistics(model, some_tokens())
+    attention, stats = model.layers[0].attention, statistics(model, TOKENS)
     D = attention.head_dim
     result = merge(model, ([[0, 1, 2, 3]] * 2, [[0, 0, 1, 2]] * 2), stats).layers[0].attention
     V, W = attention.wv.weight.unflatten(0, (4, D)), attention.wo.weight.unflatten(1, (4, D)).transpose(0, 1)
@@ -191,7 +187,7 @@ def test_novel_values_share_the_weighted_mean():
 @pytest.mark.parametrize("joint", [False, True])
 def test_every_choice_has_the_groups_that_it_was_asked_for(grouping, joint):
     model = double()
-    stats, heads = statistics(model, some_tokens()), head_counts(model, joint)
+    stats, heads = statistics(model, TOKENS), head_counts(model, joint)
     for g in range(1, 5):
         counts = {**dict.fromkeys(heads, g), (0, "joint" if joint else "k"): 3}
         k, v = choose(model, stats, counts, grouping)
@@ -206,7 +202,7 @@ def test_every_choice_has_the_groups_that_it_was_asked_for(grouping, joint):
 def test_refitted_outputs_are_ridge_regressions_on_the_streams_of_whole_models():
     """RoPE scaled: each wo by least squares, from what hooks see in runs of the two models."""
     model = double(seed=2, n_layer=3, rope_scaling=SCALING)
-    tokens = some_tokens()
+    tokens = TOKENS
     small = merge(model, ([[0, 0, 1, 1]] * 3, [[0, 0, 0, 1]] * 3), statistics(model, tokens))
     expected = copy.deepcopy(small)
     refit(small, model, tokens, attention=False)
@@ -234,7 +230,7 @@ def test_refitted_attention_looks_where_it_looked(monkeypatch, queries):
     """The divergence of attention weights falls, also of queries that it was not fitted to."""
     monkeypatch.setattr(refitting, "QUERIES", queries)
     model = frozen(seed=2, rope_scaling=SCALING)
-    tokens = some_tokens(rows=1536 // queries)
+    tokens = tokens_of((1536 // queries, 48), seed=1)
     rope = rope_angles(model.config, torch.arange(48))
     x, theirs = model.layers[0].attention_norm(model.tok_embeddings(tokens)), model.layers[0].attention
     small = merge(model, ([[0, 0, 1, 1]] * 2, [[0, 1, 2, 3]] * 2), statistics(model, tokens))
@@ -263,7 +259,7 @@ def test_all_shapes_become_multi_query_and_weights_of_zero_stay_finite(shape, ze
     if zero:
         model.get_parameter(f"layers.0.attention.{zero}.weight").zero_()
     for length, joint in ((2, True), (48, False)):
-        tokens, heads = some_tokens(length=length), head_counts(model, joint)
+        tokens, heads = TOKENS[:, :length], head_counts(model, joint)
         stats = statistics(model, tokens)
         for g in {1, min(2, min(heads.values()))}:
             maps = choose(model, stats, dict.fromkeys(heads, g))
@@ -278,7 +274,7 @@ def test_all_shapes_become_multi_query_and_weights_of_zero_stay_finite(shape, ze
 def test_means_of_equal_neighbours_are_plain_grouped_query_attention():
     """The method of GQA's paper (arXiv 2305.13245)."""
     model = frozen()
-    stats, c = statistics(model, some_tokens()), vars(model.config)
+    stats, c = statistics(model, TOKENS), vars(model.config)
     maps = choose(model, stats, dict.fromkeys(head_counts(model), 2), "neighbour")
     result = merge(model, maps, stats, "mean")
     assert result.config == ModelConfig(**{**c, "n_kv_head": 2, "k_groups": None, "v_groups": None})
@@ -337,9 +333,9 @@ def test_adapters_are_merged_first_and_the_result_is_a_plain_checkpoint(tiny_run
 def test_what_cannot_be_merged_is_refused():
     model, apart = frozen(n_kv_head=2), sharp_model(k_groups=ONE, v_groups=[[0, 1, 1, 0]] * 2)
     with pytest.raises(UserError, match="split"):
-        merge(model, ([[0, 1, 2, 3]] * 2, ONE), statistics(model, some_tokens()))
+        merge(model, ([[0, 1, 2, 3]] * 2, ONE), statistics(model, TOKENS))
     with pytest.raises(UserError, match="--joint"):
         head_counts(apart, joint=True)
     model.layers[0].feed_forward.w1.weight[0, 0] = math.nan
     with pytest.raises(UserError, match="nan"):
-        statistics(model, some_tokens())
+        statistics(model, TOKENS)
