@@ -73,8 +73,8 @@ def export_of(model, folder, tokenizer=None):
 
 
 def write_llama2c(folder, model, sp, spaces=None):
-    """model.bin as llama2.c's legacy export writes it, tok.bin as its tokenizer.py does; from `spaces` down are
-    the scores of runs of spaces."""
+    """model.bin and tok.bin as llama2.c's export.py and tokenizer.py write them; runs of spaces may score worse,
+    from `spaces` down."""
     c, tensors = model.config, [model.tok_embeddings.weight]
     attention = [f"attention.{name}" for name in ("wq", "wk", "wv", "wo")]
     for name in ("attention_norm", *attention, "ffn_norm", *(f"feed_forward.w{i}" for i in (1, 2, 3))):

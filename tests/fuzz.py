@@ -8,6 +8,7 @@ or that of another valid file. Anything else is a fault: a traceback, more than 
 times the input plus 24 MiB, code that ran.
 """
 
+import argparse
 import contextlib
 import gzip
 import json
@@ -22,7 +23,6 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -33,7 +33,7 @@ from corpus import write_corpus
 from foreign import checkpoint_of, save_folder, their_model, write_llama2c
 
 from checkpoint import save
-from common import bounded, checked, parse, peak_memory_bytes
+from common import peak_memory_bytes
 from data.tokenizer import Tokenizer
 
 SLACK = 24 * 2**20  # bytes that a command may take for itself, whatever it reads
@@ -67,14 +67,6 @@ READERS = (  # files to damage; the command that reads {f}/{n} and may write to 
      "formats import {f} {o}/x.pt --base {r}/run/ckpt.pt", "{o}/x.pt"),
     ("own/adapter.pt", "formats import {f}/{n} {o}/x.pt --base {r}/run/ckpt.pt", "{o}/x.pt"),
 )  # fmt: skip
-
-
-@dataclass
-class FuzzConfig:
-    """fuzz"""
-
-    inputs: int = bounded(1000, 1)  # damaged files to read
-    seed: int = 0  # of the damage
 
 
 class Bomb:
@@ -158,7 +150,7 @@ def damage(path: Path, rng: random.Random) -> None:
 
 
 def memory_now() -> int:
-    """Bytes of this process; on Linux, the peak is counted anew from here."""
+    """Bytes of this process; on Linux, its peak is counted anew from here."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     return peak_memory_bytes(torch.device("cpu"))
@@ -187,7 +179,7 @@ def attempt(line: str, size: int) -> tuple[str, subprocess.CompletedProcess | No
 
 
 def trials(good: Path, root: Path, inputs: int, seed: int) -> dict[str, Counter]:
-    """What became of so many inputs, spread evenly over the files: {file: {word: count}}."""
+    """{file: {what became of it: count}} of so many inputs, spread evenly over the files."""
     readers, rights = [(file, *reader) for files, *reader in READERS for file in files.split()], {}
     counts = {file: Counter() for file, *_ in readers}
     for number in range(-len(readers), inputs):  # at first each undamaged
@@ -213,11 +205,14 @@ def trials(good: Path, root: Path, inputs: int, seed: int) -> dict[str, Counter]
 
 
 def main() -> None:
-    config = checked(FuzzConfig, parse(__doc__, FuzzConfig))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--inputs", type=int, default=1000, help="damaged files to read")
+    parser.add_argument("--seed", type=int, default=0, help="of the damage")
+    args = parser.parse_args()
     os.environ["TQDM_DISABLE"] = "1"
     with tempfile.TemporaryDirectory() as root:
         good = good_files(Path(root, "good"))
-        counts = trials(good, Path(root, "trials"), config.inputs, config.seed)
+        counts = trials(good, Path(root, "trials"), args.inputs, args.seed)
     counts["all"] = sum(counts.values(), Counter())
     print(f"{'':32}" + "".join(f"{word:>11}" for word in FINE + FAULTS))
     for file, of_file in counts.items():

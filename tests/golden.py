@@ -3,9 +3,9 @@
     python tests/golden.py --write golden.json                     # before a change to the code
     python tests/golden.py --compare golden.json                   # after it; exit code 1 if a value differs
 
-The commands run as a user would run them, on tiny models, with one thread on the CPU; nothing of the project
-is imported. A record holds for one machine and one version of PyTorch, so it is not kept in the repository.
-Weights are recorded as the SHA-256 of their sorted names, dtypes, shapes and bytes, floats as float.hex().
+The commands run as a user would run them, on tiny models, with one thread on the CPU. A record holds for one
+machine and one version of PyTorch. Weights are recorded as the SHA-256 of their names, dtypes, shapes and
+bytes, floats as float.hex().
 """
 
 import argparse

@@ -43,7 +43,6 @@ def test_perplexity_equals_hugging_face_on_the_same_tokens(settings):
 
 @torch.no_grad()
 def test_losses_at_49152_classes_equal_float64():
-    """49,152 exponentials of very different size: one running sum in float32 loses 2e-5 of it."""
     model, tokens = sharp_model(vocab_size=49152, tie_embeddings=False, n_layer=1), random_tokens(257, 49152)
     x = torch.from_numpy(tokens)
     model.output.weight *= 2.5 / model(x[:-1].view(4, 64)).std()  # a trained model's spread
@@ -55,9 +54,8 @@ def test_losses_at_49152_classes_equal_float64():
 
 
 def test_products_in_bfloat16_come_near_float64(tiny_run):
-    """Some 15 products stand between a token and its logits. Each rounds operands and results by up to 2^-9,
-    up or down: together by sqrt(3 * 15) 2^-9 / sqrt(3) = 0.8% of a logit, and a loss by as much of their
-    spread. Tokens are rounded differently, so the mean is far closer."""
+    """Some 15 products before a logit each round operands and results by up to 2^-9, together by sqrt(3 * 15)
+    2^-9 / sqrt(3) = 0.8% of it, and a loss by as much of the logits' spread; the mean is far closer."""
     model, tokenizer = build(load(tiny_run))
     tokens = split_tokens(load(tiny_run), tokenizer, None, "val")[0][:4097]
     found = window_nll(model, tokens, 32, 32, torch.bfloat16)

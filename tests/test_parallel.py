@@ -23,7 +23,7 @@ def together(count: int, script: str, *args, gpus: str = "") -> subprocess.Compl
 
 
 def test_steps_equal_those_of_one_process(tmp_path):
-    """DDP and FSDP2, all weights and LoRA, micro-batches that leave some processes without a row."""
+    """DDP and FSDP2, all weights and LoRA, with processes that have no row."""
     done = together(3, "tests/divided_steps.py", tmp_path / "steps.pt")
     assert done.returncode == 0, done.stderr
     alone, found = [steps(*variant, fsdp=False) for variant in VARIANTS], torch.load(tmp_path / "steps.pt")
@@ -39,7 +39,6 @@ def test_steps_equal_those_of_one_process(tmp_path):
 
 
 def test_a_run_goes_on_with_another_number_of_processes(tiny_data, tmp_path):
-    """Two that share the weights, then one, then two with all of them; its file is like that of one."""
     flags = ["--device", "cpu", "--dtype", "float32", "--optimizer", "adamw", "--grad_accum", 2, "--novel"]
     flags += ["--warmup_steps", 0, "--lr", 0.002, "--min_lr", 0.002]
     one, several = ([*small_run(tiny_data, tmp_path / name), *flags] for name in ("one", "several"))
@@ -66,7 +65,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny_data, tmp_path):
 
 
 def test_a_failure_is_told_once_and_ends_all(tiny_data, tmp_path):
-    """A mistake that all processes see, and then one that only the first sees, for which the second waits."""
+    """A mistake that all processes see, and one that only the first sees, for which the second waits."""
     done = together(2, "train.py", *small_run(tiny_data, tmp_path), "--max_stepz", 2)
     assert done.returncode != 0 and done.stderr.count("train.py: error:") == 1, done.stderr
     with held(tmp_path / "run"):
