@@ -73,8 +73,7 @@ def export_of(model, folder, tokenizer=None):
 
 
 def write_llama2c(folder, model, sp, spaces=None):
-    """model.bin and tok.bin as llama2.c's export.py and tokenizer.py write them; runs of spaces may score worse,
-    from `spaces` down."""
+    """model.bin and tok.bin as llama2.c writes them; from `spaces` down are the scores of runs of spaces."""
     c, tensors = model.config, [model.tok_embeddings.weight]
     attention = [f"attention.{name}" for name in ("wq", "wk", "wv", "wo")]
     for name in ("attention_norm", *attention, "ffn_norm", *(f"feed_forward.w{i}" for i in (1, 2, 3))):

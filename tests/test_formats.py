@@ -1,24 +1,27 @@
-"""Models and tokenizers in and out: against transformers, tokenizers, sentencepiece and llama2.c."""
+"""Models, tokenizers and adapters in and out, against transformers, sentencepiece, llama2.c and peft."""
 
 import io
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
+import foreign
 import pytest
 import sentencepiece as spm
 import torch
-from conftest import assert_close, quick, refused, sharp_model
+from conftest import assert_close, quick, refused, sharp_model, to_hugging_face
 from corpus import Writer
 from foreign import change_json, export_of, formats, imported, logits, save_folder, their_model, write_llama2c
 from fuzz import memory_now
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from checkpoint import build_model, load, save
 from common import peak_memory_bytes
 from data.tokenizer import SETTINGS, read_tokenizer
 from formats.tokenizers import sentencepiece_of_llama2c
+from lora import TARGETS, LoRAConfig, adapt, adapters
 from model import ROPE_SCALING
 
 TOLERANCE = 1e-5  # of the largest logit: some hundred float32 roundings of 6e-8, in another order
@@ -27,6 +30,7 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
 }  # fmt: skip
+OUTPUT = "base_model.model.lm_head.base_layer.weight"
 WRITER = Writer(0)
 CORPUS = "".join(WRITER.paragraph() + WRITER.function() for _ in range(60)).replace("\u2581", "").splitlines()
 
@@ -38,21 +42,24 @@ CORPUS = "".join(WRITER.paragraph() + WRITER.function() for _ in range(60)).repl
     ({"tie_word_embeddings": True}, "safetensors"),
     ({"num_key_value_heads": 2, "rope_parameters": LLAMA3}, "safetensors"),
     ({"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}}, "safetensors"),
+    ({"dtype": torch.bfloat16}, "safetensors"), ({"dtype": torch.bfloat16}, "bin"),
 ])  # fmt: skip
 def test_hugging_face_folder_comes_back_bit_equal(tmp_path, settings, how):
-    theirs = their_model(**settings)
-    folder = save_folder(theirs, tmp_path / "in", how)
+    folder = save_folder(their_model(**settings), tmp_path / "in", how)
+    theirs = LlamaForCausalLM.from_pretrained(folder, dtype="auto").eval()
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     ours, _ = imported(folder, tmp_path / "ours.pt")
     # permuted in place, but not in the mapped files
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert_close(logits(ours), logits(theirs), TOLERANCE, "logits")
+    assert {p.dtype for p in ours.parameters()} == {theirs.dtype}
     formats("export", tmp_path / "ours.pt", tmp_path / "out")
-    back, report = LlamaForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    how = {"dtype": "auto", "output_loading_info": True}
+    back, report = LlamaForCausalLM.from_pretrained(tmp_path / "out", **how)
     assert not any(report.values()), report
     assert back.config.bos_token_id is None and back.config.eos_token_id is None
     assert torch.equal(logits(back.eval()), logits(theirs))
     assert all(torch.equal(p, back.state_dict()[name]) for name, p in theirs.state_dict().items())
+    assert_close(logits(ours.float()), logits(theirs.float()), TOLERANCE, "logits")
 
 
 @pytest.mark.parametrize("change", [
@@ -74,23 +81,6 @@ def test_folder_of_transformers_4(tmp_path, change):
     ours, _ = imported(folder, tmp_path / "ours.pt")
     assert ours.config.block_size == theirs.config.max_position_embeddings
     assert_close(logits(ours), logits(theirs), TOLERANCE, "logits")
-
-
-def test_bfloat16_stays_bfloat16(tmp_path):
-    folder = save_folder(their_model(torch.bfloat16, num_key_value_heads=2), tmp_path / "in")
-    theirs = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    ours, _ = imported(folder, tmp_path / "ours.pt")
-    wide = build_model(load(tmp_path / "ours.pt"), dtype=torch.float32)
-    assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
-    exact = logits(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().double())
-    # bfloat16 rounds by 2^-9 an operation, some tens of them in a row
-    assert_close(logits(ours).double(), exact, 0.03, "ours, to float64 on the same weights")
-    assert_close(logits(theirs).double(), exact, 0.03, "theirs")
-    assert_close(logits(wide).double(), exact, TOLERANCE, "widened to float32")
-    formats("export", tmp_path / "ours.pt", tmp_path / "out")
-    assert LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
-    back = load_file(tmp_path / "out" / "model.safetensors")
-    assert all(torch.equal(back[k], x) and back[k].dtype == x.dtype for k, x in theirs.state_dict().items())
 
 
 @pytest.mark.parametrize("heads, k_groups, v_groups", [
@@ -167,8 +157,7 @@ def test_what_would_not_be_the_same_model_is_refused(tmp_path):
     change_json(folder / "config.json", attention_bias=False)
     refused(quick("-m formats", "import", folder, tmp_path / "no.pt"), "bias")
     for model, word in ((sharp_model(novel=True), "--novel"), (sharp_model(n_head=5, head_dim=6), "n_head")):
-        parts = {"model": model.state_dict(), "config": vars(model.config), "tokenizer": None}
-        save(tmp_path / "source.pt", parts)
+        save(tmp_path / "source.pt", foreign.checkpoint_of(model))
         refused(quick("-m formats", "export", tmp_path / "source.pt", tmp_path / "out"), word)
     assert not (tmp_path / "no.pt").exists() and not (tmp_path / "out").exists()
 
@@ -298,3 +287,116 @@ def test_which_tokenizer_of_a_folder_is_read(tmp_path, prefixed, byte_level, mon
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, library, None)
             refused(quick("-m formats", "import", folder, tmp_path / "no.pt"), f"pip install {library}")
+
+
+def files(folder, quantize="none", base=None, **settings):
+    """A tuned model, saved as ours.pt; base.pt is its base, or another one."""
+    lora = LoRAConfig(3, 5.0, 0.0, list(TARGETS), quantize)
+    save(folder / "base.pt", foreign.checkpoint_of(base or sharp_model(**settings)))
+    tuned = adapt(sharp_model(**settings), lora)
+    for layer in adapters(tuned):  # B is zero before training
+        torch.nn.init.normal_(layer.lora_B, std=0.2)
+    save(folder / "ours.pt", {**foreign.checkpoint_of(tuned), "lora": asdict(lora)})
+    return tuned
+
+
+def export(folder, name):
+    return formats("export", folder / "ours.pt", folder / name, "--adapter")
+
+
+def attach(folder, name, command=formats):
+    """Put an adapter on base.pt, as back.pt."""
+    return command("import", folder / name, folder / "back.pt", "--base", folder / "base.pt", "--overwrite")
+
+
+def refuse(folder, name, *words):
+    refused(attach(folder, name, lambda *line: quick("-m formats", *line)), *words)
+    assert not (folder / "back.pt").exists()
+
+
+@pytest.mark.parametrize("kv", [4, 2])
+def test_adapters_cross_to_peft_and_back(tmp_path, kv):
+    from peft import PeftModel
+
+    settings = {"n_kv_head": kv, "tie_embeddings": False}
+    ours = files(tmp_path, **settings)
+    assert "r 3 on wq wk wv wo w1 w2 w3 output" in export(tmp_path, "adapter")
+    theirs = PeftModel.from_pretrained(to_hugging_face(sharp_model(**settings)), tmp_path / "adapter")
+    # float32, and another order of the products
+    assert_close(logits(ours), logits(theirs), 1e-5, "exported")
+    for name, p in theirs.named_parameters():  # their training
+        if "lora_" in name:
+            p.data.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))))
+    theirs.save_pretrained(tmp_path / "theirs")
+    attach(tmp_path, "theirs")
+    back = build_model(load(tmp_path / "back.pt"))
+    assert_close(logits(back), logits(theirs), 1e-5, "imported")
+    assert (logits(back) - logits(ours)).abs().max() > 1e-2
+    formats("export", tmp_path / "back.pt", tmp_path / "again", "--adapter")
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "again"))
+    copied = first.pop(OUTPUT)  # a copy of the base's
+    assert first.keys() == second.keys() and all(torch.equal(x, second[name]) for name, x in first.items())
+    save_file({**first, OUTPUT: 2 * copied}, tmp_path / "theirs/adapter_model.safetensors")
+    (tmp_path / "back.pt").unlink()
+    refuse(tmp_path, "theirs", "lm_head")
+
+
+def test_rank_stabilized_adapters_keep_their_scale(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    files(tmp_path, n_kv_head=2)
+    settings = {"r": 4, "lora_alpha": 3, "target_modules": ["q_proj", "down_proj"], "use_rslora": True}
+    theirs = to_hugging_face(sharp_model(n_kv_head=2))
+    theirs = get_peft_model(theirs, LoraConfig(**settings, init_lora_weights=False)).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    attach(tmp_path, "theirs")
+    back = load(tmp_path / "back.pt")
+    assert back["lora"] == asdict(LoRAConfig(4, 6.0, 0.0, ["wq", "w2"]))
+    assert_close(logits(build_model(back)), logits(theirs), 1e-5)
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_an_adapter_in_a_pt_comes_back_bit_equal_and_goes_on_a_bfloat16_base(tmp_path, quantize):
+    ours = files(tmp_path, quantize)
+    assert ("a base in nf4" in export(tmp_path, "adapter.pt")) == (quantize == "nf4")
+    size = sum(layer.lora_A.nbytes + layer.lora_B.nbytes for layer in adapters(ours))
+    assert (tmp_path / "adapter.pt").stat().st_size < size + 20000  # without the base
+    attach(tmp_path, "adapter.pt")
+    assert torch.equal(logits(build_model(load(tmp_path / "back.pt"))), logits(ours))
+    (tmp_path / "back.pt").rename(tmp_path / "base.pt")
+    refuse(tmp_path, "adapter.pt", "merge it")
+    save(tmp_path / "base.pt", foreign.checkpoint_of(base := sharp_model().bfloat16()))
+    attach(tmp_path, "adapter.pt")
+    if quantize == "none":
+        wo = load(tmp_path / "back.pt")["model"]["layers.1.attention.wo.linear.weight"]
+        assert torch.equal(wo, base.layers[1].attention.wo.weight)
+
+
+@pytest.mark.parametrize("other", [{"dim": 48}, {"n_layer": 3}, {"n_kv_head": 2}])
+@pytest.mark.parametrize("kind", ["adapter.pt", "folder"])
+def test_an_adapter_of_another_model_is_refused(tmp_path, other, kind):
+    files(tmp_path, base=sharp_model(**other))
+    export(tmp_path, kind)
+    refuse(tmp_path, kind, "another model", "layers.")
+
+
+@pytest.mark.parametrize("change, word", [
+    ({"use_dora": True}, "use_dora"), ({"peft_type": "IA3"}, "IA3"), ({"bias": "all"}, "bias all"),
+    ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"), ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    ({"use_qalora": True}, "use_qalora"), ({"alora_invocation_tokens": [1]}, "alora"),
+    ({"kasa_config": {"a": 1}}, "kasa"), ({"r": 5}, "another model"), ({"r": "four"}, "lora_r"),
+    ({"r": None}, "damaged"), ({"r": 2**62}, "lora_r"), ({"lora_alpha": -1}, "lora_alpha"),
+])  # fmt: skip
+def test_an_adapter_that_is_no_plain_lora_is_refused(tmp_path, change, word):
+    files(tmp_path)
+    export(tmp_path, "folder")
+    change_json(tmp_path / "folder" / "adapter_config.json", **change)
+    refuse(tmp_path, "folder", word)
+
+
+@pytest.mark.parametrize("settings", [{"k_groups": [[0, 1, 1, 1]] * 2}, {"novel": True}, {"gated": True}])
+def test_uneven_groups_and_extra_layers_have_no_peft_format(tmp_path, settings):
+    files(tmp_path, **settings)
+    refused(quick("-m formats", "export", tmp_path / "ours.pt", tmp_path / "folder", "--adapter"), ".pt")
+    for source in ("folder", "ours.pt"):  # one is missing, one is no adapter
+        refuse(tmp_path, source, tmp_path / source)
