@@ -1,30 +1,63 @@
-"""Several processes, as torchrun starts them, do what one does."""
+"""Several processes do what one does. torchrun starts this file, too: it takes ten steps then."""
 
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ONE_THREAD, ROOT, command, quick, records, run, sharp_model, small_run
-from divided_steps import VARIANTS, steps
+from conftest import ONE_THREAD, ROOT, TINY, command, quick, records, run, sharp_model, small_run, tokens_of
 
 from checkpoint import load
-from common import UserError, held
-from parallel import divided
+from common import IGNORE, UserError, held
+from lora import LoRAConfig, adapt
+from model import Llama, ModelConfig
+from parallel import divided, first_alone, processes, rank, whole
+from train import TrainConfig, learning_rate, make_optimizers, train_step
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+GROUPS = {"k_groups": [[0, 1, 1, 1], [0, 0, 1, 2]], "v_groups": [[0, 0, 0, 0], [0, 1, 1, 0]]}
+# rank of the adapter, optimizer, dtype, activation checkpointing
+ADAPTED = (4, "adamw", torch.float64, True)
+VARIANTS = [(0, "adamw", torch.float64, False), ADAPTED, (0, "muon", torch.float32, False)]
+
+
+def batches(step: int) -> list:
+    """Micro-batches of 7 rows and 1, with very different numbers of targets."""
+    x, y = (tokens_of((8, 16), 2 * (step % 2) + i) for i in range(2))
+    for row in range(8):
+        y[row, : 2 * row] = IGNORE
+    return [(x[:7], y[:7]), (x[7:], y[7:])]
+
+
+def steps(r: int, optimizer: str, dtype: torch.dtype, recompute: bool, fsdp: bool) -> dict:
+    """The state dict after ten steps, and the losses; whole in the first process."""
+    torch.manual_seed(0)
+    model = adapt(Llama(ModelConfig(**TINY, **GROUPS, novel=True)), LoRAConfig(lora_r=r)).to(dtype).train()
+    for name, p in model.named_parameters():
+        if name.endswith("lora_B"):
+            p.data.normal_(std=0.02)  # at 0 the first step would leave lora_A as it is
+    model.checkpoint_activations = recompute
+    config = TrainConfig(optimizer=optimizer, lr=0.01, max_steps=10, warmup_steps=3)
+    learner, scaler = divided(model, fsdp, dtype, torch.device("cpu")), torch.amp.GradScaler(enabled=False)
+    optimizers, losses = make_optimizers(model, config), []
+    for step in range(config.max_steps):
+        lr = learning_rate(config, step)
+        losses.append(train_step(learner, batches(step), optimizers, lr, dtype, scaler)[0])
+    return {**whole(model.state_dict(keep_vars=True)), "losses": torch.tensor(losses, dtype=torch.float64)}
 
 
 def together(count: int, script: str, *args, gpus: str = "") -> subprocess.CompletedProcess:
     """Run one of the project's programs in `count` processes, without GPUs unless some are named."""
-    line, env = [*TORCHRUN, str(count), str(ROOT / script)], {**ONE_THREAD, "CUDA_VISIBLE_DEVICES": gpus}
-    how = {"capture_output": True, "text": True, "timeout": 240}
-    return subprocess.run([*line, *map(str, args)], env=env, cwd=ROOT, **how)
+    line = [*TORCHRUN, str(count), str(ROOT / script), *map(str, args)]
+    env = {**ONE_THREAD, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": gpus}
+    return subprocess.run(line, env=env, cwd=ROOT, capture_output=True, text=True, timeout=240)
 
 
 def test_steps_equal_those_of_one_process(tmp_path):
     """DDP and FSDP2, all weights and LoRA, with processes that have no row."""
-    done = together(3, "tests/divided_steps.py", tmp_path / "steps.pt")
+    done = together(3, "tests/test_parallel.py", tmp_path / "steps.pt")
     assert done.returncode == 0, done.stderr
     alone, found = [steps(*variant, fsdp=False) for variant in VARIANTS], torch.load(tmp_path / "steps.pt")
     assert len(found) == 2
@@ -94,3 +127,20 @@ def test_two_gpus_train_as_one_process_does(tiny_data, tmp_path, how):
         lines = records(tmp_path / name / "log.jsonl")
         losses.append(torch.tensor([line["loss"] for line in lines if "loss" in line]))
     assert (losses[0] - losses[1]).abs().max() < 1e-3
+
+
+@processes()
+def main() -> None:
+    torch.set_num_threads(1)
+    mark = Path(sys.argv[1] + ".mark")
+    with first_alone():
+        time.sleep(0 if rank() else 0.5)
+        assert rank() == 0 or mark.exists(), "the others did not wait for the first"
+        mark.touch()
+    found = [[steps(*variant, fsdp) for variant in VARIANTS] for fsdp in (False, True)]
+    if rank() == 0:
+        torch.save(found, sys.argv[1])
+
+
+if __name__ == "__main__":
+    main()
