@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # the products of tiny models are too small to share
 ONE_THREAD.pop("TRITON_INTERPRET", None)  # set below in pytest's first process, whose workers inherit it
@@ -75,8 +76,8 @@ def command(name: str, *args, **how) -> subprocess.CompletedProcess:
 
 
 def start_command(name: str, *args) -> subprocess.Popen:
-    how = {"cwd": ROOT, "env": ONE_THREAD, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen(typed(name, *args), text=True, **how)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(typed(name, *args), text=True, cwd=ROOT, env=ONE_THREAD, **pipes)
 
 
 def quick(name: str, *args) -> subprocess.CompletedProcess:
@@ -123,20 +124,13 @@ def content(path: Path) -> object:
     """What must be equal in two files that the same command wrote: no seconds, no folder's name."""
     if path.suffix == ".pt":
         found = load(path)
-        return found["config"], found["tokenizer"], tensors(found)
+        tensors = [x.tolist() for x in tree_leaves(found) if isinstance(x, torch.Tensor)]
+        return found["config"], found["tokenizer"], tensors
     if path.name == "log.jsonl":
         return [(r["step"], r["loss"], r["norm"]) for r in records(path) if "loss" in r]
     if path.name == "groups.json":
         return [json.loads(path.read_text())[key] for key in ("k_groups", "v_groups", "loss", "kl", "judged")]
     return path.name if path.name == "groups.jsonl" else path.read_bytes()
-
-
-def tensors(part: object) -> list:
-    """All tensors in a checkpoint, in order, as lists."""
-    if isinstance(part, torch.Tensor):
-        return [(str(part.dtype), part.tolist())]
-    items = part.values() if isinstance(part, dict) else part if isinstance(part, list) else []
-    return [x for item in items for x in tensors(item)]
 
 
 def tokens_of(shape: tuple, seed: int = 0, vocab_size: int = TINY["vocab_size"]) -> torch.Tensor:

@@ -283,10 +283,9 @@ def test_which_tokenizer_of_a_folder_is_read(tmp_path, prefixed, byte_level, mon
     change_json(folder / "config.json", eos_token_id=9999)
     refused(quick("-m formats", "import", folder, tmp_path / "no.pt"), "10000", "510", "eos_token_id")
     (folder / "tokenizer.model").unlink()
-    for library in ("safetensors", "tokenizers"):
-        with monkeypatch.context() as patch:
-            patch.setitem(sys.modules, library, None)
-            refused(quick("-m formats", "import", folder, tmp_path / "no.pt"), f"pip install {library}")
+    for library in ("tokenizers", "safetensors"):
+        monkeypatch.setitem(sys.modules, library, None)
+        refused(quick("-m formats", "import", folder, tmp_path / "no.pt"), f"pip install {library}")
 
 
 def files(folder, quantize="none", base=None, **settings):

@@ -184,7 +184,7 @@ def test_resume_after_kill_equals_uninterrupted(tiny_data, tiny_run, tmp_path, h
         log.write('{"step": 12, "lo')  # half a line
     train_py(tiny_data, killed, *flags, "--resume")
     assert conftest.content(straight / "ckpt.pt") == conftest.content(killed / "ckpt.pt")
-    assert all(logged(straight, key) == logged(killed, key) for key in ("loss", "val_loss", "lr"))
+    assert all(logged(straight, key) == logged(killed, key) for key in ("loss", "val_loss", "lr", "tokens"))
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
