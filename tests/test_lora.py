@@ -171,7 +171,6 @@ def test_nf4_values_are_quantiles_of_a_normal_distribution():
 def test_codes_and_round_trip_equal_bitsandbytes(shape, scale):
     F4 = pytest.importorskip("bitsandbytes").functional
     w = scale * torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    assert not dequantize(*quantize(0 * w), w.shape).any()
     codes, absmax, scales = quantize(w)
     theirs, state = F4.quantize_4bit(w, blocksize=64, compress_statistics=True, quant_type="nf4")
     assert torch.equal(codes, theirs.flatten())
@@ -191,7 +190,9 @@ def test_codes_and_round_trip_equal_bitsandbytes(shape, scale):
 
 def test_a_weight_takes_4_127_bits_and_loses_9_5_percent():
     w = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
-    assert 0.08 < (dequantize(*quantize(w), w.shape) - w).norm() / w.norm() < 0.11  # published: 9.5%
+    w[0, :64] = 0  # a block of zeros stays one
+    back = dequantize(*quantize(w), w.shape)
+    assert 0.08 < (back - w).norm() / w.norm() < 0.11 and not back[0, :64].any()  # published: 9.5%
     model = Llama(c := ModelConfig(n_layer=2, dim=512, n_head=8, vocab_size=64))
     lora.quantize_blocks(model)
     layers = [layer for layer in model.modules() if isinstance(layer, NF4Linear)]
