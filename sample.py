@@ -36,12 +36,12 @@ class SampleConfig:
 
 def readable(ids: list[int], new_tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
     """The text of the new tokens, piece by piece, holding back a character until all of its bytes are there.
-    `ids` begins as the prompt's and grows by the new tokens."""
+    `ids` begins as the prompt's and grows. A run of byte tokens, <0xC3>, waits: one may spoil all."""
     shown = len(tokenizer.decode(ids))
     for token in new_tokens:
         ids.append(token)
         text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):
+        if not text.endswith("\ufffd") and not tokenizer.pieces.get(token, "").startswith("<0x"):
             yield text[shown:]
             shown = len(text)
     yield tokenizer.decode(ids)[shown:]

@@ -3,10 +3,9 @@
     python tests/compile_kernels.py              # every block size that is tuned over: a few minutes
     python tests/compile_kernels.py --first      # the first block size of each list, two widths
 
-For each target, head width and kernel it prints the most registers of a thread, bytes spilled to memory,
-shared memory of a program, and the tensor cores' instruction. It fails where a kernel spills, needs more
-shared memory than the target has, or multiplies without tensor cores. Compiled for bfloat16, causal, rows
-that 16 divides. For developers only, and not with TRITON_INTERPRET=1.
+It fails where a kernel spills registers to memory, needs more shared memory than the target has, or
+multiplies without tensor cores. Compiled for bfloat16, causal, rows that 16 divides. Not with
+TRITON_INTERPRET=1.
 """
 
 import os
@@ -29,7 +28,7 @@ import flash_attention
 # KiB of shared memory that a program may have (CUDA's programming guide, technical specifications)
 SHARED = {80: 163, 90: 227, 100: 227}
 WIDTHS = (16, 32, 48, 64, 80, 96, 128)
-KERNELS = {  # direction: kernel, and what it is specialized for
+KERNELS = {  # direction: kernel, and what it is specialized for; both gradients at once for narrow heads only
     "forward": ("forward_kernel", {}),
     "grad q": ("grad_q_kernel", {}),
     "grad k": ("grad_kv_kernel", {"KEYS": True, "VALUES": False}),
@@ -64,7 +63,8 @@ def compiled(kernel, constants: dict, target: int, config: triton.Config):
     return triton.compile(source, GPUTarget("cuda", target, 32), how)
 
 
-def resources(target: int, D: int, direction: str, first: bool) -> dict:
+def resources(target: int, D: int, direction: str, first: bool) -> tuple[str, bool]:
+    """The most registers of a thread, bytes spilled and shared memory, as text; and whether they fit."""
     name, constants = KERNELS[direction]
     tuner, half = getattr(flash_attention, name), torch.empty(0, dtype=torch.bfloat16)
     constants = {**constants, "D": D, "CAUSAL": True, "PRECISION": "ieee"}
@@ -81,32 +81,24 @@ def resources(target: int, D: int, direction: str, first: bool) -> dict:
         core = next((word for word in TENSOR_CORES if word in code.asm["ptx"]), "none")
         spills = sizes["STACK"] + sizes["LOCAL"] + local
         rows.append((sizes["REG"], spills, code.metadata.shared / 1024, core))
-    registers, spills, shared, cores = zip(*rows)
-    cores = " ".join(sorted({core.split(".")[0] for core in cores}))
-    ok = max(spills) == 0 and max(shared) <= SHARED[target] and "none" not in cores
-    most = {"registers": max(registers), "spills": max(spills), "shared": max(shared)}
-    return {"target": target, "D": D, "direction": direction, **most, "cores": cores, "ok": ok}
-
-
-def wanted(direction: str, D: int) -> bool:
-    """Both gradients at once are made of narrow heads only."""
-    return direction != "grad k, v" or D <= flash_attention.FUSED
+    registers, spills, shared = (max(column) for column in list(zip(*rows))[:3])
+    cores = " ".join(sorted({row[3] for row in rows}))
+    ok = spills == 0 and shared <= SHARED[target] and "none" not in cores
+    where = f"sm_{target:<5}{D:>4}  {direction:12}"
+    return f"{where}{registers:>4} registers {spills:>3} spills {shared:>6.1f} KiB shared  {cores}", ok
 
 
 def main() -> None:
     first = sys.argv[1:] == ["--first"]
     widths = (48, 128) if first else WIDTHS
-    jobs = [(t, D, name, first) for t in SHARED for D in widths for name in KERNELS if wanted(name, D)]
+    jobs = [(target, D, name, first) for target in SHARED for D in widths for name in KERNELS]
+    jobs = [job for job in jobs if job[2] != "grad k, v" or job[1] <= flash_attention.FUSED]
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(os.cpu_count()) as pool:
         os.environ["TRITON_CACHE_DIR"] = folder
         rows = list(pool.map(resources, *zip(*jobs)))
-    columns = f"{'registers':>9}{'spills':>8}{'shared memory':>16}  products"
-    print(f"{'target':10}{'head_dim':>8}  {'direction':12}{columns}")
-    for row in rows:
-        sizes = f"{row['registers']:>9}{row['spills']:>8}{row['shared']:>8.1f} of {SHARED[row['target']]}K"
-        where = f"sm_{row['target']:<7}{row['D']:>8}  {row['direction']:12}"
-        print(f"{where}{sizes}  {row['cores']}{'' if row['ok'] else '   <- no'}")
-    sys.exit(not all(row["ok"] for row in rows))
+    for row, ok in rows:
+        print(row if ok else f"{row}   <- no")
+    sys.exit(not all(ok for _, ok in rows))
 
 
 if __name__ == "__main__":

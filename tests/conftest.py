@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # the products of tiny models are too small to share
 ONE_THREAD.pop("TRITON_INTERPRET", None)  # set below in pytest's first process, whose workers inherit it
@@ -20,6 +22,7 @@ if not torch.cuda.is_available():
 from corpus import write_corpus
 
 import common
+from checkpoint import load
 from data.tokenizer import Tokenizer
 from model import Llama, ModelConfig
 
@@ -34,8 +37,7 @@ PARTS += " attention_norm ffn_norm"  # of a block, in the order of the transform
 def tiny_data(tmp_path_factory) -> Path:
     """The generated corpus, prepared with 400 pieces."""
     text, folder = write_corpus(tmp_path_factory.mktemp("corpus")), tmp_path_factory.mktemp("data") / "own"
-    done = quick("data/prepare.py", "own", "--text", *text, "--vocab_size", 400, "--out", folder)
-    assert done.returncode == 0, done.stderr
+    run("data/prepare.py", "own", "--text", *text, "--vocab_size", 400, "--out", folder)
     return folder
 
 
@@ -43,8 +45,7 @@ def tiny_data(tmp_path_factory) -> Path:
 def tiny_run(tiny_data, tmp_path_factory) -> Path:
     """The ckpt.pt of a short run."""
     flags = small_run(tiny_data, out := tmp_path_factory.mktemp("run"))
-    done = quick("train.py", *flags, "--max_steps", 30, "--lr", 0.01, "--warmup_steps", 5)
-    assert done.returncode == 0, done.stderr
+    run("train.py", *flags, "--max_steps", 30, "--lr", 0.01, "--warmup_steps", 5)
     return out / "ckpt.pt"
 
 
@@ -75,8 +76,8 @@ def command(name: str, *args, **how) -> subprocess.CompletedProcess:
 
 
 def start_command(name: str, *args) -> subprocess.Popen:
-    how = {"cwd": ROOT, "env": ONE_THREAD, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen(typed(name, *args), text=True, **how)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(typed(name, *args), text=True, cwd=ROOT, env=ONE_THREAD, **pipes)
 
 
 def quick(name: str, *args) -> subprocess.CompletedProcess:
@@ -94,6 +95,13 @@ def quick(name: str, *args) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(args, code, out.buffer.getvalue().decode(), err.getvalue())
 
 
+def run(name: str, *args) -> subprocess.CompletedProcess:
+    """As `quick`, a command that must succeed."""
+    done = quick(name, *args)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 def refused(done, *words):
     """Exit code 2, one line on stderr that has the words, no traceback."""
     *before, last = done.stderr.strip().splitlines() or [""]
@@ -107,14 +115,39 @@ def assert_close(ours, theirs, tolerance, what=""):
     assert worst <= tolerance, f"{what}: the largest difference is {worst:.2e} of the largest value"
 
 
+def records(path: Path) -> list[dict]:
+    """The whole lines of a JSONL file; a killed process may leave half a line."""
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+
+
+def content(path: Path) -> object:
+    """What must be equal in two files that the same command wrote: no seconds, no folder's name."""
+    if path.suffix == ".pt":
+        found = load(path)
+        tensors = [x.tolist() for x in tree_leaves(found) if isinstance(x, torch.Tensor)]
+        return found["config"], found["tokenizer"], tensors
+    if path.name == "log.jsonl":
+        return [(r["step"], r["loss"], r["norm"]) for r in records(path) if "loss" in r]
+    if path.name == "groups.json":
+        return [json.loads(path.read_text())[key] for key in ("k_groups", "v_groups", "loss", "kl", "judged")]
+    return path.name if path.name == "groups.jsonl" else path.read_bytes()
+
+
+def tokens_of(shape: tuple, seed: int = 0, vocab_size: int = TINY["vocab_size"]) -> torch.Tensor:
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
 @torch.no_grad()
-def sharp_model(seed: int = 0, **settings) -> Llama:
-    """A tiny model in eval mode, with weights so large that its predictions differ clearly."""
-    torch.manual_seed(seed)
-    model = Llama(ModelConfig(**{**TINY, **settings})).eval()
+def sharpened(model: torch.nn.Module) -> torch.nn.Module:
+    """The model in eval mode, with random weights so large that its predictions differ clearly."""
     for p in model.parameters():
         p.normal_(std=0.2) if p.dim() == 2 else p.add_(0.1 * torch.randn_like(p))
-    return model
+    return model.eval()
+
+
+def sharp_model(seed: int = 0, **settings) -> Llama:
+    torch.manual_seed(seed)
+    return sharpened(Llama(ModelConfig(**{**TINY, **settings})))
 
 
 def to_hugging_face(model: Llama):

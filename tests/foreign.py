@@ -6,37 +6,34 @@ import struct
 from dataclasses import asdict
 
 import torch
-from conftest import quick
+from conftest import run, sharpened, tokens_of
 from safetensors.torch import load_file
 
-from checkpoint import save
-
-TEXTS = ["", "Once upon a time", " two  spaces\nand a line", "def f(x):\n    return x ** 2", "café 中😀 \t."]
-LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
-}  # fmt: skip
+from checkpoint import build_model, load, save
+from data.tokenizer import read_tokenizer
 
 
-def run(*args):
-    done = quick("-m formats", *args)
-    assert done.returncode == 0, done.stderr
+def formats(*args) -> str:
+    """What the command prints."""
+    done = run("-m formats", *args)
     return done.stdout + done.stderr
 
 
-def their_model(dtype=torch.float32, seed=0, **settings):
-    """A random LlamaForCausalLM, whose weights are large enough that its logits differ clearly."""
+def imported(source, out, *flags):
+    """The model, and the tokenizer if there is one."""
+    formats("import", source, out, *flags)
+    data = load(out)["tokenizer"]
+    return build_model(load(out)), data and read_tokenizer(data)
+
+
+def their_model(dtype=torch.float32, **settings):
+    """A random LlamaForCausalLM."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     shape |= {"vocab_size": 64, "max_position_embeddings": 128, "rms_norm_eps": 3e-6}
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**{**shape, **settings}))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(std=0.2) if p.dim() == 2 else p.add_(0.1 * torch.randn_like(p))
-    model.tie_weights()
-    return model.to(dtype).eval()
+    torch.manual_seed(0)
+    return sharpened(LlamaForCausalLM(LlamaConfig(**{**shape, **settings}))).to(dtype)
 
 
 def save_folder(model, folder, how="safetensors"):
@@ -61,9 +58,8 @@ def change_json(path, **changes):
 
 
 def logits(model, length=100):
-    tokens = torch.randint(64, (2, length), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        out = model(tokens)
+        out = model(tokens_of((2, length), seed=1))
     return out if isinstance(out, torch.Tensor) else out.logits
 
 
@@ -73,11 +69,11 @@ def checkpoint_of(model, tokenizer=None):
 
 def export_of(model, folder, tokenizer=None):
     save(folder / "ours.pt", checkpoint_of(model, tokenizer))
-    return run("export", folder / "ours.pt", folder / "out")
+    return formats("export", folder / "ours.pt", folder / "out")
 
 
-def write_llama2c(path, model):
-    """As llama2.c's legacy export does, whose layout its run.c reads."""
+def write_llama2c(folder, model, sp, spaces=None):
+    """model.bin and tok.bin as llama2.c writes them; from `spaces` down are the scores of runs of spaces."""
     c, tensors = model.config, [model.tok_embeddings.weight]
     attention = [f"attention.{name}" for name in ("wq", "wk", "wv", "wo")]
     for name in ("attention_norm", *attention, "ffn_norm", *(f"feed_forward.w{i}" for i in (1, 2, 3))):
@@ -89,15 +85,11 @@ def write_llama2c(path, model):
     vocabulary = c.vocab_size if c.tie_embeddings else -c.vocab_size
     sizes = (c.dim, c.hidden_dim, c.n_layer, c.n_head, c.n_kv_head, vocabulary, c.block_size)
     numbers = (x.detach().numpy().astype("<f4").tobytes() for x in tensors)
-    path.write_bytes(struct.pack("<7i", *sizes) + b"".join(numbers))
-
-
-def write_llama2c_tokenizer(path, sp, spaces=None):
-    """As llama2.c's tokenizer.py does. Runs of spaces may have worse scores, from `spaces` down."""
+    (folder / "model.bin").write_bytes(struct.pack("<7i", *sizes) + b"".join(numbers))
     marks = {sp.bos_id(): "\n<s>\n", sp.eos_id(): "\n</s>\n"}
     pieces = [marks.get(i, sp.id_to_piece(i)).replace("\u2581", " ").encode() for i in range(len(sp))]
-    with open(path, "wb") as file:
-        file.write(struct.pack("<I", max(map(len, pieces))))
-        for i, piece in enumerate(pieces):
-            score = sp.get_score(i) if spaces is None or piece.strip(b" ") else spaces - i
-            file.write(struct.pack("<fI", score, len(piece)) + piece)
+    data = struct.pack("<I", max(map(len, pieces)))
+    for i, piece in enumerate(pieces):
+        score = sp.get_score(i) if spaces is None or piece.strip(b" ") else spaces - i
+        data += struct.pack("<fI", score, len(piece)) + piece
+    (folder / "tok.bin").write_bytes(data)

@@ -3,11 +3,12 @@
     OMP_NUM_THREADS=1 python tests/fuzz.py --inputs 1000 --seed 0
 
 Each input is a good file in which bytes were cut, flipped, repeated or added, or one value was replaced. A
-command that reads it, inside this process, must refuse it (exit code 2, one line) or accept it: its result is
-then the good file's, or that of another valid file, such as another text. Anything else is a fault: a
-traceback, more than a minute, memory beyond three times the input plus 24 MiB, code that ran.
+command that reads it must refuse it (exit code 2, one line) or accept it: its result is then the good file's,
+or that of another valid file. Anything else is a fault: a traceback, more than a minute, memory beyond three
+times the input plus 24 MiB, code that ran.
 """
 
+import argparse
 import contextlib
 import gzip
 import json
@@ -22,18 +23,17 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from conftest import quick, sharp_model
+from conftest import content, quick, refused, run, sharp_model
 from corpus import write_corpus
-from foreign import checkpoint_of, save_folder, their_model, write_llama2c, write_llama2c_tokenizer
+from foreign import checkpoint_of, save_folder, their_model, write_llama2c
 
-from checkpoint import load, save
-from common import bounded, checked, parse, peak_memory_bytes
+from checkpoint import save
+from common import peak_memory_bytes
 from data.tokenizer import Tokenizer
 
 SLACK = 24 * 2**20  # bytes that a command may take for itself, whatever it reads
@@ -54,7 +54,7 @@ READERS = (  # files to damage; the command that reads {f}/{n} and may write to 
     ("ours/ckpt.pt", "eval_ppl.py {f}/ckpt.pt --dataset {r}/data --max_tokens 40", ""),
     ("adapted/ckpt.pt", "checkpoint.py merge {f}/ckpt.pt --out {o}/x.pt", "{o}/x.pt"),
     ("groups/x.json", GROUP, "{o}/x.pt"),
-    ("log/log.jsonl", SEARCH + " --out {o}/x.json --log {f}/{n}", "{o}/x.json"),
+    ("log/log.jsonl", SEARCH + " --out {o}/groups.json --log {f}/{n}", "{o}/groups.json"),
     ("data/meta.json data/val.bin data/tokenizer.model",
      "eval_ppl.py {r}/run/ckpt.pt --dataset {f} --max_tokens 40", ""),
     ("records/x.json records/x.jsonl records/x.jsonl.gz",
@@ -67,14 +67,6 @@ READERS = (  # files to damage; the command that reads {f}/{n} and may write to 
      "formats import {f} {o}/x.pt --base {r}/run/ckpt.pt", "{o}/x.pt"),
     ("own/adapter.pt", "formats import {f}/{n} {o}/x.pt --base {r}/run/ckpt.pt", "{o}/x.pt"),
 )  # fmt: skip
-
-
-@dataclass
-class FuzzConfig:
-    """fuzz"""
-
-    inputs: int = bounded(1000, 1)  # damaged files to read
-    seed: int = 0  # of the damage
 
 
 class Bomb:
@@ -94,44 +86,39 @@ def good_files(root: Path) -> Path:
     """The folder, filled with a good file of each kind."""
     write_corpus(root / "corpus")
     for line in GOOD:
-        done = quick(*line.format(r=root).split())
-        assert done.returncode == 0, (line, done.stderr)
+        run(*line.format(r=root).split())
     model, tokenizer = sharp_model(vocab_size=400), (root / "data/tokenizer.model").read_bytes()
     records = [{"instruction": f"Count to {n}.", "input": "", "output": "one " * n} for n in range(1, 30)]
-    lines = "\n".join(map(json.dumps, records))
+    lines = "\n".join(map(json.dumps, records)).encode()
     groups = {"k_groups": [[0, 0, 1, 2], [0, 1, 1, 1]], "v_groups": [[0, 0, 0, 0], [0, 1, 2, 3]]}
     params = {"dim": 32, "n_layers": 2, "n_heads": 4, "norm_eps": 1e-5}
-    for name, found in (("groups/x", groups), ("records/x", records), ("meta/params", params)):
-        (root / name).parent.mkdir()
-        (root / f"{name}.json").write_text(json.dumps(found))
-    (root / "records/x.jsonl").write_text(lines)
-    (root / "records/x.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    save_folder(their_model(vocab_size=400), root / "hf")
     save(root / "ours/ckpt.pt", checkpoint_of(model, tokenizer))
-    save_folder(their_model(vocab_size=400), root / "hf", "safetensors")
+    files = {"groups/x.json": groups, "records/x.json": records, "meta/params.json": params}
+    files = {name: json.dumps(value).encode() for name, value in files.items()}
+    files |= {"records/x.jsonl": lines, "records/x.jsonl.gz": gzip.compress(lines)}
+    files |= {"hf/tokenizer.model": tokenizer, "meta/tokenizer.model": tokenizer}
+    for name, data in files.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(data)
     torch.save(model.state_dict(), root / "meta/consolidated.00.pth")
-    for folder in ("hf", "meta"):
-        (root / folder / "tokenizer.model").write_bytes(tokenizer)
     (root / "llama2c").mkdir()
-    write_llama2c(root / "llama2c/model.bin", sharp_model(vocab_size=400, tie_embeddings=True))
-    write_llama2c_tokenizer(root / "llama2c/tok.bin", Tokenizer(tokenizer).sp)
+    write_llama2c(root / "llama2c", model, Tokenizer(tokenizer).sp)
     return root
-
-
-# ---- damage ----
 
 
 def damaged_bytes(data: bytes, rng: random.Random) -> bytes:
     start, flipped = rng.randrange(len(data)), bytearray(data)
     for _ in range(rng.randrange(1, 9)):
         flipped[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    end = start + 1 + int(2 ** rng.uniform(0, 12))
-    head, piece, tail = data[:start], data[start:end], data[end:]
-    added = (b"", bytes(len(piece)), piece + piece, rng.randbytes(len(piece)) + piece)
-    return rng.choice((head, bytes(flipped), bytes(flipped), *(head + new + tail for new in added)))
+    piece, tail = data[start:][: 1 + int(2 ** rng.uniform(0, 12))], data[start:]
+    others = b"", bytes(len(piece)), piece + piece, rng.randbytes(len(piece)) + piece
+    cut = (data[:start] + new + tail[len(piece) :] for new in others)
+    return rng.choice((data[:start], bytes(flipped), bytes(flipped), *cut))
 
 
 def damaged_value(value: object, rng: random.Random, hostile: list) -> object:
-    """The value with one part, however deep, dropped or replaced by a hostile one."""
+    """The value with one part dropped or replaced by a hostile one."""
     if isinstance(value, dict | list) and value and rng.random() < 0.85:
         value = value.copy()
         key = rng.choice(list(value)) if isinstance(value, dict) else rng.randrange(len(value))
@@ -147,67 +134,52 @@ def damaged_value(value: object, rng: random.Random, hostile: list) -> object:
 
 def damage(path: Path, rng: random.Random) -> None:
     """Damage a file: about half of those that have a structure in it, the others in their bytes."""
-    kind, data, inside = path.suffix, path.read_bytes(), rng.random() < 0.6
-    if kind in (".pt", ".pth") and inside:
+    kind, data = path.suffix if rng.random() < 0.6 else "", path.read_bytes()
+    if kind in (".pt", ".pth"):
         found = torch.load(path, weights_only=True)
         torch.save(damaged_value(found, rng, [*HOSTILE, Bomb(), Bomb()]), path)
-        return
-    if kind in (".json", ".jsonl") and inside:
+    elif kind in (".json", ".jsonl"):
         lines = data.split(b"\n") if kind == ".jsonl" else [data]
         number = rng.randrange(len(lines))
         lines[number] = json.dumps(damaged_value(json.loads(lines[number] or "0"), rng, HOSTILE)).encode()
-        data = b"\n".join(lines)
-    elif kind == ".gz" and inside:
-        data = gzip.compress(damaged_bytes(gzip.decompress(data), rng))
+        path.write_bytes(b"\n".join(lines))
+    elif kind == ".gz":
+        path.write_bytes(gzip.compress(damaged_bytes(gzip.decompress(data), rng)))
     else:
-        data = damaged_bytes(data, rng)
-    path.write_bytes(data)
+        path.write_bytes(damaged_bytes(data, rng))
 
 
-# ---- trials ----
+def memory_now() -> int:
+    """Bytes of this process; on Linux, its peak is counted anew from here."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return peak_memory_bytes(torch.device("cpu"))
 
 
 def attempt(line: str, size: int) -> tuple[str, subprocess.CompletedProcess | None]:
     """Run a command on an input of so many bytes: "refused", "accepted" or a fault; and what it printed."""
     signal.signal(signal.SIGALRM, signal.default_int_handler)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # on Linux, count the peak anew
-    before = peak_memory_bytes(torch.device("cpu"))
+    before, done = memory_now(), None
     signal.alarm(60)
     try:
         done = quick(*line.split())
+        if done.returncode:
+            refused(done)
+        what = "refused" if done.returncode else "accepted"
     except Exception:
+        what = "hang" if done and done.returncode == 128 + signal.SIGINT else "traceback"
         traceback.print_exc()
-        return "traceback", None
-    finally:
-        signal.alarm(0)
-    if done.returncode == 128 + signal.SIGINT:
-        return "hang", done
+    signal.alarm(0)
     if Bomb.marker.exists():
         Bomb.marker.unlink()
-        return "code run", done
-    if peak_memory_bytes(torch.device("cpu")) - before > 3 * size + SLACK:
-        return "memory", done
-    if done.returncode == 0:
-        return "accepted", done
-    errors = [line for line in done.stderr.splitlines() if "error: " in line]
-    is_clean = done.returncode == 2 and len(errors) == 1 and len(errors[0]) < 600
-    return "refused" if is_clean else "traceback", done
-
-
-def content(path: Path) -> object:
-    """What can be compared of a file that a command wrote."""
-    if path.suffix == ".pt":
-        found = load(path)
-        weights = {name: (x.dtype, x.tolist()) for name, x in found["model"].items()}
-        return found["config"], found["tokenizer"], weights
-    if path.suffix == ".json":
-        return [json.loads(path.read_text())[name] for name in ("k_groups", "v_groups")]
-    return path.read_bytes()
+        what = "code run"
+    elif peak_memory_bytes(torch.device("cpu")) - before > 3 * size + SLACK:
+        what = "memory"
+    return what, done
 
 
 def trials(good: Path, root: Path, inputs: int, seed: int) -> dict[str, Counter]:
-    """What became of so many inputs, spread evenly over the files: {file: {word: count}}."""
+    """{file: {what became of it: count}} of so many inputs, spread evenly over the files."""
     readers, rights = [(file, *reader) for files, *reader in READERS for file in files.split()], {}
     counts = {file: Counter() for file, *_ in readers}
     for number in range(-len(readers), inputs):  # at first each undamaged
@@ -233,11 +205,14 @@ def trials(good: Path, root: Path, inputs: int, seed: int) -> dict[str, Counter]
 
 
 def main() -> None:
-    config = checked(FuzzConfig, parse(__doc__, FuzzConfig))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--inputs", type=int, default=1000, help="damaged files to read")
+    parser.add_argument("--seed", type=int, default=0, help="of the damage")
+    args = parser.parse_args()
     os.environ["TQDM_DISABLE"] = "1"
     with tempfile.TemporaryDirectory() as root:
         good = good_files(Path(root, "good"))
-        counts = trials(good, Path(root, "trials"), config.inputs, config.seed)
+        counts = trials(good, Path(root, "trials"), args.inputs, args.seed)
     counts["all"] = sum(counts.values(), Counter())
     print(f"{'':32}" + "".join(f"{word:>11}" for word in FINE + FAULTS))
     for file, of_file in counts.items():

@@ -2,12 +2,10 @@
 
     python tests/golden.py --write golden.json                     # before a change to the code
     python tests/golden.py --compare golden.json                   # after it; exit code 1 if a value differs
-    python tests/golden.py --compare golden.json --only lora       # only the parts with "lora" in their name
-    python tests/golden.py --compare golden.json --root FOLDER     # the project in another folder
 
-The commands run as a user would run them, on tiny models, with one thread on the CPU; nothing of the project
-is imported. A record holds for one machine and one version of PyTorch, so it is not kept in the repository.
-Weights are recorded as the SHA-256 of their sorted names, dtypes, shapes and bytes, floats as float.hex().
+The commands run as a user would run them, on tiny models, with one thread on the CPU. A record holds for one
+machine and one version of PyTorch. Weights are recorded as the SHA-256 of their names, dtypes, shapes and
+bytes, floats as float.hex().
 """
 
 import argparse
@@ -83,25 +81,20 @@ def search(out: Path, printed: str) -> Values:
     return values | {"chosen": f"{chosen['k_groups']} {chosen['v_groups']}"}
 
 
-def random_llama(folder: Path) -> None:
-    """A tiny model of the transformers library, saved as its users save one."""
+def write_inputs(folder: Path) -> None:
+    """A corpus, a group file, instruction data, and a tiny model of the transformers library."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 96, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
-
-
-def other_inputs(folder: Path) -> None:
     write_corpus(folder / "corpus")
     groups = {"k_groups": [[0, 1, 1, 2], [0, 0, 0, 1]], "v_groups": [[0, 0, 1, 0], [0, 1, 2, 3]]}
     (folder / "groups.json").write_text(json.dumps(groups))
     tasks = [{"instruction": "Double it.", "input": f"{i}", "output": f"It is {2 * i}."} for i in range(200)]
     (folder / "tasks.json").write_text(json.dumps(tasks))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 96, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder / "llama")
 
-
-INPUTS = {"llama": random_llama, "inputs": other_inputs}
 
 # of a flag that is given twice, the last value counts
 TUNE = "train.py --dataset {data} --out_dir {out} --batch_size 4 --max_steps 30 --warmup_steps 5 --device cpu"
@@ -114,8 +107,8 @@ SEARCH = "search_groups.py {plain} --out {out} --calibration_tokens 2048 --searc
 STORIES = "-m formats import {shared}/stories260K.bin {out} --tokenizer {shared}/tok512.bin"
 GREEDY = " --temperature 0 --max_new_tokens 28 --device cpu"
 
-# {part: (reader, command)}. {out} is where the command writes; {another part} is what that part wrote (for a
-# training run, its checkpoint), and that part runs first.
+# {part: (reader, command)}. {out} is where the command writes, {part} what a part above wrote: of a run, its
+# checkpoint.
 PARTS = {
     "data": (tokens, "data/prepare.py golden --text {inputs}/corpus --vocab_size 400 --out {out}"),
     "plain": (run, TRAIN + " --batch_size 8 --max_steps 400 --eval_tokens 1024 --eval_every 200"),
@@ -139,7 +132,7 @@ PARTS = {
     "lora_from_peft": (checkpoint, "-m formats import {lora_to_peft} {out} --base {plain}"),
     "to_hugging_face": (safetensors, "-m formats export {plain} {out}"),
     "uneven_to_hugging_face": (safetensors, "-m formats export {uneven} {out}"),
-    "from_hugging_face": (checkpoint, "-m formats import {llama} {out}"),
+    "from_hugging_face": (checkpoint, "-m formats import {inputs}/llama {out}"),
     "stories": (checkpoint, STORIES),
     "stories_text": (text, "sample.py {stories} --prompt Once" + GREEDY),
     "perplexity": (perplexity, "eval_ppl.py {plain}" + EVAL),
@@ -157,67 +150,20 @@ PARTS = {
     "task_tuning": (run, TUNE + " --init_from {plain} --dataset {task_data} --lora_r 4 --block_size 96"),
 }
 
-# {command: what it was called in a tree without it}
-OLD_NAMES = {
-    r"-m formats export (\S+) (\S+) --adapter": r"lora.py export \1 \2",
-    r"-m formats import (\S+) (\S+) --base (\S+)": r"lora.py import \1 \3 --out \2",
-    r"-m formats (import|export)": r"checkpoint.py \1",
-    r"checkpoint.py merge": r"lora.py merge",
-}
 
-
-def command_in(root: Path, command: str) -> str:
-    """The command under the name that it has in this tree."""
-    has_formats = (root / "formats" / "__main__.py").exists()
-    has_merge = '"merge"' in (root / "checkpoint.py").read_text()
-    for new, old in OLD_NAMES.items():
-        is_there = has_formats if new.startswith("-m") else has_merge
-        if not is_there and re.match(new, command):
-            return re.sub(new, old, command)
-    return command
-
-
-class Work(dict):
-    """{part: path of what it wrote}. A part that is looked up, and has not run yet, runs."""
-
-    def __init__(self, root: Path, folder: Path, shared: Path | None):
-        super().__init__({"shared": shared})
-        self.root, self.folder = root, folder
-        self.values, self.failed = {}, set()
-
-    def __missing__(self, name: str) -> Path:
-        out = self.folder / name
-        if name in INPUTS:
-            INPUTS[name](out)
-        else:
-            out = self.run(name)
-        self[name] = out
-        return out
-
-    def run(self, name: str) -> Path:
-        """Run a part and read its values; return the path that other parts use."""
-        if name in self.failed:
-            raise RuntimeError(f"{name} failed")
-        read, command = PARTS[name]
-        out = self.folder / (name + {checkpoint: ".pt", search: ".json"}.get(read, ""))
-        words = command_in(self.root, command).split()
-        words = [word.replace("{out}", str(out)).format_map(self) for word in words]
-        words = [str(self.root / word) if word.endswith(".py") else word for word in words]
-        settings = {"PYTHONPATH": str(self.root), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        how = {"cwd": self.folder, "env": {**os.environ, **settings, "PYTHONDONTWRITEBYTECODE": "1"}}
-        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300, **how)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(words)}\n{done.stderr[-1500:]}")
-        self.values |= {f"{name}: {what}": value for what, value in read(out, done.stdout).items()}
-        return out / "ckpt.pt" if read is run else out
-
-
-def compare(before: Values, after: Values) -> bool:
-    """Print a line for each value; return whether all are equal."""
-    for name in before | after:
-        old, new = before.get(name, "missing"), after.get(name, "missing")
-        print(f"equal      {name}" if old == new else f"DIFFERENT  {name}\n    old {old}\n    new {new}")
-    return before == after
+def run_part(name: str, root: Path, paths: dict[str, Path]) -> Values:
+    """Run a part, note the path that other parts use, and read the values."""
+    read, command = PARTS[name]
+    out = paths["inputs"].with_name(name + {checkpoint: ".pt", search: ".json"}.get(read, ""))
+    words = [word.replace("{out}", str(out)).format_map(paths) for word in command.split()]
+    words = [str(root / word) if word.endswith(".py") else word for word in words]
+    settings = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    how = {"cwd": out.parent, "env": {**os.environ, **settings, "PYTHONDONTWRITEBYTECODE": "1"}}
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300, **how)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words)}\n{done.stderr[-1500:]}")
+    paths[name] = out / "ckpt.pt" if read is run else out
+    return {f"{name}: {what}": value for what, value in read(out, done.stdout).items()}
 
 
 def main() -> None:
@@ -229,21 +175,28 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, help="folder with stories260K.bin and tok512.bin to import")
     parser.add_argument("--only", default="", help="run only parts with this in their name")
     args = parser.parse_args()
-    names = [name for name in PARTS if args.only in name and (args.shared or "stories" not in name)]
+    wanted = {name for name in PARTS if args.only in name and (args.shared or "stories" not in name)}
+    needed, after, failed = set(wanted), {}, False
+    for name in reversed(PARTS):
+        needed |= set(re.findall(r"{(\w+)}", PARTS[name][1])) if name in needed else set()
     with tempfile.TemporaryDirectory(prefix="golden ") as folder:
-        work = Work(args.root.resolve(), Path(folder), args.shared and args.shared.resolve())
-        for name in names:  # a part that another one needed has run already
+        paths = {"inputs": Path(folder, "inputs"), "shared": args.shared and args.shared.resolve()}
+        write_inputs(paths["inputs"])
+        for name in (name for name in PARTS if name in needed):
             try:
-                work[name]
+                after |= run_part(name, args.root.resolve(), paths)
             except Exception as error:  # the other parts may still run
-                work.failed.add(name)
-                print(f"FAILED     {name}: {error}", flush=True)
+                failed = True
+                print(f"FAILED     {name}: {error!r}", flush=True)
     if args.write:
-        args.write.write_text(json.dumps(work.values, indent=1, ensure_ascii=False) + "\n")
-        sys.exit(bool(work.failed))
-    pair = json.loads(args.compare.read_text()), work.values
-    before, after = ({n: x for n, x in values.items() if n.split(":")[0] in names} for values in pair)
-    sys.exit(not compare(before, after))
+        args.write.write_text(json.dumps(after, indent=1, ensure_ascii=False) + "\n")
+        sys.exit(failed)
+    before = json.loads(args.compare.read_text())
+    for name in (name for name in before | after if name.split(":")[0] in wanted):
+        old, new = before.get(name, "missing"), after.get(name, "missing")
+        failed |= old != new
+        print(f"equal      {name}" if old == new else f"DIFFERENT  {name}\n    old {old}\n    new {new}")
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -7,24 +7,21 @@ each kill the files must be whole, and at most one checkpoint interval behind; i
 of an undisturbed run, bit for bit, and no others.
 """
 
-import json
+import argparse
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-from conftest import command, start_command
+from conftest import command, content, records, start_command
 from corpus import write_corpus
 
 from checkpoint import load
-from common import bounded, checked, parse
 
 COMMANDS = {  # name: share of the kills, and line; {o}: its output, {r}: output of the undisturbed ones
     "prepare": (0.2, "data/prepare.py own --text {r}/corpus --vocab_size 400 --out {o}/own"),
@@ -36,30 +33,17 @@ COMMANDS = {  # name: share of the kills, and line; {o}: its output, {r}: output
 ENDED = ("already prepared", "groups.json exists")  # printed where the one before was killed after its work
 
 
-@dataclass
-class SoakConfig:
-    """soak"""
-
-    kills: int = bounded(100, 5)  # of all three commands together
-    seed: int = 0  # of the moments
-
-
-def killed(rng: random.Random, longest: float, line: str) -> bool:
-    """Start a command and kill it within `longest` seconds, unless it ends before."""
+def killed(seconds: float, line: str) -> bool:
+    """Start a command and kill it after some seconds, unless it ends before."""
     process = start_command(*line.split())
     try:
-        printed = process.communicate(timeout=rng.uniform(longest / 10, longest))[0]
+        printed = process.communicate(timeout=seconds)[0]
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
         return True
     assert process.returncode == 0 or any(words in printed for words in ENDED), printed
     return False
-
-
-def records(path: Path) -> list[dict]:
-    """Those of a JSONL whose lines are whole; a killed process may leave half a line."""
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
 
 def progress(folder: Path) -> int:
@@ -73,43 +57,27 @@ def progress(folder: Path) -> int:
     return step
 
 
-def content(path: Path) -> object:
-    """What must be the same whenever a command was killed: not its seconds, nor the name of its folder."""
-    if path.name == "log.jsonl":
-        return [(r["step"], r["loss"], r["norm"]) for r in records(path) if "loss" in r]
-    if path.name == "groups.json":
-        return [json.loads(path.read_text())[key] for key in ("k_groups", "v_groups", "loss", "kl", "judged")]
-    if path.name == "ckpt.pt":
-        return tensors(load(path))
-    return path.name if path.name == "groups.jsonl" else path.read_bytes()
-
-
-def tensors(part: object) -> list:
-    """All tensors in a checkpoint, in order, as lists."""
-    if isinstance(part, torch.Tensor):
-        return [part.tolist()]
-    items = part.values() if isinstance(part, dict) else part if isinstance(part, list) else []
-    return [x for item in items for x in tensors(item)]
-
-
 def contents(folder: Path) -> dict:
     return {str(path.relative_to(folder)): content(path) for path in folder.rglob("*") if path.is_file()}
 
 
 def main() -> None:
-    config = checked(SoakConfig, parse(__doc__, SoakConfig))
-    rng = random.Random(config.seed)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100, help="of all three commands together")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
+        root, out = Path(folder), Path(folder, "killed")
         write_corpus(root / "corpus")
         for name, (share, line) in COMMANDS.items():
-            began, kills, runs, out = time.monotonic(), 0, 0, root / "killed"
+            began, kills, runs = time.monotonic(), 0, 0
             done = command(*line.format(r=root, o=root / name).split())
             assert done.returncode == 0, done.stderr
             shortest, line = min(8.0, time.monotonic() - began), line.format(r=root, o=out)
-            while kills < round(share * config.kills):
+            while kills < round(share * args.kills):
                 last, longest, runs = 0, shortest, runs + 1
-                while killed(rng, longest, line + " --resume" * (out / "ckpt.pt").exists()):
+                while killed(longest * rng.uniform(0.1, 1), line + " --resume" * (out / "ckpt.pt").exists()):
                     kills, before, last = kills + 1, last, progress(out)
                     longest *= 1.05  # a busy machine takes longer to begin
                     assert last >= before, f"{before} became {last}"

@@ -1,19 +1,33 @@
-"""A user's mistake ends with exit code 2, one line that names what was wrong, and nothing written."""
+"""A mistake, a damaged file, a full disk: exit code 2, one line that names what is wrong, nothing lost.
+
+fuzz.py and soak.py damage and kill by the hundred, at random; here are the cases that chance would not find.
+"""
 
 import importlib
+import io
 import json
 import re
+import resource
 import shlex
 import shutil
+import signal
+import struct
+import zipfile
 from dataclasses import fields
+from itertools import product
+from pathlib import Path
 from typing import get_type_hints
 
 import pytest
-from conftest import quick, refused, sharp_model
+import safetensors.torch
+import torch
+from conftest import ONE_THREAD, command, content, quick, refused, run, sharp_model, small_run
 from foreign import checkpoint_of, save_folder, their_model
+from fuzz import FAULTS, Bomb, attempt, good_files, trials
 
 import common
 from checkpoint import load, save
+from formats.models import FIELDS
 from lora import LoRAConfig, adapt
 
 MISTAKES = """
@@ -69,6 +83,7 @@ gqa.py run/ckpt.pt --out new.pt --calibration_tokens 1024
     --seed 1                                 --kv_budget
     --n_kv_head 5                            --n_kv_head
     --groups torn.json                       torn.json
+    --groups tasks.json                      tasks.json
 search_groups.py run/ckpt.pt --out new.json --calibration_tokens 1024
     --kv_budget 0.01                         --kv_budget
     --objective os.system('x')               --objective
@@ -80,6 +95,7 @@ search_groups.py run/ckpt.pt --out new.json --calibration_tokens 1024
     import text.txt new.pt --base bare.pt    text.txt
     export run/ckpt.pt hf                    hf exists
     export lora.pt new                       checkpoint.py merge
+    export run/ckpt.pt new.pt --adapter      --lora_r
 -m study
     score run/ckpt.pt --dataset data         eval_ppl.py
     plot loss data                           log.jsonl
@@ -112,7 +128,8 @@ def room(tiny_data, tiny_run, tmp_path_factory):
     (room / "tasks.json").write_text(json.dumps(records))
     save(room / "bare.pt", {**saved, "tokenizer": None})
     save(room / "lora.pt", {**checkpoint_of(adapt(sharp_model(), lora)), "lora": vars(lora)})
-    save(room / "moved/ckpt.pt", {**saved, "data": {"splits": {"train": {"sha256": "0"}}}})
+    again = {"train": {**saved["train"], "overwrite": True}}  # a guard must not take it from there
+    save(room / "moved/ckpt.pt", {**saved, **again, "data": {"splits": {"train": {"sha256": "0"}}}})
     save_folder(their_model(), room / "hf", "safetensors")
     other = ["--text", room / "text.txt", "--vocab_size", 270, "--out", room / "other"]
     tasks = ["--from", room / "tasks.json", "--tokenizer", tiny_run, "--out", room / "tasks"]
@@ -137,3 +154,166 @@ def test_every_flag_has_a_help_and_every_number_has_bounds(module):
         numbers = {name for name, kind in kinds if common.is_a(1, kind) or common.is_a(1.5, kind)}
         bounded = {field.name for field in fields(cls) if "bounds" in field.metadata}
         assert numbers - bounded <= {"kv_budget"}  # whose lower bound depends on the model
+
+
+READERS = {"llama2c": "formats import {f}/model.bin {o} --tokenizer {f}/tok.bin"}
+READERS["ours"] = "checkpoint.py show {f}/ckpt.pt"
+LIES = {  # each of these was once a traceback, or worse
+    "train.lr": "x", "train.seed": -1, "train": [], "data": [], "data.splits": None, "step": "x",
+    "tokens": None, "seconds": torch.nan, "optimizers": [], "optimizers.0": 3, "optimizers.0.state": {0: 3},
+    "optimizers.0.state.0": {}, "optimizers.1.state.0.step": torch.zeros(2, 2),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    return good_files(tmp_path_factory.mktemp("good"))
+
+
+@pytest.fixture
+def copied(good, tmp_path):
+    """Copies a file with its folder; returns its path."""
+    return lambda name: shutil.copytree((good / name).parent, (tmp_path / name).parent) / Path(name).name
+
+
+def check_refused(path: Path, *words, data: bytes | None = None) -> None:
+    """With these bytes, the model in a file's folder must be refused, within time and memory."""
+    if data is not None:
+        path.write_bytes(data)
+    folder, line = path.parent, READERS.get(path.parent.name, "formats import {f} {o}")
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    what, done = attempt(line.format(f=folder, o=folder.with_name("out.pt")), size)
+    assert what == "refused", (what, words)
+    refused(done, *words)
+    assert [file.name for file in folder.parent.iterdir()] == [folder.name], "something was written"
+
+
+def test_absurd_settings(copied):
+    path = copied("hf/config.json")
+    config = json.loads(path.read_text())
+    config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
+    absurd = (0, -1, 10**40, 10**400, float("nan"), float("inf"), "1", [], {})
+    cases = [(theirs, value) for theirs, *_ in FIELDS.values() for value in absurd]
+    cases += [("rope_parameters", value) for value in (3, "x", [1], {"rope_type": []}, {"rope_theta": "x"})]
+    cases += [("architectures", value) for value in (3, "x", [1], {"a": 1}, [None])]
+    for name, value in cases:
+        check_refused(path, "config.json", data=json.dumps({**config, name: value}).encode())
+
+
+def test_headers_of_llama2c_that_lie(copied):
+    path = copied("llama2c/model.bin")
+    data = path.read_bytes()
+    for place, value in product(range(0, 28, 4), (0, -1, 1, 2**31 - 1, -(2**31), 3, 2**20)):
+        check_refused(path, "model.bin", data=data[:place] + struct.pack("<i", value) + data[place + 4 :])
+    # the rotary tables end the file
+    check_refused(path, "rope_theta", data=data[:-2048] + struct.pack("<f", 0.5) * 512)
+    check_refused(path, "--version 0", data=b"24ka" + struct.pack("<i", 1) + data)
+
+
+def test_headers_of_safetensors_that_lie(copied):
+    path = copied("hf/model.safetensors")
+    data = path.read_bytes()
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    header, name = json.loads(data[8:end]), "model.norm.weight"
+    for length in (0, 1, end - 9, end - 7, len(data), 2**27, 2**40, 2**63, 2**64 - 1):
+        check_refused(path, path.name, data=struct.pack("<Q", length) + data[8:])
+    lies = [("shape", x) for x in ([2**40], [-1], [])] + [("dtype", x) for x in ("F64", "X", "I32")]
+    lies += [("data_offsets", x) for x in ([0, 1], [0, 2**60], [128, 0], None)]
+    texts = [json.dumps({**header, name: {**header[name], key: lie}}).encode() for key, lie in lies]
+    for text in (*texts, b"[" * 100000, b"{" * 100000, b"{}", b"null", b"[]", b"\xff" * 100):
+        check_refused(path, path.parent, data=struct.pack("<Q", len(text)) + text + data[end:])
+
+
+def test_tensors_and_indexes_of_shards_that_lie(copied):
+    path = copied("hf/model.safetensors")
+    index, tensors = path.with_suffix(".safetensors.index.json"), safetensors.torch.load(path.read_bytes())
+    for name, x in list(tensors.items())[:6]:
+        wrong = [x[..., :-2].contiguous(), torch.full_like(x, torch.nan), torch.full_like(x, -torch.inf)]
+        wrong += [x.to(kind) for kind in (torch.int8, torch.bool, torch.float8_e4m3fn, torch.complex64)]
+        others = {key: value for key, value in tensors.items() if key != name}
+        for case in (others, {**tensors, "x": x.clone()}, *({**others, name: value} for value in wrong)):
+            check_refused(path, path.parent, data=safetensors.torch.save(case))
+    safetensors.torch.save_file(tensors, path.with_name("shard.safetensors"))
+    path.unlink()
+    names = dict.fromkeys(tensors, "shard.safetensors")
+    wrong = ("../../etc/passwd", "/etc/passwd", "config.json", "missing", "", ".", 5, None, [], {})
+    for value in ({}, [], None, "x", {"a": {}}, *({**names, min(names): file} for file in wrong)):
+        check_refused(index, path.parent, data=json.dumps({"weight_map": value}).encode())
+
+
+@pytest.mark.parametrize("file", ["meta/consolidated.00.pth", "ours/ckpt.pt"])
+def test_pickles_neither_run_code_nor_fill_the_memory(file, copied):
+    path = copied(file)
+    whole = torch.load(path, weights_only=True)
+    state = whole.get("model", whole)
+    name, x = next(iter(state.items()))
+    huge, shared = torch.zeros(1).expand(2**20, 2**20), torch.zeros(max(map(torch.numel, state.values())))
+    wrong = [huge, Bomb(), "x", x.to_sparse(), x.to("meta"), x.to(torch.int32), x.flip(0).T.contiguous().T]
+    states = [{**state, name: value} for value in wrong] + [{**state, "x": x}, dict.fromkeys(state, huge)]
+    states += [{key: shared[: value.numel()].view(value.shape) for key, value in state.items()}]
+    states = [{**whole, "model": state} if "model" in whole else state for state in states]
+    for found in (*states, Bomb(), [], None, 3, {}, {3: 4}, torch.ones(3)):
+        torch.save(found, path)
+        check_refused(path)
+    torch.save(Bomb(), path, _use_new_zipfile_serialization=False)
+    check_refused(path, path)
+    buffer = io.BytesIO()
+    torch.save(whole, buffer)
+    for target in ("data/0", "data.pkl"):  # 256 MiB of zeros, in a thousandth of the space
+        with zipfile.ZipFile(buffer) as stored, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+            for entry in stored.namelist():
+                packed.writestr(entry, stored.read(entry) + bytes(2**28 if entry.endswith(target) else 0))
+        check_refused(path, path)
+
+
+def test_inputs_damaged_at_random(good, tmp_path):
+    found = trials(good, tmp_path, inputs=63, seed=1)
+    assert not any(counts[fault] for counts in found.values() for fault in FAULTS), found
+    assert sum(counts["refused"] for counts in found.values()) > 32
+
+
+@pytest.mark.parametrize("place", LIES)
+def test_a_training_state_that_lies(place, tiny_run, tmp_path):
+    checkpoint = part = load(tiny_run)
+    *keys, last = (int(key) if key.isdigit() else key for key in place.split("."))
+    for key in keys:
+        part = part[key]
+    part[last] = LIES[place]
+    save(tmp_path / "ckpt.pt", checkpoint)
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    refused(quick("train.py", "--resume", "--out_dir", tmp_path, "--max_steps", 31))
+    assert (tmp_path / "ckpt.pt").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_in_use(tmp_path):
+    with common.held(tmp_path / "x.partial"):
+        done = quick("data/prepare.py", "x", "--text", __file__, "--out", tmp_path / "x")
+    refused(done, "x.partial is in use")
+
+
+def test_neither_locale_nor_hash_seed_nor_folder_change_a_run(tiny_data, tmp_path):
+    strange = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii", "PYTHONHASHSEED": "7"}
+    run("train.py", *small_run(tiny_data, tmp_path / "a"), "--max_steps", 3)
+    flags = [*small_run(tiny_data, tmp_path / "b"), "--max_steps", 3]
+    done = command("train.py", *flags, cwd=tmp_path, env={**ONE_THREAD, **strange})
+    assert done.returncode == 0, done.stderr
+    assert content(tmp_path / "a/ckpt.pt") == content(tmp_path / "b/ckpt.pt")
+
+
+@pytest.mark.parametrize("every", [1, 100])  # noticed before it is saved, or by the loss of the next step
+def test_a_diverging_run_keeps_the_last_good_checkpoint(tiny_data, tmp_path, every):
+    explode = ["--lr", 10, "--warmup_steps", 0, "--grad_clip", 0, "--max_steps", 50, "--eval_every", every]
+    refused(quick("train.py", *small_run(tiny_data, tmp_path), *explode), "--lr")
+    saved = load(tmp_path / "ckpt.pt")
+    assert saved["step"] == 0 and all(x.abs().max() < 2 for x in saved["model"].values())
+
+
+def test_a_full_disk_keeps_the_checkpoint_written_before(tiny_run, tmp_path):
+    def small_files_only():  # a log fits, a checkpoint does not
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+    out = shutil.copytree(tiny_run.parent, tmp_path / "run")
+    done = command("train.py", "--out_dir", out, "--resume", "--max_steps", 40, preexec_fn=small_files_only)
+    refused(done, "cannot write", "ckpt.pt", "kept")
+    assert (out / "ckpt.pt").read_bytes() == tiny_run.read_bytes() and not list(out.glob("*.tmp"))

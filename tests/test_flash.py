@@ -76,7 +76,7 @@ def test_kernels_err_at_most_twice_as_much_as_pytorch(seed, monkeypatch):
     times = 4 if INTERPRETED and qkv[0].dtype == torch.bfloat16 else 2
     for name, x in results(ours, *qkv, *rest).items():
         error, allowed = ((y.double() - exact[name]).square().mean().sqrt() for y in (x, theirs[name]))
-        # the error of a few numbers is a matter of luck, and the slopes of a single key are 0
+        # the error of a few numbers is a matter of luck
         luck = 4 * torch.finfo(x.dtype).eps * max(1, x.abs().max().item()) * (x.shape[2] <= 2)
         assert x.dtype == qkv[0].dtype
         assert error <= times * allowed + luck, f"{name}: {error:.2e}, PyTorch's {allowed:.2e}"
@@ -89,7 +89,6 @@ def test_decoding_equals_float64_for_texts_of_several_lengths(seed):
     H, S, D = (2, 5, 18, 40)[seed % 4], rng.choice([1, 16, 65, 600]), rng.choice([16, 20, 48, 64, 128])
     like, maps = {"device": DEVICE, "dtype": DTYPES[seed % 3]}, (a_map(rng, H), a_map(rng, H))
     q = torch.randn(3, 1, H, D, **like).transpose(1, 2)
-    # the cache has room for more
     k, v = (torch.randn(3, int(x.max()) + 1, S + 9, D, **like)[:, :, :S] for x in maps)
     begins = torch.tensor([0, S // 2, S - 1], device=DEVICE)
     scores = q.double() @ k[:, maps[0]].double().mT * D**-0.5
@@ -108,24 +107,8 @@ def test_the_operators_pass_opcheck():
     torch.library.opcheck(flash.flash_attention_backward, (*saved, True))
 
 
-def test_the_backward_gives_the_same_bits_each_time():
-    T = 2048 if DEVICE == "cuda" else 40  # many programs at a time, where there are some
-    q, k, v, grad = (torch.randn(2, n, T, 32, device=DEVICE) for n in (6, 2, 1, 6))
-    maps = torch.tensor([[0, 0, 1, 0, 1, 0], [0] * 6], device=DEVICE)
-    runs = [results(ours, q, k, v, grad, *maps).values() for _ in range(2)]
-    assert all(map(torch.equal, *runs))
-
-
-def with_kernels(**settings):
-    model = sharp_model(attention="triton", **settings).to(DEVICE)
-    flash.use_kernels(model)
-    assert all(layer.attention.attend is flash.fused for layer in model.layers)
-    return model
-
-
 @pytest.mark.parametrize("T", [1, 4, 9])
 def test_masks_and_gradients_are_the_textbooks(T):
-    """One token is no reason to decode where only wk or wv has an adapter."""
     heads = [HeadGroups([0, 1, 0]).to(DEVICE), HeadGroups([0, 0, 0]).to(DEVICE)]
     q, k, v = (torch.randn(3, n, t, 16, device=DEVICE) for n, t in ((3, T), (2, 9), (1, 9)))
     causal = torch.ones(T, 9, dtype=torch.bool, device=DEVICE).tril(9 - T)
@@ -141,10 +124,15 @@ def test_masks_and_gradients_are_the_textbooks(T):
             assert_close(flash.fused(q, k, v, *heads, mask), exact, 1e-6)
 
 
-def test_a_model_compiled_or_not_has_the_gradients_of_the_textbook():
-    model, tokens = with_kernels(**UNEVEN), torch.arange(20, device=DEVICE)[None]
+def test_a_model_compiled_or_not_has_the_gradients_and_the_text_of_the_textbook():
+    model = sharp_model(attention="triton", **UNEVEN).to(DEVICE)
+    flash.use_kernels(model)
+    assert all(layer.attention.attend is flash.fused for layer in model.layers)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    textbook = sharp_model(attention="naive", **UNEVEN).to(DEVICE)
+    textbook, tokens = (
+        sharp_model(attention="naive", **UNEVEN).to(DEVICE),
+        torch.arange(20, device=DEVICE)[None],
+    )
     grads = [
         torch.autograd.grad(f(tokens).logsumexp(-1).sum(), list(m.parameters()))
         for f, m in ((compiled, model), (model, model), (textbook, textbook))
@@ -152,14 +140,7 @@ def test_a_model_compiled_or_not_has_the_gradients_of_the_textbook():
     for x, y, exact in zip(*grads):
         assert_close(x, y, 1e-6)
         assert_close(x, exact, 1e-5)
-
-
-def test_greedy_text_is_the_textbooks():
-    models = [sharp_model(attention=name, **UNEVEN).to(DEVICE) for name in ("naive", "sdpa")]
-    prompts = [[1, 5, 9], [2], [7, 7, 7, 7, 3, 1]]  # padded at the left to one length
-    for batch in (prompts, prompts[2:]):
-        texts = [model.generate(batch, 12) for model in (*models, with_kernels(**UNEVEN))]
-        assert texts[0] == texts[1] == texts[2]
+    assert model.generate([[1, 5], [7, 7, 7, 3]], 12) == textbook.generate([[1, 5], [7, 7, 7, 3]], 12)
 
 
 def allocations(run) -> list[int]:
@@ -167,19 +148,6 @@ def allocations(run) -> list[int]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         run()
     return [event.self_cpu_memory_usage for event in seen.events() if event.self_cpu_memory_usage > 0]
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="counts the CPU's memory")
-def test_training_makes_no_keys_or_values_for_every_head():
-    q, k, v = (torch.randn(1, n, 16, 32, requires_grad=True) for n in (8, 2, 1))
-    maps, kept = [HeadGroups([0] + [1] * 7), HeadGroups([0] * 8)], []
-    forward = allocations(lambda: kept.append(flash.fused(q, k, v, *maps, None)))
-    grad = torch.ones_like(kept[0])
-    backward = allocations(lambda: kept.extend(torch.autograd.grad(kept[0], (q, k, v), grad)))
-    for made in (forward, backward):  # the output, then q's gradient
-        assert [size for size in made if size >= q.nbytes] == [q.nbytes], "more than the result is that large"
-    copies = allocations(lambda: sdpa(q, k, v, *maps, None))
-    assert sum(size >= q.nbytes for size in copies) > 1, "a copy for every head would not be seen"
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="counts the CPU's memory")
@@ -213,17 +181,19 @@ def test_kernels_compile_for_real_gpus_without_spills():
     line = [sys.executable, str(ROOT / "tests" / "compile_kernels.py"), "--first"]
     done = subprocess.run(line, capture_output=True, text=True, env=ONE_THREAD)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = [line.split() for line in done.stdout.splitlines()[1:]]
+    rows = [line.split() for line in done.stdout.splitlines()]
     assert {row[0] for row in rows} == {"sm_80", "sm_90", "sm_100"} and len(rows) == 3 * 13
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
 @pytest.mark.parametrize("D", [32, 64, 128])
-def test_long_texts_on_a_gpu(D):
+def test_long_texts_on_a_gpu_and_again_with_the_same_bits(D):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, n, 4096, D, device="cuda", dtype=torch.bfloat16) for n in (8, 3, 2))
     maps = torch.tensor([[0, 1, 1, 2, 2, 2, 0, 1], [0, 0, 0, 0, 1, 1, 0, 0]], device="cuda")
     exact = results(pytorch, q.float(), k.float(), v.float(), q, *maps)
-    for name, x in results(ours, q, k, v, q, *maps).items():
+    found, again = (results(ours, q, k, v, q, *maps) for _ in range(2))
+    for name, x in found.items():
         assert_close(x.float(), exact[name], 0.02, name)
+        assert torch.equal(x, again[name])

@@ -1,43 +1,38 @@
-"""Models and tokenizers in and out: against transformers, tokenizers, sentencepiece and llama2.c."""
+"""Models, tokenizers and adapters in and out, against transformers, sentencepiece, llama2.c and peft."""
 
 import io
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
+import foreign
 import pytest
 import sentencepiece as spm
 import torch
-from conftest import assert_close, quick, refused, sharp_model
+from conftest import assert_close, quick, refused, sharp_model, to_hugging_face
 from corpus import Writer
-from foreign import (
-    LLAMA3,
-    TEXTS,
-    change_json,
-    checkpoint_of,
-    export_of,
-    logits,
-    run,
-    save_folder,
-    their_model,
-    write_llama2c,
-    write_llama2c_tokenizer,
-)  # fmt: skip
-from safetensors.torch import load_file
+from foreign import change_json, export_of, formats, imported, logits, save_folder, their_model, write_llama2c
+from fuzz import memory_now
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, LlamaForCausalLM
 
-from checkpoint import build, build_model, load, save
+from checkpoint import build_model, load, save
 from common import peak_memory_bytes
 from data.tokenizer import SETTINGS, read_tokenizer
-from formats.models import uniform_heads
 from formats.tokenizers import sentencepiece_of_llama2c
-from model import ROPE_SCALING, ModelConfig
+from lora import TARGETS, LoRAConfig, adapt, adapters
+from model import ROPE_SCALING
 
 TOLERANCE = 1e-5  # of the largest logit: some hundred float32 roundings of 6e-8, in another order
+TEXTS = ["", "Once upon a time", " two  spaces\nand a line", "def f(x):\n    return x ** 2", "café 中😀 \t."]
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+}  # fmt: skip
+OUTPUT = "base_model.model.lm_head.base_layer.weight"
 WRITER = Writer(0)
 CORPUS = "".join(WRITER.paragraph() + WRITER.function() for _ in range(60)).replace("\u2581", "").splitlines()
-
-
-# ---- models ----
 
 
 @pytest.mark.parametrize("settings, how", [
@@ -47,23 +42,24 @@ CORPUS = "".join(WRITER.paragraph() + WRITER.function() for _ in range(60)).repl
     ({"tie_word_embeddings": True}, "safetensors"),
     ({"num_key_value_heads": 2, "rope_parameters": LLAMA3}, "safetensors"),
     ({"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}}, "safetensors"),
+    ({"dtype": torch.bfloat16}, "safetensors"), ({"dtype": torch.bfloat16}, "bin"),
 ])  # fmt: skip
 def test_hugging_face_folder_comes_back_bit_equal(tmp_path, settings, how):
-    from transformers import LlamaForCausalLM
-
-    theirs = their_model(**settings)
-    folder = save_folder(theirs, tmp_path / "in", how)
+    folder = save_folder(their_model(**settings), tmp_path / "in", how)
+    theirs = LlamaForCausalLM.from_pretrained(folder, dtype="auto").eval()
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    run("import", folder, tmp_path / "ours.pt")
+    ours, _ = imported(folder, tmp_path / "ours.pt")
     # permuted in place, but not in the mapped files
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert_close(logits(build_model(load(tmp_path / "ours.pt"))), logits(theirs), TOLERANCE, "logits")
-    run("export", tmp_path / "ours.pt", tmp_path / "out")
-    back, report = LlamaForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert {p.dtype for p in ours.parameters()} == {theirs.dtype}
+    formats("export", tmp_path / "ours.pt", tmp_path / "out")
+    how = {"dtype": "auto", "output_loading_info": True}
+    back, report = LlamaForCausalLM.from_pretrained(tmp_path / "out", **how)
     assert not any(report.values()), report
     assert back.config.bos_token_id is None and back.config.eos_token_id is None
     assert torch.equal(logits(back.eval()), logits(theirs))
     assert all(torch.equal(p, back.state_dict()[name]) for name, p in theirs.state_dict().items())
+    assert_close(logits(ours.float()), logits(theirs.float()), TOLERANCE, "logits")
 
 
 @pytest.mark.parametrize("change", [
@@ -73,9 +69,6 @@ def test_hugging_face_folder_comes_back_bit_equal(tmp_path, settings, how):
     {"tie_word_embeddings": True, "num_key_value_heads": None, "hidden_act": "swish"},
 ])  # fmt: skip
 def test_folder_of_transformers_4(tmp_path, change):
-    """config.json has no rope_parameters, pytorch_model.bin has a tied lm_head and the buffers of RoPE."""
-    from transformers import LlamaForCausalLM
-
     tied = "tie_word_embeddings" in change
     folder = save_folder(their_model(tie_word_embeddings=tied), tmp_path / "in")
     old = {"rope_parameters": None, "dtype": None, "torch_dtype": "float32", "transformers_version": "4.31.0"}
@@ -85,30 +78,9 @@ def test_folder_of_transformers_4(tmp_path, change):
     state |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}
     torch.save(state, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    run("import", folder, tmp_path / "ours.pt")
-    ours = build_model(load(tmp_path / "ours.pt"))
+    ours, _ = imported(folder, tmp_path / "ours.pt")
     assert ours.config.block_size == theirs.config.max_position_embeddings
     assert_close(logits(ours), logits(theirs), TOLERANCE, "logits")
-
-
-def test_bfloat16_stays_bfloat16(tmp_path):
-    from transformers import LlamaForCausalLM
-
-    folder = save_folder(their_model(torch.bfloat16, num_key_value_heads=2), tmp_path / "in")
-    theirs = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    run("import", folder, tmp_path / "ours.pt")
-    checkpoint = load(tmp_path / "ours.pt")
-    ours, wide = build_model(checkpoint), build_model(checkpoint, dtype=torch.float32)
-    assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
-    exact = logits(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().double())
-    # each is as far from the exact result as bfloat16 rounds: 2^-9 an operation, some tens of them in a row
-    assert_close(logits(ours).double(), exact, 0.03, "ours, to float64 on the same weights")
-    assert_close(logits(theirs).double(), exact, 0.03, "theirs")
-    assert_close(logits(wide).double(), exact, TOLERANCE, "widened to float32")
-    run("export", tmp_path / "ours.pt", tmp_path / "out")
-    assert LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
-    back = load_file(tmp_path / "out" / "model.safetensors")
-    assert all(torch.equal(back[k], x) and back[k].dtype == x.dtype for k, x in theirs.state_dict().items())
 
 
 @pytest.mark.parametrize("heads, k_groups, v_groups", [
@@ -118,8 +90,6 @@ def test_bfloat16_stays_bfloat16(tmp_path):
     (4, [[0, 0, 1, 1], [0, 0, 1, 1]], [[0, 0, 1, 1], [0, 1, 1, 0]]),  # no two heads of layer 1 share both
 ])  # fmt: skip
 def test_uneven_groups_are_exported_as_the_fewest_equal_ones(tmp_path, heads, k_groups, v_groups):
-    from transformers import LlamaForCausalLM
-
     ours = sharp_model(k_groups=k_groups, v_groups=v_groups)
     said = export_of(ours, tmp_path)
     theirs = LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
@@ -127,26 +97,16 @@ def test_uneven_groups_are_exported_as_the_fewest_equal_ones(tmp_path, heads, k_
     assert_close(logits(theirs, 60), logits(ours, 60), TOLERANCE, "logits")
     cache, here = 2 * 2 * heads * 8 * 4, ours.config.kv_numbers_per_token * 4
     assert (f"{cache:,} bytes a token there and {here:,} here" in said) == (cache != here)
-    run("import", tmp_path / "out", tmp_path / "back.pt")
-    back = build_model(load(tmp_path / "back.pt"))
+    back, _ = imported(tmp_path / "out", tmp_path / "back.pt")
     assert_close(logits(back, 60), logits(ours, 60), TOLERANCE, "imported again")
-
-
-def test_fewest_equal_groups_of_classes_of_two_and_four_and_of_four_and_six():
-    groups = [[0, 1, 1, 0, 1, 1]]
-    config = ModelConfig(n_layer=1, n_head=6, dim=48, k_groups=groups, v_groups=groups)
-    assert uniform_heads(config) == (3, [[0, 3, 1, 2, 4, 5]])
-    config = ModelConfig(n_layer=1, n_head=10, dim=80, k_groups=[[0] * 4 + [1] * 6], v_groups=[[0] * 10])
-    assert uniform_heads(config) == (5, [list(range(10))])
 
 
 @pytest.mark.parametrize("settings", [{"n_kv_head": 2}, {"tie_embeddings": False}])
 def test_llama2c_file_gives_the_same_model_and_tokens(tmp_path, prefixed, settings):
     ours = sharp_model(vocab_size=500, **settings)
-    write_llama2c(tmp_path / "model.bin", ours)
-    write_llama2c_tokenizer(tmp_path / "tok.bin", prefixed)
-    run("import", tmp_path / "model.bin", tmp_path / "got.pt", "--tokenizer", tmp_path / "tok.bin")
-    model, tokenizer = build(load(tmp_path / "got.pt"))
+    write_llama2c(tmp_path, ours, prefixed)
+    files = tmp_path / "model.bin", tmp_path / "got.pt", "--tokenizer", tmp_path / "tok.bin"
+    model, tokenizer = imported(*files)
     assert model.config == ours.config
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), ours.parameters(), strict=True))
     for text in TEXTS:
@@ -164,8 +124,7 @@ def test_meta_folder_gives_the_same_model(tmp_path, scaled):
     params = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "norm_eps": 2e-3, "vocab_size": -1}
     params |= {"multiple_of": 16, "rope_theta": 5e5, "use_scaled_rope": scaled, "rope_scaling_factor": 8}
     (tmp_path / "params.json").write_text(json.dumps(params))
-    run("import", tmp_path, tmp_path / "got.pt", "--block_size", 64)
-    model = build_model(load(tmp_path / "got.pt"))
+    model, _ = imported(tmp_path, tmp_path / "got.pt", "--block_size", 64)
     assert model.config == ours.config and torch.equal(logits(model, 60), logits(ours, 60))
     for change, word in (({"sliding_window": 16}, "sliding_window"), ({"n_layers": 3}, "layers.2")):
         (tmp_path / "params.json").write_text(json.dumps(params | change))
@@ -193,63 +152,27 @@ def test_unsupported_models_are_refused_by_name(tmp_path, change, word):
     assert not (tmp_path / "ours.pt").exists()
 
 
-def test_what_would_not_be_the_same_model_is_refused(tmp_path, tiny_run):
+def test_what_would_not_be_the_same_model_is_refused(tmp_path):
     folder = save_folder(their_model(attention_bias=True), tmp_path / "in")
     change_json(folder / "config.json", attention_bias=False)
     refused(quick("-m formats", "import", folder, tmp_path / "no.pt"), "bias")
     for model, word in ((sharp_model(novel=True), "--novel"), (sharp_model(n_head=5, head_dim=6), "n_head")):
-        save(tmp_path / "source.pt", checkpoint_of(model))
+        save(tmp_path / "source.pt", foreign.checkpoint_of(model))
         refused(quick("-m formats", "export", tmp_path / "source.pt", tmp_path / "out"), word)
-    (tmp_path / "precious").mkdir()
-    (tmp_path / "precious" / "thesis.tex").write_text("all of it")
-    refused(quick("-m formats", "export", tiny_run, tmp_path / "precious"), "exists")
-    assert (tmp_path / "precious" / "thesis.tex").read_text() == "all of it"
-    refused(quick("-m formats", "import", folder, tmp_path / "source.pt"), "exists", "--overwrite")
-    refused(quick("-m formats", "import", tmp_path / "none", tmp_path / "no.pt"), "no such file")
-    refused(quick("-m formats", "import", tmp_path, tmp_path / "no.pt"), "config.json")
     assert not (tmp_path / "no.pt").exists() and not (tmp_path / "out").exists()
-
-
-def test_a_trained_run_writes_the_same_text_in_transformers(tmp_path, tiny_run):
-    from transformers import AutoTokenizer, LlamaForCausalLM
-
-    run("export", tiny_run, tmp_path / "out")
-    theirs = LlamaForCausalLM.from_pretrained(tmp_path / "out")
-    prompt = AutoTokenizer.from_pretrained(tmp_path / "out")("def load(", return_tensors="pt")
-    ours, tokenizer = build(load(tiny_run))
-    ids = tokenizer.prompt("def load(")
-    assert prompt["input_ids"][0].tolist() == ids
-    text = theirs.generate(**prompt, max_new_tokens=15, do_sample=False)[0].tolist()
-    assert text == ids + ours.generate([ids], 15)[0]
-
-
-def test_training_goes_on_from_an_imported_bfloat16_model_in_float32(tmp_path, tiny_data):
-    folder = save_folder(their_model(torch.bfloat16, vocab_size=400), tmp_path / "in")
-    (folder / "tokenizer.model").write_bytes((tiny_data / "tokenizer.model").read_bytes())
-    said = run("import", folder, tmp_path / "ours.pt", "--block_size", 32)
-    assert f"python sample.py {tmp_path / 'ours.pt'}" in said
-    flags = ["--init_from", tmp_path / "ours.pt", "--max_steps", 2, "--batch_size", 4, "--eval_tokens", 0]
-    done = quick("train.py", "--dataset", tiny_data, "--out_dir", tmp_path / "run", *flags)
-    assert done.returncode == 0, done.stderr
-    assert {x.dtype for x in load(tmp_path / "run" / "ckpt.pt")["model"].values()} == {torch.float32}
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_import_and_export_hold_the_checkpoint_once(tmp_path):
     """Copies of wq and wk, here 2/9 of the weights, would show."""
     sizes = {"hidden_size": 768, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 8}
-    folder = save_folder(their_model(**sizes), tmp_path / "in")
+    folder, ours = save_folder(their_model(**sizes), tmp_path / "in"), tmp_path / "ours.pt"
     size = (folder / "model.safetensors").stat().st_size
-    ours = tmp_path / "ours.pt"
     for line in (["import", folder, ours], ["export", ours, tmp_path / "out"]):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is held now
-        before = peak_memory_bytes(torch.device("cpu"))
-        run(*line)
+        before = memory_now()
+        formats(*line)
         held = peak_memory_bytes(torch.device("cpu")) - before
         assert held < 1.15 * size, f"{line[0]}: {held:,} bytes for {size:,}"
-
-
-# ---- tokenizers ----
 
 
 @pytest.fixture
@@ -268,18 +191,16 @@ def byte_level():
 
 @pytest.mark.parametrize("kind", ["learned", "prefixed", "late"])
 def test_exported_tokenizer_gives_transformers_the_same_tokens(tmp_path, tiny_data, prefixed, kind):
-    """In `late`, as in Llama 2's, runs of spaces stand early in the vocabulary and are joined last."""
-    from transformers import AutoTokenizer
-
-    write_llama2c_tokenizer(tmp_path / "tok.bin", prefixed, spaces=-1e6)
+    """In `late`, as in Llama 2's, runs of spaces are joined last."""
+    model = sharp_model(vocab_size=500)
+    write_llama2c(tmp_path, model, prefixed, spaces=-1e6)
     data = {"learned": (tiny_data / "tokenizer.model").read_bytes()}
     data["prefixed"] = prefixed.serialized_model_proto()
     data["late"] = sentencepiece_of_llama2c((tmp_path / "tok.bin").read_bytes())
-    export_of(sharp_model(vocab_size=500), tmp_path, data[kind])
+    export_of(model, tmp_path, data[kind])
     ours, theirs = read_tokenizer(data[kind]), AutoTokenizer.from_pretrained(tmp_path / "out")
     fields = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
     alone = read_tokenizer(json.dumps(fields).encode())
-    # how newer Llamas put the space before a text, unless it begins with one
     mark = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": False}
     newer = read_tokenizer(json.dumps({**fields, "normalizer": None, "pre_tokenizer": mark}).encode())
     for text in (*TEXTS, "a </s> is no end", "\n".join(CORPUS), *CORPUS[:200]):
@@ -294,15 +215,13 @@ def test_exported_tokenizer_gives_transformers_the_same_tokens(tmp_path, tiny_da
 
 
 BOTH = {"tokenizer_config.json": {"eos_token": "<end>"}, "config.json": {"eos_token_id": [2, 3]}}
-# a folder's files; what tokenizer.json puts around a text, or None for a SentencePiece model;
-# BOS, whether it opens a text, and what ends one
+# a folder's files; what tokenizer.json puts around a text (None: a SentencePiece model); BOS, add_bos, EOS
 SPECIAL = [
     ({}, None, 1, True, [2]), ({"config.json": {"eos_token_id": 1}}, None, 1, True, [2]),
     ({"config.json": {"bos_token_id": 0, "eos_token_id": 2}}, None, 1, True, [2]),  # llama-160m: wrong BOS
     ({"generation_config.json": {"eos_token_id": [2, 300]}}, None, 1, True, [2, 300]),  # Llama 3 Instruct
     ({"tokenizer_config.json": {"add_bos_token": False}}, None, 1, False, [2]),  # Yi
     ({"tokenizer_config.json": {"eos_token": {"content": "</s>"}}}, None, 1, True, [2]),
-    ({"config.json": {"eos_token_id": -1}}, None, 1, True, [2]),
     ({"config.json": {"eos_token_id": 501}}, None, 1, True, [2, 501]),  # beyond the tokenizer: ChatML
     ({}, "<s> $A", 1, True, []), (BOTH, "<s> $A", 1, True, [3, 2]), ({}, "$A </s>", -1, False, [2]),
     ({"tokenizer_config.json": {"eos_token": "</s>", "add_bos_token": False}}, "<s> $A", 1, True, [2]),
@@ -315,7 +234,6 @@ SPECIAL = [
 @pytest.mark.parametrize("files, template, bos, add_bos, eos", SPECIAL)
 def test_special_tokens(tmp_path, prefixed, byte_level, files, template, bos, add_bos, eos):
     from tokenizers import processors
-    from transformers import AutoTokenizer
 
     folder = save_folder(their_model(vocab_size=510), tmp_path / "in")
     if template:
@@ -328,10 +246,9 @@ def test_special_tokens(tmp_path, prefixed, byte_level, files, template, bos, ad
     change_json(folder / "config.json", **files.get("config.json", {}))
     for name in ("tokenizer_config.json", "generation_config.json"):
         (folder / name).write_text(json.dumps(files.get(name, {})))
-    run("import", folder, tmp_path / "ours.pt")
-    run("export", tmp_path / "ours.pt", tmp_path / "out")
-    run("import", tmp_path / "out", tmp_path / "again.pt")
-    tokenizer, again = (build(load(tmp_path / name))[1] for name in ("ours.pt", "again.pt"))
+    _, tokenizer = imported(folder, tmp_path / "ours.pt")
+    formats("export", tmp_path / "ours.pt", tmp_path / "out")
+    _, again = imported(tmp_path / "out", tmp_path / "again.pt")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.special == again.special == {"bos": bos, "add_bos": add_bos, "eos": eos}
     for text in TEXTS[1:]:
@@ -356,18 +273,129 @@ def test_a_sentencepiece_model_that_is_no_plain_bpe_is_exported_by_itself(tmp_pa
 def test_which_tokenizer_of_a_folder_is_read(tmp_path, prefixed, byte_level, monkeypatch):
     folder = save_folder(their_model(vocab_size=510), tmp_path / "in")
     (folder / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")  # Llama 3's own, in tiktoken's format
-    assert "import again" in run("import", folder, tmp_path / "ours.pt")
-    refused(quick("sample.py", tmp_path / "ours.pt"), "no tokenizer", "--tokenizer FILE")
+    assert "import again" in formats("import", folder, tmp_path / "ours.pt")
     byte_level.save(str(folder / "tokenizer.json"))
-    run("import", folder, tmp_path / "ours.pt", "--overwrite")
-    assert read_tokenizer(load(tmp_path / "ours.pt")["tokenizer"]).kind == "tokenizer.json"
+    _, tokenizer = imported(folder, tmp_path / "ours.pt", "--overwrite")
+    assert tokenizer.kind == "tokenizer.json"
     (folder / "tokenizer.model").write_bytes(prefixed.serialized_model_proto())
-    said = run("import", folder, tmp_path / "ours.pt", "--overwrite")
+    said = formats("import", folder, tmp_path / "ours.pt", "--overwrite")
     assert f"tokens of {folder / 'tokenizer.json'}" in said  # those that only this file has
     change_json(folder / "config.json", eos_token_id=9999)
     refused(quick("-m formats", "import", folder, tmp_path / "no.pt"), "10000", "510", "eos_token_id")
     (folder / "tokenizer.model").unlink()
-    for library in ("safetensors", "tokenizers"):
-        with monkeypatch.context() as patch:
-            patch.setitem(sys.modules, library, None)
-            refused(quick("-m formats", "import", folder, tmp_path / "no.pt"), f"pip install {library}")
+    for library in ("tokenizers", "safetensors"):
+        monkeypatch.setitem(sys.modules, library, None)
+        refused(quick("-m formats", "import", folder, tmp_path / "no.pt"), f"pip install {library}")
+
+
+def files(folder, quantize="none", base=None, **settings):
+    """A tuned model, saved as ours.pt; base.pt is its base, or another one."""
+    lora = LoRAConfig(3, 5.0, 0.0, list(TARGETS), quantize)
+    save(folder / "base.pt", foreign.checkpoint_of(base or sharp_model(**settings)))
+    tuned = adapt(sharp_model(**settings), lora)
+    for layer in adapters(tuned):  # B is zero before training
+        torch.nn.init.normal_(layer.lora_B, std=0.2)
+    save(folder / "ours.pt", {**foreign.checkpoint_of(tuned), "lora": asdict(lora)})
+    return tuned
+
+
+def export(folder, name):
+    return formats("export", folder / "ours.pt", folder / name, "--adapter")
+
+
+def attach(folder, name, command=formats):
+    """Put an adapter on base.pt, as back.pt."""
+    return command("import", folder / name, folder / "back.pt", "--base", folder / "base.pt", "--overwrite")
+
+
+def refuse(folder, name, *words):
+    refused(attach(folder, name, lambda *line: quick("-m formats", *line)), *words)
+    assert not (folder / "back.pt").exists()
+
+
+@pytest.mark.parametrize("kv", [4, 2])
+def test_adapters_cross_to_peft_and_back(tmp_path, kv):
+    from peft import PeftModel
+
+    settings = {"n_kv_head": kv, "tie_embeddings": False}
+    ours = files(tmp_path, **settings)
+    assert "r 3 on wq wk wv wo w1 w2 w3 output" in export(tmp_path, "adapter")
+    theirs = PeftModel.from_pretrained(to_hugging_face(sharp_model(**settings)), tmp_path / "adapter")
+    # float32, and another order of the products
+    assert_close(logits(ours), logits(theirs), 1e-5, "exported")
+    for name, p in theirs.named_parameters():  # their training
+        if "lora_" in name:
+            p.data.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))))
+    theirs.save_pretrained(tmp_path / "theirs")
+    attach(tmp_path, "theirs")
+    back = build_model(load(tmp_path / "back.pt"))
+    assert_close(logits(back), logits(theirs), 1e-5, "imported")
+    assert (logits(back) - logits(ours)).abs().max() > 1e-2
+    formats("export", tmp_path / "back.pt", tmp_path / "again", "--adapter")
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "again"))
+    copied = first.pop(OUTPUT)  # a copy of the base's
+    assert first.keys() == second.keys() and all(torch.equal(x, second[name]) for name, x in first.items())
+    save_file({**first, OUTPUT: 2 * copied}, tmp_path / "theirs/adapter_model.safetensors")
+    (tmp_path / "back.pt").unlink()
+    refuse(tmp_path, "theirs", "lm_head")
+
+
+def test_rank_stabilized_adapters_keep_their_scale(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    files(tmp_path, n_kv_head=2)
+    settings = {"r": 4, "lora_alpha": 3, "target_modules": ["q_proj", "down_proj"], "use_rslora": True}
+    theirs = to_hugging_face(sharp_model(n_kv_head=2))
+    theirs = get_peft_model(theirs, LoraConfig(**settings, init_lora_weights=False)).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    attach(tmp_path, "theirs")
+    back = load(tmp_path / "back.pt")
+    assert back["lora"] == asdict(LoRAConfig(4, 6.0, 0.0, ["wq", "w2"]))
+    assert_close(logits(build_model(back)), logits(theirs), 1e-5)
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_an_adapter_in_a_pt_comes_back_bit_equal_and_goes_on_a_bfloat16_base(tmp_path, quantize):
+    ours = files(tmp_path, quantize)
+    assert ("a base in nf4" in export(tmp_path, "adapter.pt")) == (quantize == "nf4")
+    size = sum(layer.lora_A.nbytes + layer.lora_B.nbytes for layer in adapters(ours))
+    assert (tmp_path / "adapter.pt").stat().st_size < size + 20000  # without the base
+    attach(tmp_path, "adapter.pt")
+    assert torch.equal(logits(build_model(load(tmp_path / "back.pt"))), logits(ours))
+    (tmp_path / "back.pt").rename(tmp_path / "base.pt")
+    refuse(tmp_path, "adapter.pt", "merge it")
+    save(tmp_path / "base.pt", foreign.checkpoint_of(base := sharp_model().bfloat16()))
+    attach(tmp_path, "adapter.pt")
+    if quantize == "none":
+        wo = load(tmp_path / "back.pt")["model"]["layers.1.attention.wo.linear.weight"]
+        assert torch.equal(wo, base.layers[1].attention.wo.weight)
+
+
+@pytest.mark.parametrize("other", [{"dim": 48}, {"n_layer": 3}, {"n_kv_head": 2}])
+@pytest.mark.parametrize("kind", ["adapter.pt", "folder"])
+def test_an_adapter_of_another_model_is_refused(tmp_path, other, kind):
+    files(tmp_path, base=sharp_model(**other))
+    export(tmp_path, kind)
+    refuse(tmp_path, kind, "another model", "layers.")
+
+
+@pytest.mark.parametrize("change, word", [
+    ({"use_dora": True}, "use_dora"), ({"peft_type": "IA3"}, "IA3"), ({"bias": "all"}, "bias all"),
+    ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"), ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    ({"use_qalora": True}, "use_qalora"), ({"alora_invocation_tokens": [1]}, "alora"),
+    ({"kasa_config": {"a": 1}}, "kasa"), ({"r": 5}, "another model"), ({"r": "four"}, "lora_r"),
+    ({"r": None}, "damaged"), ({"r": 2**62}, "lora_r"), ({"lora_alpha": -1}, "lora_alpha"),
+])  # fmt: skip
+def test_an_adapter_that_is_no_plain_lora_is_refused(tmp_path, change, word):
+    files(tmp_path)
+    export(tmp_path, "folder")
+    change_json(tmp_path / "folder" / "adapter_config.json", **change)
+    refuse(tmp_path, "folder", word)
+
+
+@pytest.mark.parametrize("settings", [{"k_groups": [[0, 1, 1, 1]] * 2}, {"novel": True}, {"gated": True}])
+def test_uneven_groups_and_extra_layers_have_no_peft_format(tmp_path, settings):
+    files(tmp_path, **settings)
+    refused(quick("-m formats", "export", tmp_path / "ours.pt", tmp_path / "folder", "--adapter"), ".pt")
+    for source in ("folder", "ours.pt"):  # one is missing, one is no adapter
+        refuse(tmp_path, source, tmp_path / source)

@@ -1,31 +1,63 @@
-"""Several processes, as torchrun starts them, do what one does."""
+"""Several processes do what one does. torchrun starts this file, too: it takes ten steps then."""
 
-import json
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ONE_THREAD, ROOT, command, quick, refused, sharp_model, small_run
-from divided_steps import VARIANTS, steps
+from conftest import ONE_THREAD, ROOT, TINY, command, quick, records, run, sharp_model, small_run, tokens_of
 
 from checkpoint import load
-from common import UserError, held
-from parallel import divided
+from common import IGNORE, UserError, held
+from lora import LoRAConfig, adapt
+from model import Llama, ModelConfig
+from parallel import divided, first_alone, processes, rank, whole
+from train import TrainConfig, learning_rate, make_optimizers, train_step
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+GROUPS = {"k_groups": [[0, 1, 1, 1], [0, 0, 1, 2]], "v_groups": [[0, 0, 0, 0], [0, 1, 1, 0]]}
+# rank of the adapter, optimizer, dtype, activation checkpointing
+ADAPTED = (4, "adamw", torch.float64, True)
+VARIANTS = [(0, "adamw", torch.float64, False), ADAPTED, (0, "muon", torch.float32, False)]
+
+
+def batches(step: int) -> list:
+    """Micro-batches of 7 rows and 1, with very different numbers of targets."""
+    x, y = (tokens_of((8, 16), 2 * (step % 2) + i) for i in range(2))
+    for row in range(8):
+        y[row, : 2 * row] = IGNORE
+    return [(x[:7], y[:7]), (x[7:], y[7:])]
+
+
+def steps(r: int, optimizer: str, dtype: torch.dtype, recompute: bool, fsdp: bool) -> dict:
+    """The state dict after ten steps, and the losses; whole in the first process."""
+    torch.manual_seed(0)
+    model = adapt(Llama(ModelConfig(**TINY, **GROUPS, novel=True)), LoRAConfig(lora_r=r)).to(dtype).train()
+    for name, p in model.named_parameters():
+        if name.endswith("lora_B"):
+            p.data.normal_(std=0.02)  # at 0 the first step would leave lora_A as it is
+    model.checkpoint_activations = recompute
+    config = TrainConfig(optimizer=optimizer, lr=0.01, max_steps=10, warmup_steps=3)
+    learner, scaler = divided(model, fsdp, dtype, torch.device("cpu")), torch.amp.GradScaler(enabled=False)
+    optimizers, losses = make_optimizers(model, config), []
+    for step in range(config.max_steps):
+        lr = learning_rate(config, step)
+        losses.append(train_step(learner, batches(step), optimizers, lr, dtype, scaler)[0])
+    return {**whole(model.state_dict(keep_vars=True)), "losses": torch.tensor(losses, dtype=torch.float64)}
 
 
 def together(count: int, script: str, *args, gpus: str = "") -> subprocess.CompletedProcess:
     """Run one of the project's programs in `count` processes, without GPUs unless some are named."""
-    line, env = [*TORCHRUN, str(count), str(ROOT / script)], {**ONE_THREAD, "CUDA_VISIBLE_DEVICES": gpus}
-    how = {"capture_output": True, "text": True, "timeout": 240}
-    return subprocess.run([*line, *map(str, args)], env=env, cwd=ROOT, **how)
+    line = [*TORCHRUN, str(count), str(ROOT / script), *map(str, args)]
+    env = {**ONE_THREAD, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": gpus}
+    return subprocess.run(line, env=env, cwd=ROOT, capture_output=True, text=True, timeout=240)
 
 
 def test_steps_equal_those_of_one_process(tmp_path):
-    """DDP and FSDP2, all weights and LoRA, micro-batches that leave some processes without a row."""
-    done = together(3, "tests/divided_steps.py", tmp_path / "steps.pt")
+    """DDP and FSDP2, all weights and LoRA, with processes that have no row."""
+    done = together(3, "tests/test_parallel.py", tmp_path / "steps.pt")
     assert done.returncode == 0, done.stderr
     alone, found = [steps(*variant, fsdp=False) for variant in VARIANTS], torch.load(tmp_path / "steps.pt")
     assert len(found) == 2
@@ -40,17 +72,16 @@ def test_steps_equal_those_of_one_process(tmp_path):
 
 
 def test_a_run_goes_on_with_another_number_of_processes(tiny_data, tmp_path):
-    """Two that share the weights, then one, then two with all of them; its file is like that of one."""
     flags = ["--device", "cpu", "--dtype", "float32", "--optimizer", "adamw", "--grad_accum", 2, "--novel"]
     flags += ["--warmup_steps", 0, "--lr", 0.002, "--min_lr", 0.002]
     one, several = ([*small_run(tiny_data, tmp_path / name), *flags] for name in ("one", "several"))
-    assert quick("train.py", *one, "--max_steps", 12).returncode == 0
-    parts = [(together, [2, "train.py"], ["--fsdp"], 4), (quick, ["train.py"], ["--resume", "--no-fsdp"], 8)]
-    parts += [(together, [2, "train.py"], ["--resume", "--no-fsdp"], 12)]
-    for run, what, how, last in parts:
-        done = run(*what, *several, *how, "--max_steps", last)
+    run("train.py", *one, "--max_steps", 12)
+    resume = ["--resume", "--no-fsdp"]
+    for count, how, last in ((2, ["--fsdp"], 4), (1, resume, 8), (2, resume, 12)):
+        line = ["train.py", *several, *how, "--max_steps", last]
+        done = together(2, *line) if count == 2 else quick(*line)
         assert done.returncode == 0 and done.stdout.count("a sample:") == 1, done.stderr
-        assert "2 processes" in done.stdout or run is quick
+        assert ("2 processes" in done.stdout) == (count == 2)
     ours, theirs = (load(tmp_path / name / "ckpt.pt") for name in ("several", "one"))
     a, b = (torch.cat([x.flatten() for x in part["model"].values()]) for part in (ours, theirs))
     # the norm: where a gradient is nearly 0, Adam divides rounding by rounding, and weights go other ways
@@ -62,12 +93,12 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny_data, tmp_path):
         assert state["param_groups"] == other["param_groups"] and shapes[0] == shapes[1]
     sizes = [(tmp_path / name / "ckpt.pt").stat().st_size for name in ("several", "one")]
     assert sizes[0] < 1.01 * sizes[1]
-    lines = (tmp_path / "several" / "log.jsonl").read_text().splitlines()
-    assert sum("loss" in json.loads(line) for line in lines) == 12, "another process wrote into the log"
+    losses = [line["loss"] for line in records(tmp_path / "several" / "log.jsonl") if "loss" in line]
+    assert len(losses) == 12, "another process wrote into the log"
 
 
 def test_a_failure_is_told_once_and_ends_all(tiny_data, tmp_path):
-    """A mistake that all processes see, and then one that only the first sees, for which the second waits."""
+    """A mistake that all processes see, and one that only the first sees, for which the second waits."""
     done = together(2, "train.py", *small_run(tiny_data, tmp_path), "--max_stepz", 2)
     assert done.returncode != 0 and done.stderr.count("train.py: error:") == 1, done.stderr
     with held(tmp_path / "run"):
@@ -77,8 +108,7 @@ def test_a_failure_is_told_once_and_ends_all(tiny_data, tmp_path):
     assert not list((tmp_path / "run").glob("*"))
 
 
-def test_what_cannot_be_shared_is_refused(tiny_data, tmp_path):
-    refused(quick("train.py", *small_run(tiny_data, tmp_path), "--fsdp"), "--no-fsdp", "torchrun")
+def test_float16_cannot_be_shared():
     with pytest.raises(UserError, match="--dtype bfloat16"):
         divided(sharp_model(), True, torch.float16, torch.device("cpu"))
 
@@ -87,10 +117,30 @@ def test_what_cannot_be_shared_is_refused(tiny_data, tmp_path):
 @pytest.mark.parametrize("how", [[], ["--fsdp"]])
 def test_two_gpus_train_as_one_process_does(tiny_data, tmp_path, how):
     losses = []
-    for name, run, more in (("one", command, []), ("two", lambda *line: together(2, *line, gpus="0,1"), how)):
+    for name, start, more in (
+        ("one", command, []),
+        ("two", lambda *line: together(2, *line, gpus="0,1"), how),
+    ):
         flags = [*small_run(tiny_data, tmp_path / name), "--dtype", "float32", "--max_steps", 8, *more]
-        done = run("train.py", *flags)
+        done = start("train.py", *flags)
         assert done.returncode == 0, done.stderr
-        lines = map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines())
+        lines = records(tmp_path / name / "log.jsonl")
         losses.append(torch.tensor([line["loss"] for line in lines if "loss" in line]))
     assert (losses[0] - losses[1]).abs().max() < 1e-3
+
+
+@processes()
+def main() -> None:
+    torch.set_num_threads(1)
+    mark = Path(sys.argv[1] + ".mark")
+    with first_alone():
+        time.sleep(0 if rank() else 0.5)
+        assert rank() == 0 or mark.exists(), "the others did not wait for the first"
+        mark.touch()
+    found = [[steps(*variant, fsdp) for variant in VARIANTS] for fsdp in (False, True)]
+    if rank() == 0:
+        torch.save(found, sys.argv[1])
+
+
+if __name__ == "__main__":
+    main()

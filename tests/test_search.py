@@ -1,20 +1,24 @@
-"""The search for groups: what it reads, measures and keeps, against counts of our own; and healing."""
+"""The search for groups, against counts of our own and, where it spends and parts, against all choices."""
 
 import fcntl
 import json
 import math
+from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import quick, refused, sharp_model
+from conftest import content, quick, records, refused, run, sharp_model
+from foreign import checkpoint_of
 from test_gqa import grouped, variant
 
 import search_groups
 from checkpoint import build_model, load, save
 from common import UserError
-from gqa import head_counts, merge
+from gqa import budget, even_counts, head_counts, merge
 from model import Llama
+from partition import best_partitions, exact_partitions, greedy_partitions, interpolated, knapsack
 from search_groups import Judge, objective
 
 SMALL = ["--calibration_tokens", 1024, "--search_tokens", 512]
@@ -23,10 +27,9 @@ HALF = ["--kv_budget", 0.5, "--refit", "none"]
 
 def search(ckpt, out, *flags) -> tuple[dict, list[dict]]:
     """The group file, and the evaluations in the log."""
-    done = quick("search_groups.py", ckpt, "--out", out, *SMALL, *flags)
-    assert done.returncode == 0, done.stderr
+    run("search_groups.py", ckpt, "--out", out, *SMALL, *flags)
     found = json.loads(out.read_text())
-    return found, [json.loads(line) for line in open(found["search"]["log"])][1:]
+    return found, records(Path(found["search"]["log"]))[1:]
 
 
 def nll(model: Llama, tokens: np.ndarray) -> float:
@@ -35,9 +38,6 @@ def nll(model: Llama, tokens: np.ndarray) -> float:
     blocks, targets = x[:-1].unfold(0, T, T), x[1:].unfold(0, T, T)
     with torch.no_grad():
         return -model(blocks).double().log_softmax(-1).gather(-1, targets[..., None]).mean().item()
-
-
-# ---- the objective ----
 
 
 def test_objective_is_arithmetic():
@@ -57,9 +57,6 @@ def test_objective_refuses_everything_else(text):
         objective(text, 3.0, 1, 1)
 
 
-# ---- measuring ----
-
-
 def test_judge_measures_loss_and_divergence():
     model, other = (sharp_model(seed).requires_grad_(False) for seed in (0, 7))
     tokens = np.random.default_rng(0).integers(64, size=5 * 64 + 1).astype(np.uint16)
@@ -72,7 +69,6 @@ def test_judge_measures_loss_and_divergence():
 
 
 def test_what_is_reported_was_read_neither_by_the_search_nor_by_the_choice(tiny_run, tiny_data, tmp_path):
-    """A marker in one split, or in one third of val, changes the numbers that are said to be of it alone."""
     val = np.fromfile(tiny_data / "val.bin", np.uint16)
     marked = {"train": {"train": np.full(3000, 40)}, "test": {"test": np.full(3000, 41)}, "none": {}}
     for third in range(3):
@@ -82,8 +78,8 @@ def test_what_is_reported_was_read_neither_by_the_search_nor_by_the_choice(tiny_
     for name, splits in marked.items():
         data = variant(tiny_data, tmp_path / name, **splits)
         flags = ["--max_evals", 8, "--method", "random", "--merge", "mean", "--dataset", data]
-        found, records = search(tiny_run, data / "out.json", *HALF, *flags)
-        seen[name] = [record["loss"] for record in records]
+        found, evaluations = search(tiny_run, data / "out.json", *HALF, *flags)
+        seen[name] = [record["loss"] for record in evaluations]
         reported[name] = {str(row["k_groups"] + row["v_groups"]): row["loss"] for row in found["judged"]}
         small = merge(model, (found["k_groups"], found["v_groups"]), [], "mean")
         assert found["loss"] == pytest.approx(nll(small, splits.get("val", val)[1024:1537]), rel=1e-5)
@@ -94,11 +90,8 @@ def test_what_is_reported_was_read_neither_by_the_search_nor_by_the_choice(tiny_
         assert both and all(rows[row] == reported["none"][row] for row in both) == (name != "third 2"), name
 
 
-# ---- searching ----
-
-
 def group_count(found: dict) -> int:
-    return sum(max(of_head) + 1 for of_head in found["k_groups"] + found["v_groups"])
+    return sum(len(set(of_head)) for of_head in found["k_groups"] + found["v_groups"])
 
 
 def test_search_keeps_to_the_budget_and_reports_what_gqa_makes_of_it(tiny_run, tiny_data, tmp_path):
@@ -116,20 +109,19 @@ def test_search_keeps_to_the_budget_and_reports_what_gqa_makes_of_it(tiny_run, t
 def test_the_published_search_runs_as_published(tiny_run, tiny_data, tmp_path):
     """Random joint maps, means of heads, nothing refitted."""
     flags = ["--method", "random", "--joint", "--merge", "mean", "--refit", "none", "--max_evals", 12]
-    found, records = search(tiny_run, tmp_path / "x.json", *flags, "--objective", "ppl*groups**2")
-    assert len(records) == 12 == found["evals"] and len({group_count(record) for record in records}) > 2
+    found, evaluations = search(tiny_run, tmp_path / "x.json", *flags, "--objective", "ppl*groups**2")
+    assert len(evaluations) == 12 == found["evals"] and len(set(map(group_count, evaluations))) > 2
     model, first = build_model(load(tiny_run)), np.fromfile(tiny_data / "val.bin", np.uint16)[: 512 + 1]
-    for record in records:
+    for record in evaluations:
         assert record["k_groups"] == record["v_groups"] and record["groups"] == group_count(record) / 2
         small = merge(model, (record["k_groups"], record["v_groups"]), [], "mean")
         assert record["loss"] == pytest.approx(nll(small, first), rel=1e-5)
-    best = sorted(records, key=lambda record: math.exp(record["loss"]) * record["groups"] ** 2)[:3]
+    best = sorted(evaluations, key=lambda record: math.exp(record["loss"]) * record["groups"] ** 2)[:3]
     judged = [row["k_groups"] for row in found["judged"] if row["name"].startswith("found")]
     assert {str(row) for row in judged} == {str(record["k_groups"]) for record in best}
 
 
 def test_objective_search_covers_all_budgets(tiny_run, tmp_path):
-    """Where groups cost nothing the original is the answer, where only they cost multi-query attention."""
     flags = ["--max_evals", 24, "--refit", "none", "--objective"]
     found, _ = search(tiny_run, tmp_path / "loss.json", *flags, "loss")
     assert found["loss"] <= found["original_loss"] + 0.01
@@ -139,28 +131,25 @@ def test_objective_search_covers_all_budgets(tiny_run, tmp_path):
 @pytest.mark.parametrize("method", ["knapsack", "random"])
 def test_interrupted_search_continues(tiny_run, tmp_path, method, monkeypatch):
     """Stopped in its sixth evaluation, with half a line written: the same answer, nothing measured twice."""
-    flags, cut, calls = [*HALF, "--max_evals", 12, "--method", method], tmp_path / "cut.json", []
-    whole, _ = search(tiny_run, tmp_path / "whole.json", *flags)
-    original = Judge.__call__
+    flags, original = [*HALF, "--max_evals", 12, "--method", method], Judge.__call__
+    whole, cut = tmp_path / "whole/groups.json", tmp_path / "groups.json"
+    search(tiny_run, whole, *flags)
+    five, log = iter(range(5)), cut.with_suffix(".jsonl")
 
     def interrupted(self, model):
-        calls.append(model)
-        if len(calls) == 6:
+        if next(five, None) is None:
             raise KeyboardInterrupt
         return original(self, model)
 
     monkeypatch.setattr(Judge, "__call__", interrupted)
     assert quick("search_groups.py", tiny_run, "--out", cut, *SMALL, *flags).returncode == 130
     monkeypatch.undo()
-    log = cut.with_suffix(".jsonl")
     before = log.read_text().splitlines()
     log.write_text("\n".join([*before, '{"note": "half a li']))
     assert not cut.exists() and len(before) == 6
-    done = quick("search_groups.py", tiny_run, "--out", cut, *SMALL, *flags)
+    run("search_groups.py", tiny_run, "--out", cut, *SMALL, *flags)
     after = [line for line in log.read_text().splitlines() if line.endswith("}")]
-    assert done.returncode == 0 and after[:6] == before and len(set(after)) == len(after), done.stderr
-    ours = json.loads(cut.read_text())
-    assert all(ours[key] == whole[key] for key in ("k_groups", "v_groups", "loss", "judged"))
+    assert after[:6] == before and len(set(after)) == len(after) and content(cut) == content(whole)
 
 
 def test_a_log_serves_one_search_at_a_time_and_later_ones_reuse_it(tiny_run, tmp_path):
@@ -170,78 +159,141 @@ def test_a_log_serves_one_search_at_a_time_and_later_ones_reuse_it(tiny_run, tmp
         fcntl.flock(other, fcntl.LOCK_EX)
         done = quick("search_groups.py", tiny_run, "--out", tmp_path / "x.json", *SMALL, *flags, *HALF)
         refused(done, "in use", "--log")
-    search(tiny_run, tmp_path / "half.json", *flags, *HALF)
-    search(tiny_run, tmp_path / "more.json", *flags, "--kv_budget", 0.75)
-    text = log.read_text()
-    search(tiny_run, tmp_path / "again.json", *flags, *HALF)
-    assert log.read_text() == text, "something was measured anew"
-    assert len({json.loads(line)["loss"] for line in text.splitlines()[1:]}) == 8
+    for name, share in (("half", 0.5), ("more", 0.75), ("again", 0.5)):
+        search(tiny_run, tmp_path / f"{name}.json", *flags, "--kv_budget", share)
+    assert len({record["loss"] for record in records(log)[1:]}) == 8 == len(records(log)) - 1
 
 
 def test_foreign_logs_are_left_alone(tiny_run, tmp_path):
-    """Another model, other text or settings, or no log at all: refused, and not a byte changed."""
+    """Another model, other text or settings, or damaged: refused, and not a byte changed."""
     log, changed, checkpoint = tmp_path / "mine.jsonl", tmp_path / "changed.pt", load(tiny_run)
     flags = [*HALF, "--max_evals", 3, "--log", log]
     search(tiny_run, tmp_path / "mine.json", *flags)
-    header, first = log.read_text().splitlines()[:2]
+    header, first = records(log)[:2]
     checkpoint["model"]["layers.0.feed_forward.w1.weight"] *= 1.01
     save(changed, checkpoint)
-    damage = ("loss", "x"), ("kl", math.nan), ("groups", None)
-    lines = [json.dumps({**json.loads(first), name: value}) for name, value in damage]
-    texts = [f"{header}\n{line}\n" for line in lines] + ["my notes\nfor the year", "[" * 10**5]
     others = "--seed 1", "--calibration_tokens 512", "--search_tokens 256", "--refit output", "--merge mean"
-    trials = [*((tiny_run, more, None) for more in others), (changed, "", None)]
-    for ckpt, more, text in trials + [(tiny_run, "", text) for text in texts]:
-        before = log.write_text(text or log.read_text()) and log.read_bytes()
-        done = quick("search_groups.py", ckpt, "--out", tmp_path / "x.json", *SMALL, *flags, *more.split())
+    trials = [(tiny_run, more.split(), log.read_text()) for more in others] + [(changed, [], log.read_text())]
+    for damage in ({"loss": "x"}, {"kl": math.nan}, {"groups": None}):
+        trials.append((tiny_run, [], f"{json.dumps(header)}\n{json.dumps(first | damage)}\n"))
+    for ckpt, more, text in trials:
+        log.write_text(text)
+        done = quick("search_groups.py", ckpt, "--out", tmp_path / "x.json", *SMALL, *flags, *more)
         refused(done, "mine.jsonl", "--log")
-        assert log.read_bytes() == before
+        assert log.read_text() == text
 
 
 @pytest.mark.parametrize("layers", [2, 30])
 def test_moves_find_what_single_layers_do_not_show(tiny_run, tmp_path, monkeypatch, layers):
-    """A made-up loss, whose best counts single layers hide; with 30 layers and the default 60 evaluations
-    there must be moves, too."""
+    """A made-up loss, which misleads below the budget; 30 layers leave evaluations for moves, too."""
     model = sharp_model(n_layer=layers, dim=16, hidden_dim=16, vocab_size=400, block_size=32)
     wish = {slot: 3 if sum(map(ord, slot[1])) + slot[0] & 1 else 1 for slot in head_counts(model)}
 
-    def loss(maps) -> float:
+    def loss(_, maps) -> tuple[float, float]:
+        if isinstance(maps, Llama):
+            return 0, 0
         counts = {(layer, kind): max(maps["kv".index(kind)][layer]) + 1 for layer, kind in wish}
-        if sum(counts.values()) != 2 * len(wish):  # what layers do by themselves misleads
-            return 0.01 * sum((counts[slot] - 4 + wish[slot]) ** 2 for slot in wish)
-        return 0.01 * sum((counts[slot] - wish[slot]) ** 2 for slot in wish)
+        within = sum(counts.values()) == 2 * len(wish)
+        aims = {slot: best if within else 4 - best for slot, best in wish.items()}
+        lost = 0.01 * sum((counts[slot] - aims[slot]) ** 2 for slot in wish)
+        return lost, lost
 
-    measured = lambda _, maps: (0, 0) if isinstance(maps, Llama) else (loss(maps), loss(maps))  # noqa: E731
     monkeypatch.setattr(search_groups, "merge", lambda model, maps, *rest: maps)
-    monkeypatch.setattr(Judge, "__call__", measured)
-    parts = {"model": model.state_dict(), "config": vars(model.config)}
-    save(tmp_path / "x.pt", {**load(tiny_run), **parts})
-    found, records = search(tmp_path / "x.pt", tmp_path / "x.json", *HALF)
-    best = {note: min(r["loss"] for r in records if r["note"] == note) for note in ("knapsack", "move")}
-    assert len(records) <= found["evals"] <= 60 and best["move"] < best["knapsack"]
+    monkeypatch.setattr(Judge, "__call__", loss)
+    saved = load(tiny_run)
+    save(tmp_path / "x.pt", saved | checkpoint_of(model, saved["tokenizer"]))
+    found, seen = search(tmp_path / "x.pt", tmp_path / "x.json", *HALF)
+    best = {note: min(r["loss"] for r in seen if r["note"] == note) for note in ("knapsack", "move")}
+    assert len(seen) <= found["evals"] <= 60 and best["move"] < best["knapsack"]
     assert found["loss"] <= best["move"] and (layers > 2 or found["loss"] == 0)
 
 
-# ---- healing ----
-
-
-def test_healing_brings_a_grouped_model_back_and_resumes(tiny_run, tiny_data, tmp_path):
-    """Towards a teacher whose attention matters; a run in two parts ends with the bits of one."""
-    teacher, small, rng = tmp_path / "teacher.pt", tmp_path / "small.pt", torch.Generator().manual_seed(0)
-    checkpoint = load(tiny_run)
+def test_healing_brings_a_grouped_model_back(tiny_run, tiny_data, tmp_path):
+    """To a teacher whose attention matters."""
+    teacher, small, checkpoint = tmp_path / "teacher.pt", tmp_path / "small.pt", load(tiny_run)
     for name, x in checkpoint["model"].items():
         if ".attention." in name:
-            checkpoint["model"][name] = torch.randn(x.shape, generator=rng)
+            checkpoint["model"][name] = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     save(teacher, checkpoint)
     grouped(teacher, small, "--n_kv_head", 1, "--merge", "mean", "--refit", "none")
     flags = ["--init_from", small, "--teacher", teacher, "--distil_weight", 1, "--batch_size", 4]
-    flags += ["--warmup_steps", 0, "--lr", 0.005, "--min_lr", 0.005, "--eval_every", 16, "--eval_tokens", 512]
-    for out, how, steps in (("whole", flags, 40), ("cut", flags, 16), ("cut", ["--resume"], 40)):
-        done = quick("train.py", *how, "--out_dir", tmp_path / out, "--max_steps", steps)
-        assert done.returncode == 0, done.stderr
-    ours, theirs = (load(tmp_path / out / "ckpt.pt") for out in ("cut", "whole"))
-    assert ours["step"] == 40 and ours["grouped"] == load(small)["grouped"]
-    assert all(torch.equal(ours["model"][name], x) for name, x in theirs["model"].items())
+    flags += ["--warmup_steps", 0, "--lr", 0.005, "--min_lr", 0.005, "--eval_tokens", 0, "--max_steps", 40]
+    run("train.py", *flags, "--out_dir", tmp_path)
+    healed = load(tmp_path / "ckpt.pt")
+    assert healed["grouped"] == load(small)["grouped"]
     judge = Judge(build_model(checkpoint), np.fromfile(tiny_data / "val.bin", np.uint16)[: 8 * 32 + 1])
-    before, after = (judge(build_model(part))[1] for part in (load(small), theirs))
+    before, after = (judge(build_model(part))[1] for part in (load(small), healed))
     assert after < 0.9 * before, (before, after)
+
+
+def all_partitions(heads: list[int]):
+    if not heads:
+        yield []
+        return
+    for rest in all_partitions(heads[1:]):
+        yield [[heads[0]], *rest]
+        for i in range(len(rest)):
+            yield [*rest[:i], [heads[0], *rest[i]], *rest[i + 1 :]]
+
+
+@pytest.mark.parametrize("n", range(1, 8))
+def test_the_partition_is_the_cheapest_of_all(n):
+    rng = np.random.default_rng(n)
+    table = {s: rng.random() * len(s) for size in range(1, n + 1) for s in combinations(range(n), size)}
+
+    def cost(sets):
+        return np.array([table[tuple(s)] for s in sets.tolist()])
+
+    least = dict.fromkeys(range(1, n + 1), math.inf)
+    for groups in all_partitions(list(range(n))):
+        total = sum(table[tuple(sorted(g))] for g in groups)
+        least[len(groups)] = min(least[len(groups)], total)
+    for g, (total, groups) in best_partitions(n, cost).items():
+        assert len(groups) == g and sorted(h for group in groups for h in group) == list(range(n))
+        assert math.isclose(total, least[g]) and math.isclose(total, sum(table[tuple(x)] for x in groups))
+        assert best_partitions(n, cost, [g]) == {g: (total, groups)}, "asked alone"
+
+
+def test_many_heads_are_parted_well():
+    points = np.random.default_rng(0).normal(size=(5, 3))[np.arange(20) % 5]
+    points = points + 0.01 * np.random.default_rng(1).normal(size=points.shape)
+
+    def spread(sets):
+        return points[sets].var(axis=1).sum(-1) * sets.shape[1]
+
+    assert best_partitions(20, spread, [5])[5][1] == [[i, i + 5, i + 10, i + 15] for i in range(5)]
+    points = np.random.default_rng(0).normal(size=(8, 2))
+    exact, greedy = (parted(8, spread, range(2, 8)) for parted in (exact_partitions, greedy_partitions))
+    ratios = [greedy[g][0] / exact[g][0] for g in exact]
+    assert min(ratios) > 1 - 1e-9 and np.median(ratios) < 1.001 and max(ratios) < 1.5, ratios
+
+
+def test_knapsack_is_the_best_of_all_choices():
+    rng = np.random.default_rng(0)
+    values = [np.sort(rng.random(n))[::-1] for n in (3, 1, 4, 2)]
+    least, counts = knapsack(values)
+    sums = {}
+    for choice in np.ndindex(3, 1, 4, 2):
+        total = sum(choice) + 4
+        sums[total] = min(sums.get(total, math.inf), sum(value[g] for value, g in zip(values, choice)))
+    for total in range(11):
+        assert math.isclose(least[total], sums.get(total, math.inf)), total
+        if total in sums:
+            assert sum(counts[total]) == total
+            assert math.isclose(sum(v[g - 1] for v, g in zip(values, counts[total])), sums[total])
+
+
+def test_interpolation_passes_through_what_was_measured():
+    costs = [10.0, 5.0, 2.0, 1.0, 0.3, 0.0]
+    known = {g: 0.02 * costs[g - 1] ** 1.5 for g in (1, 3, 5)}
+    values = interpolated(known, costs)
+    assert values[5] == 0 and np.allclose(values[:5], [0.02 * cost**1.5 for cost in costs[:5]])
+    assert np.isfinite(interpolated({1: 0.0, 2: 0.0}, [0.0, 0.0, 0.0])).all()
+    for known in ({2: 0.1}, {1: 0.1, 2: 0.3, 3: 0.01}):
+        assert (np.diff(interpolated(known, costs)) <= 0).all(), "more groups are never worse"
+
+
+def test_shares_are_spread_in_proportion_to_the_heads():
+    heads = {(0, "k"): 4, (1, "k"): 2, (0, "v"): 4, (1, "v"): 2}
+    assert even_counts(heads, 6) == {(0, "k"): 2, (1, "k"): 1, (0, "v"): 2, (1, "v"): 1}
+    assert budget(heads, 0.5) == 6 and budget(heads, 0.6) == 7, "never more than the share"
