@@ -200,21 +200,16 @@ def show(path: str | Path) -> None:
         print(f"tokenizer: {t.kind}, {t.vocab_size:,} tokens, BOS {t.bos}, EOS {t.eos}")
     if lora.lora_r:
         size = sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in adapters(model))
-        where = f"{' '.join(lora.lora_targets)}, r {lora.lora_r}, alpha {lora.lora_alpha:g}"
-        print(f"LoRA: {size:,} parameters on {where}, not merged")
+        print(f"LoRA: {size:,} parameters, not merged")
     if stored := [layer for layer in model.modules() if isinstance(layer, NF4Linear)]:
-        weights = sum(layer.num_weights for layer in stored)
-        size = sum(x.nbytes for layer in stored for x in layer.buffers())
-        bits = f"{8 * size / weights:.3f} bits each"
-        print(f"NF4: the {weights:,} weights of the blocks' matrices in {size:,} bytes ({bits})")
-    for key in ("grouped", "train"):
-        values = {k: v for k, v in checkpoint.get(key, {}).items() if v is not None}
-        if values:
-            print(f"{key}: " + ", ".join(f"{k} {v}" for k, v in values.items()))
-    if "step" in checkpoint:
-        print(f"trained for {checkpoint['step']} steps, {checkpoint.get('tokens')} tokens")
-    if "source" in checkpoint:
-        print(f"imported from {checkpoint['source']}")
+        weights, size = sum(x.num_weights for x in stored), sum(b.nbytes for x in stored for b in x.buffers())
+        print(f"NF4: {weights:,} weights in {size:,} bytes ({8 * size / weights:.3f} bits each)")
+    for key in ("lora", "grouped", "train", "step", "tokens", "source"):
+        values = checkpoint.get(key)
+        if isinstance(values, dict):
+            values = ", ".join(f"{k} {v}" for k, v in values.items() if v is not None)
+        if values is not None:
+            print(f"{key}: {values}")
 
 
 def main() -> None:

@@ -78,8 +78,8 @@ def checked(cls: type, values: dict):
     """cls(**values). Raises UserError for an unknown name, a wrong type, a number out of bounds."""
     kinds = typing.get_type_hints(cls)
     for name, value in values.items():
-        if name not in kinds or not is_a(value, kinds[name]):
-            raise UserError(f"{str(name)[:80]} {repr(value)[:80]} is no setting here: a damaged file?")
+        sound = name in kinds and is_a(value, kinds[name])
+        require(sound, f"{str(name)[:80]} {repr(value)[:80]} is no setting here: a damaged file?")
     check_bounds(cls, values)
     return cls(**values)
 
@@ -99,9 +99,7 @@ def add_flags(parser: Parser, cls: type) -> None:
     source = "".join(inspect.getsource(c) for c in cls.__mro__ if dataclasses.is_dataclass(c))
     comments = dict(re.findall(r"^    (\w+): [^#\n]*# (.+)$", source, re.MULTILINE))
     kinds, group = typing.get_type_hints(cls), parser.add_argument_group(cls.__doc__)
-    for field in dataclasses.fields(cls):
-        if field.metadata == NO_FLAG:
-            continue
+    for field in [field for field in dataclasses.fields(cls) if field.metadata != NO_FLAG]:
         assert field.name in comments, f"{cls.__name__}.{field.name} has no comment behind it"
         options: dict = {"help": comments[field.name].replace("%", "%%")}
         if field.default not in (dataclasses.MISSING, None):
@@ -176,25 +174,23 @@ def pick_device(name: str) -> torch.device:
     gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     here = ["cuda", *(f"cuda:{i}" for i in range(gpus))] if gpus else []
     here += ["mps"] * (torch.backends.mps.is_available() and processes == 1) + ["cpu"]
-    if name not in ["auto", *here]:
-        raise UserError(f"--device {name} is not here; this machine has {', '.join(here)}")
+    require(name in ["auto", *here], f"--device {name} is not here; this machine has {', '.join(here)}")
     device = torch.device(here[0] if name == "auto" else name)
     if device.type == "cuda" and processes > 1 and (device.index is not None or processes > gpus):
         remedy = f"give --nproc_per_node {gpus} and --device cuda, or --device cpu"
         raise UserError(f"{processes} processes on --device {device} need a GPU each: {remedy}")
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if device.type == "cpu" else None
-    if mallopt and sys.platform == "linux":
+    if device.type == "cpu" and sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         # glibc gives freed blocks back, and mapping the next step's tensors anew takes a sixth of a training
         # step: let it keep them (M_MMAP_MAX, M_TRIM_THRESHOLD)
-        mallopt(-4, 0)
-        mallopt(-1, 2**31 - 1)
+        ctypes.CDLL(None).mallopt(-4, 0)
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
     return device
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The format of matrix products; weights, norms, softmax sums and the loss stay in float32. `auto` is
-    bfloat16 where the hardware multiplies it (recent GPUs; CPUs with AVX512-BF16 or AMX), float16 on older
-    GPUs, and float32 elsewhere: an emulated bfloat16 is slower than float32."""
+    bfloat16 where the hardware multiplies it (recent GPUs; CPUs with AVX512-BF16 or AMX; emulated, it is
+    slower than float32), float16 on older GPUs, and float32 elsewhere."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
@@ -249,9 +245,7 @@ def replacing(path: Path, mode: str) -> Iterator[typing.IO]:
         cause = error if isinstance(error, OSError) else error.__context__
         if isinstance(cause, OSError):
             raise UserError(f"cannot write {path}: {cause}; a file that was there is kept") from None
-        if isinstance(cause, KeyboardInterrupt):
-            raise cause from None
-        raise
+        raise (cause if isinstance(cause, KeyboardInterrupt) else error) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -267,8 +261,6 @@ def held(folder: Path) -> Iterator[None]:
     except BlockingIOError:
         os.close(descriptor)
         raise UserError(f"{folder} is in use by another process: wait for it, or name another") from None
-    except OSError:  # a file system without locks
-        pass
     try:
         yield
     finally:
@@ -279,8 +271,8 @@ def held(folder: Path) -> Iterator[None]:
 
 def writable(path: Path, overwrite: bool) -> None:
     """Raise UserError if `path` is a folder, or a file that must not be replaced."""
-    if path.is_dir() or (path.exists() and not overwrite):
-        raise UserError(f"{path} exists: give the name of a new file, or --overwrite one")
+    taken = path.is_dir() or (path.exists() and not overwrite)
+    require(not taken, f"{path} exists: give the name of a new file, or --overwrite one")
 
 
 def sha256_of(path: Path) -> str:

@@ -6,7 +6,6 @@ cheapest partition of the rest. With more heads, the two groups whose union adds
 then heads move and change places while that helps.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from itertools import combinations
 
@@ -94,21 +93,6 @@ def improve(groups: Groups, costs: Callable[[Groups], list[float]]) -> Groups:
             return groups
         a, b, groups_a, groups_b = trials[best]
         groups[a], groups[b] = groups_a, groups_b
-
-
-def interpolated(known: dict[int, float], costs: list[float]) -> np.ndarray:
-    """KL divergence for 1 .. n groups, known for some: log KL is interpolated linearly over log cost, and
-    beyond the measured sizes continues with the slope of the nearest two, or 1. n groups cost 0."""
-    x = np.log(np.maximum(costs, 1e-12 * max(costs) + 1e-300))
-    sizes = sorted(known, reverse=True)  # costs ascend
-    xs, ys = x[[g - 1 for g in sizes]], [math.log(max(known[g], 1e-9)) for g in sizes]
-    values = np.zeros(len(costs))
-    for g in range(1, len(costs)):
-        i = int(np.clip(np.searchsorted(xs, x[g - 1]), 1, max(1, len(xs) - 1)))
-        rise = xs[i] - xs[i - 1] if len(xs) > 1 else 0
-        slope = (ys[i] - ys[i - 1]) / rise if rise > 1e-9 else 1.0
-        values[g - 1] = math.exp(min(ys[i - 1] + max(0.0, slope) * (x[g - 1] - xs[i - 1]), 700))
-    return np.maximum.accumulate(values[::-1])[::-1]  # fewer groups are never better
 
 
 def knapsack(values: list[np.ndarray]) -> tuple[np.ndarray, list[list[int]]]:

@@ -6,11 +6,11 @@
         --method random --joint --merge mean --refit none                               # the published search
     python gqa.py ckpt.pt --groups groups.json --out grouped.pt
 
-The closed form decides which heads of a layer share (gqa.py); this searches for how many. `knapsack` groups
-one layer's K or V heads at a time, measures the KL divergence from the original's predictions, interpolates
-along the closed form's cost, and spends the budget where the sum of divergences is smallest; then it tries
-moving one group from one slot to another, starting from any grouping measured so far; the best prediction is
-measured first. `random` draws a group for every head.
+The closed form decides which heads of a layer share (gqa.py); this searches for how many. `knapsack` predicts
+from one backward pass how far fewer groups in one layer's K or V move the model's predictions (KL
+divergence), and spends the budget where the sum is smallest; then it tries moving one group from one slot to
+another, starting from any grouping measured so far; the best prediction is measured first. `random` draws a
+group for every head.
 
 The val split is cut in three: the search reads the first part, the second ranks its best three and the
 baselines, the third gives the reported numbers. The evaluations are lines of a JSONL file: an interrupted
@@ -24,7 +24,7 @@ import json
 import math
 import operator
 from dataclasses import asdict, dataclass
-from itertools import permutations
+from itertools import permutations, product
 from pathlib import Path
 from typing import IO, Literal
 
@@ -37,11 +37,11 @@ from checkpoint import picture
 from common import UserError, bounded, exit_cleanly, parse, replacing, require, writable
 from eval_ppl import MOST_LOGITS, perplexity
 from gqa import (
-    TINY, Counts, MergeConfig, Slot, as_maps, budget, choose, even_counts, head_counts, merge, merged_config,
-    open_inputs, slot_costs, statistics,
+    Counts, MergeConfig, Slot, as_maps, budget, choose, divergence, even_counts, head_counts, merge,
+    merged_config, open_inputs, sensitivity, slot_costs, statistics,
 )  # fmt: skip
 from model import Llama, Maps, widen
-from partition import best_partitions, interpolated, knapsack
+from partition import best_partitions, knapsack
 from refit import refit
 
 NAMES = ("ppl", "loss", "groups", "kv_bytes")  # what an objective may name
@@ -51,6 +51,7 @@ OPERATORS = {
     ast.Pow: operator.pow, ast.USub: operator.neg,
 }  # fmt: skip
 MOST_CONTEXT = 1024  # tokens; longer contexts take much memory, and change few choices
+SENSED = 4096  # calibration tokens of the backward pass
 
 
 @dataclass
@@ -191,7 +192,7 @@ class Search:
         self.log, self.records = open_log(Path(config.log), header)
         self.judge, self.choice, self.report = (Judge(model, text) for text in texts)
         self.stats = statistics(model, blocks)
-        self.seen: list[dict] = []  # the groupings of this search that keep to the budget, each once
+        self.seen: list[dict] = []  # the groupings of this search, each once
         self.evals, self.bar = 0, tqdm(total=config.max_evals, desc=config.method, disable=None)
 
     def maps(self, counts: Counts) -> tuple[Maps, Maps]:
@@ -216,91 +217,63 @@ class Search:
             return record["loss"]
         return objective(self.config.objective, record["loss"], record["groups"], record["kv_bytes"])
 
-    def measure(self, maps: tuple[Maps, Maps], note: str, candidate: bool = True) -> dict:
-        """Evaluate a grouping, unless the log has it; a candidate may be the answer."""
+    def measure(self, maps: tuple[Maps, Maps], note: str) -> dict:
+        """Evaluate a grouping, unless the log has it."""
         if key(maps) not in self.records:
             half = self.blocks[: max(1, len(self.blocks) // 2)]  # refitting takes most of the time
             loss, kl = self.judge(self.grouped(maps, half))
             self.records[key(maps)] = {"note": note, "loss": loss, "kl": kl, **self.described(maps)}
             print(json.dumps(self.records[key(maps)]), file=self.log)
         record = self.records[key(maps)]
-        if candidate and record not in self.seen:
+        if record not in self.seen:
             self.seen.append(record)
         self.evals += 1
-        self.bar.set_postfix_str(f"best {min(map(self.value, self.seen)):.4f}" if self.seen else "probing")
+        self.bar.set_postfix_str(f"best {min(map(self.value, self.seen)):.4f}")
         self.bar.update()
         return record
 
 
-def probe(search: Search) -> dict[Slot, np.ndarray]:
-    """For each slot the KL divergence that 1, 2, ... groups in it alone cause. Sizes are measured in the
-    order 1/2, one group, 1/4, 3/4 of the heads, within 2/5 of max_evals, or 1/2 of it if those do not reach
-    every slot once. What was not measured gets the median divergence per cost of its kind."""
-    heads, costs, limit = search.heads, {}, search.config.max_evals
-    for slot, n in heads.items():  # all numbers of groups at once
-        search.known[slot] = best_partitions(n, slot_costs(search.model, search.stats, slot))
-        costs[slot] = [search.known[slot][g][0] for g in range(1, n + 1)]
-    measured: dict[Slot, dict[int, float]] = {slot: {} for slot in heads}
-    limit = max(2 * limit // 5, min(len(heads), limit // 2))
-    for share in (0.5, 0, 0.25, 0.75):
-        todo = {slot: max(1, round(share * n)) for slot, n in heads.items()}
-        todo = [(slot, g) for slot, g in todo.items() if g < heads[slot] and g not in measured[slot]]
-        room = limit - sum(map(len, measured.values()))
-        if room <= 0:
-            break
-        for slot, g in todo[:: max(1, math.ceil(len(todo) / room))]:  # evenly over layers and kinds
-            note = f"{slot[1]} of layer {slot[0]}: {g}"
-            measured[slot][g] = search.measure(search.maps({**heads, slot: g}), note, candidate=False)["kl"]
-    values, rates = {}, {"k": [], "v": [], "joint": []}
-    for slot, of_slot in measured.items():
-        rates[slot[1]] += [kl / max(costs[slot][g - 1], TINY) for g, kl in of_slot.items()]
-    for slot, of_slot in measured.items():
-        usual = np.median(rates[slot[1]] or [1.0])
-        values[slot] = interpolated(of_slot, costs[slot]) if of_slot else usual * np.array(costs[slot])
-    return values
+def predict(search: Search) -> dict[Slot, np.ndarray]:
+    """For each slot the KL divergence that 1, 2, ... groups in it alone cause, without an evaluation."""
+    model, heads, values = search.model, search.heads, {}
+    found = sensitivity(model, search.blocks[: max(1, SENSED // search.blocks.shape[1])])
+    for slot, n in heads.items():
+        search.known[slot] = best_partitions(n, slot_costs(model, search.stats, slot))  # for all g at once
+        values[slot] = np.zeros(n)
+    for kind, g in product(dict.fromkeys(kind for _, kind in heads), range(1, max(heads.values()))):
+        fewer = {slot: g for slot, n in heads.items() if slot[1] == kind and g < n}
+        small = merge(model, search.maps({**heads, **fewer}), search.stats, search.config.merge)
+        for layer, _ in fewer:
+            values[layer, kind][g - 1] = divergence(small.layers[layer].attention, found[layer])
+    # fewer groups are never better
+    return {slot: np.maximum.accumulate(of_slot[::-1])[::-1] for slot, of_slot in values.items()}
 
 
 def knapsack_search(search: Search) -> None:
-    """Probe each slot; spend the budget where the sum of the KL divergences is smallest; then, until
-    max_evals, measure the untried counts with the lowest prediction. A neighbour of measured counts, one
-    group given from one slot to another, is predicted to have their loss plus the change of the two slots'
-    KL: both are nats a token."""
-    kl_of = probe(search)
+    """Spend each budget where the sum of the predicted KL divergences is smallest; then, until max_evals,
+    measure the untried counts with the best prediction. A neighbour of measured counts, one group given from
+    one slot to another, is predicted to have their loss plus the change of the two slots' divergence."""
+    kl_of, start, moves = predict(search), search.judge(search.model)[0], set()
     sums, counts = knapsack(list(kl_of.values()))
-    if search.total is None:
-        return over_budgets(search, sums, counts)
-    predicted, tried, note = {tuple(counts[search.total]): 0.0}, set(), "knapsack"
+    predicted, measured = {}, set()  # {numbers of groups in all slots: value}
+    for total in [search.total] if search.total else np.flatnonzero(np.isfinite(sums)).tolist():
+        sizes = search.described(search.maps(dict(zip(search.heads, counts[total]))))
+        predicted[tuple(counts[total])] = search.value({**sizes, "loss": float(start + sums[total])})
     while predicted and search.evals < search.config.max_evals:
         best = min(predicted, key=predicted.get)
         del predicted[best]
-        tried.add(best)
+        measured.add(best)
         now = dict(zip(search.heads, best))
-        measured, note = search.value(search.measure(search.maps(now), note)), "move"
+        record = search.measure(search.maps(now), "move" if best in moves else "knapsack")
         for giver, taker in permutations(now, 2):
             there = {**now, giver: now[giver] - 1, taker: now[taker] + 1}
             near = tuple(there.values())
-            if there[giver] and there[taker] <= search.heads[taker] and near not in tried:
+            if there[giver] and there[taker] <= search.heads[taker] and near not in measured:
                 change = sum(kl_of[s][there[s] - 1] - kl_of[s][now[s] - 1] for s in (giver, taker))
-                predicted[near] = min(predicted.get(near, math.inf), measured + change)
-
-
-def over_budgets(search: Search, sums: np.ndarray, counts: list[list[int]]) -> None:
-    """Evaluate the budget whose predicted objective is best, correct the predictions by what was measured,
-    and so on until it is one that was measured."""
-    start, ratios, maps = search.measure(search.maps(search.heads), "the original"), {}, {}
-    for total in np.flatnonzero(np.isfinite(sums)).tolist():
-        maps[total] = search.maps(dict(zip(search.heads, counts[total])))
-    while search.evals < search.config.max_evals:
-        predicted = {}
-        for total in maps:
-            near = min(ratios, key=lambda measured, total=total: abs(measured - total), default=None)
-            loss = float(start["loss"] + sums[total] * ratios.get(near, 1.0))
-            predicted[total] = search.value({**search.described(maps[total]), "loss": loss})
-        total = min(predicted, key=predicted.get)
-        if total in ratios:
-            return
-        record = search.measure(maps[total], f"knapsack of {total}")
-        ratios[total] = max(0.0, record["loss"] - start["loss"]) / max(sums[total], 1e-12)
+                value = search.value({**record, "loss": record["loss"] + change})
+                if value < predicted.get(near, math.inf):
+                    predicted[near] = value
+                    moves.add(near)
 
 
 def random_search(search: Search) -> None:

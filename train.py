@@ -230,6 +230,10 @@ def distilled(model: nn.Module, teacher: Llama, x, y: torch.Tensor, weight: floa
     return (1 - weight) * F.nll_loss(ours, y.flatten()[counted], reduction="sum") + weight * kl
 
 
+def target_tokens(batches: list[Batch]) -> int:
+    return sum((y != IGNORE).sum().item() for _, y in batches)
+
+
 def train_step(
     learner: nn.Module, batches: list[Batch], optimizers: list[torch.optim.Optimizer], lr: float,
     dtype: torch.dtype, scaler: torch.amp.GradScaler, grad_clip: float = 1.0,
@@ -244,8 +248,7 @@ def train_step(
     times world() makes that average the sum. When the norm is not finite nothing is stepped, and the scaler
     tries a smaller scale next time.
     """
-    device = next(learner.parameters()).device
-    tokens = max(1, sum((y != IGNORE).sum().item() for _, y in batches))
+    device, tokens = next(learner.parameters()).device, max(1, target_tokens(batches))
     step_loss = torch.zeros((), device=device)
     for i, batch in enumerate(batches):
         send_gradients(learner, now=i == len(batches) - 1)
@@ -276,13 +279,11 @@ def train_step(
 @torch.no_grad()
 def mean_loss(model: Llama, batches: list[Batch], dtype: torch.dtype) -> tuple[float, int]:
     """Loss, nats a token, and the number of target tokens."""
-    device, loss = model.tok_embeddings.weight.device, 0.0
-    tokens = sum((y != IGNORE).sum().item() for _, y in batches)
+    device, tokens = model.tok_embeddings.weight.device, target_tokens(batches)
     # compiling once more, for other shapes, would take longer than this
     with autocast(device, dtype), torch.compiler.set_stance("force_eager"):
-        for batch in batches:
-            x, y = own_rows(*batch)
-            loss += model(x.to(device), y.to(device)).item()
+        rows = [[part.to(device) for part in own_rows(*batch)] for batch in batches]
+        loss = sum(model(x, y).item() for x, y in rows)
     return sum_over_ranks(loss) / max(1, tokens), tokens
 
 
@@ -340,8 +341,6 @@ def describe(model: Llama, config: TrainConfig, lora: LoRAConfig, data: Text | E
     epochs = size * config.max_steps / (len(data.tokens) if text else len(data.spans))
     print(f"batch: {config.batch_size} sequences x {config.grad_accum} micro-batches, ", end="")
     print(f"{size:,} {unit} a step; {config.max_steps:,} steps = {epochs:.3f} epochs of {config.dataset}")
-    if not text and data.note:
-        print(f"note: {data.note}")
     settings = {"model": asdict(c), "lora": asdict(lora), "train": asdict(config)}
     return {**settings, "params": params, "trainable": trainable, "epochs": epochs}
 
@@ -370,12 +369,12 @@ def restore(checkpoint: dict, optimizers: list[torch.optim.Optimizer], scaler: t
 def catch_signals() -> list[int]:
     """A list on which Ctrl-C and SIGTERM are put, for the loop to save and leave; one more than a second
     after the first ends the process at once (a batch system may send the first twice)."""
-    caught, first = [], []
+    caught, times = [], []
 
     def catch(number, frame):
         caught.append(number)
-        first.append(time.monotonic())
-        if time.monotonic() > first[0] + 1:
+        times.append(time.monotonic())
+        if times[-1] > times[0] + 1:
             os._exit(128 + number)
 
     signal.signal(signal.SIGINT, catch)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import IGNORE, UserError, require, sha256_of
+from common import IGNORE, UserError, note, require, sha256_of
 from data.tokenizer import Tokenizer, read_tokenizer
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, (B, T) int64
@@ -94,7 +94,7 @@ def padded(examples: list[tuple]) -> Batch:
 
 class Examples:
     """A split of instruction data: a padded row per example, which sees no other, with loss on the answer.
-    Examples longer than block_size are left out, never cut; `note` counts them."""
+    Examples longer than block_size are left out, never cut."""
 
     def __init__(self, folder: Path, meta: dict, split: str, block_size: int):
         path = folder / f"{split}.mask"
@@ -104,9 +104,11 @@ class Examples:
         spans = np.stack((np.append(0, edges[1:-1:2]), edges[::2], edges[1::2]), axis=1)
         lengths = spans[:, 2] - spans[:, 0] - 1  # the last token is no input
         fits = lengths <= block_size
-        note = f"{sum(~fits)} of {len(fits)} {split} examples left out: longer than block_size {block_size}"
-        require(fits.any(), f"{folder}: {note}")
-        self.spans, self.lengths, self.note = spans[fits], lengths[fits], "" if fits.all() else note
+        left = f"{sum(~fits)} of {len(fits)} {split} examples left out: longer than block_size {block_size}"
+        require(fits.any(), f"{folder}: {left}")
+        self.spans, self.lengths = spans[fits], lengths[fits]
+        if not fits.all():
+            note(left)
 
     def parts(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Prompt and answer of an example."""

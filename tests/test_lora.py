@@ -134,7 +134,7 @@ def test_an_adapter_is_trained_further_shown_scored_and_merged(tiny_run, tmp_pat
     name, path, merged = "layers.0.attention.wq.lora_B", tmp_path / "second/ckpt.pt", tmp_path / "merged.pt"
     assert second["lora"] == first["lora"] and not torch.equal(first["model"][name], second["model"][name])
     shown = run("checkpoint.py", "show", path).stdout
-    assert "LoRA: 1,024 parameters" in shown and "NF4: the 26,624 weights" in shown
+    assert "LoRA: 1,024 parameters" in shown and "NF4: 26,624 weights" in shown
     shown = run("checkpoint.py", "merge", path, "--out", merged).stdout
     assert "LoRA" not in shown and "NF4" not in shown
     scores = (run("eval_ppl.py", x, "--max_tokens", 999, "--json").stdout for x in (path, merged))
