@@ -1,6 +1,8 @@
-"""Refit the attention of a model whose heads were merged to the original's, layer by layer, without labels.
+"""What a model's attention does on a text, and refitting a model of merged heads to it, without labels.
 
-Merging in closed form (gqa.py) does the best that weights allow, head by head. What is left to gain:
+The closed forms of gqa.py need the `statistics` of each layer; `sensitivity`, from one backward pass, tells
+what an error in a layer does to the model's predictions. Merging in closed form does the best that weights
+allow, head by head. What refitting adds, layer by layer:
 
     wo      heads' errors add up, and the layers below change the inputs: ridge regression finds the wo that
             comes closest to the original's residual stream
@@ -8,11 +10,14 @@ Merging in closed form (gqa.py) does the best that weights allow, head by head. 
             softmax: L-BFGS moves the two until the queries look where they looked
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from model import Attention, Llama, rope_angles, rotate, scores
+from common import require
+from model import Attention, Llama, rope_angles, rotate, scores, widen
 
 SLICE = 8  # rows of text computed at a time
 QUERIES = 64  # sampled in each row of text, evenly spaced, to observe attention
@@ -22,11 +27,80 @@ RIDGE = 1e-3
 TINY = 1e-30
 
 
+# ---- observe ----
+
+
 def observed(T: int, device: torch.device) -> tuple[slice, torch.Tensor]:
     """The observed queries among T, the last of them one, and the keys that they see, (queries, T)."""
     every = max(1, T // QUERIES)
     some = slice((T - 1) % every, None, every)
     return some, torch.ones(T, T, dtype=torch.bool, device=device).tril()[some]
+
+
+@dataclass
+class Statistics:
+    """Means over a layer's attention inputs x and queries q, in float64."""
+
+    inputs: torch.Tensor  # (C, C) E[x x^T]; not centred, since RoPE makes a constant key vary
+    mixed: torch.Tensor  # (C, C) E[m m^T], m = sum_s a_s x_s as attention mixes x for an observed query
+    energy: torch.Tensor  # (H, D/2) E|q_f|^2 of each RoPE pair f
+
+
+@torch.no_grad()
+def statistics(model: Llama, tokens: torch.Tensor) -> list[Statistics]:
+    """Of every layer, over tokens (N, T). Raises UserError for a model that computes inf or nan."""
+    stats = [Statistics(0, 0, 0) for _ in model.layers]
+    some, seen = observed(tokens.shape[1], tokens.device)
+
+    def observe(attention: Attention, inputs: tuple) -> None:
+        x, *rope = inputs[:3]
+        q, k, _ = attention.project(x, *rope)
+        m = (scores(q[:, :, some], k, attention.k_groups, seen).softmax(-1) @ x[:, None]).flatten(0, 2)
+        sums, rows = stats[attention.layer], x.flatten(0, 1)
+        sums.inputs += (rows.T @ rows).double()
+        sums.mixed += (m.T @ m).double()
+        sums.energy += q.unflatten(-1, (-1, 2)).square().sum(dim=(0, 2, 4), dtype=torch.float64)
+
+    hooks = [layer.attention.register_forward_pre_hook(observe) for layer in model.layers]
+    finite = [model.hidden(part).isfinite().all() for part in tokens.split(SLICE)]
+    for hook in hooks:
+        hook.remove()
+    require(all(finite), "the model computes inf or nan: its weights are damaged, or its training diverged")
+    count, observations = tokens.numel(), len(tokens) * len(seen) * model.config.n_head
+    return [Statistics(s.inputs / count, s.mixed / observations, s.energy / count) for s in stats]
+
+
+@torch.enable_grad()
+def sensitivity(model: Llama, tokens: torch.Tensor) -> list[list[tuple]]:
+    """Of every layer and part of the tokens (N, T): the attention's arguments (x, cos, sin), its output y,
+    and the gradient at y, of the log-likelihood of tokens that the model draws; x, y and it are (B, T, C)."""
+    found, generator = [[] for _ in model.layers], torch.Generator(tokens.device).manual_seed(0)
+
+    def observe(attention: Attention, inputs: tuple, y: torch.Tensor) -> None:
+        args, of_layer = (inputs[0].detach(), *inputs[1:3]), found[attention.layer]
+        y.register_hook(lambda g: of_layer.append((args, y.detach(), g)))
+
+    hooks = [layer.attention.register_forward_hook(observe) for layer in model.layers]
+    hooks.append(model.tok_embeddings.register_forward_hook(lambda module, inputs, x: x.requires_grad_()))
+    for part in tokens.split(2):
+        log_p = widen(model(part)).log_softmax(-1).flatten(0, 1)
+        drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+        log_p.gather(1, drawn).sum().backward()
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@torch.no_grad()
+def divergence(attention: Attention, found: list[tuple]) -> float:
+    """The KL divergence, nats a token, that an attention would cause in the place of the one whose
+    `sensitivity` is `found`: E[(g . error)^2] / 2 to second order, since E[g g^T] over tokens drawn from the
+    model is the Fisher information."""
+    squares = [(g * (attention(*args) - y)).sum(-1).square().mean() for args, y, g in found]
+    return torch.stack(squares).mean().item() / 2
+
+
+# ---- refit ----
 
 
 @torch.no_grad()

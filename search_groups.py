@@ -37,12 +37,12 @@ from checkpoint import picture
 from common import UserError, bounded, exit_cleanly, parse, replacing, require, writable
 from eval_ppl import MOST_LOGITS, perplexity
 from gqa import (
-    Counts, MergeConfig, Slot, as_maps, budget, choose, divergence, even_counts, head_counts, merge,
-    merged_config, open_inputs, sensitivity, slot_costs, statistics,
+    Counts, MergeConfig, Slot, as_maps, budget, choose, even_counts, head_counts, merge, merged_config,
+    open_inputs, slot_costs,
 )  # fmt: skip
 from model import Llama, Maps, widen
 from partition import best_partitions, knapsack
-from refit import refit
+from refit import divergence, refit, sensitivity, statistics
 
 NAMES = ("ppl", "loss", "groups", "kv_bytes")  # what an objective may name
 NUMBERS = ("loss", "kl", "groups", "kv_bytes")  # of an evaluation

@@ -18,9 +18,10 @@ from test_gqa import grouped, variant
 import search_groups
 from checkpoint import build_model, load, save
 from common import UserError
-from gqa import budget, divergence, even_counts, head_counts, merge, sensitivity
+from gqa import budget, even_counts, head_counts, merge
 from model import Llama
 from partition import best_partitions, exact_partitions, greedy_partitions, knapsack
+from refit import divergence, sensitivity
 from search_groups import Judge, objective
 
 SMALL = ["--calibration_tokens", 1024, "--search_tokens", 512]
