@@ -92,7 +92,7 @@ def read_peft(folder: Path, base: Llama) -> tuple[LoRAConfig, Weights]:
         names = empty_model(base.config, LoRAConfig(1, lora_targets=list(TARGETS))).state_dict()
         ours = {peft_name(name): name for name in names if ".lora_" in name}
         tensors = {ours.get(name, name): x for name, x in tensors.items()}
-        targets = [target for target in TARGETS if any(f".{target}." in name for name in tensors)]
+        targets = [target for target in TARGETS if target in {name.split(".")[-2] for name in tensors}]
         fields = {"lora_r": config["r"], "lora_alpha": config["lora_alpha"], "lora_targets": targets}
         settings = checked(LoRAConfig, {**fields, "lora_dropout": config.get("lora_dropout", 0.0)})
         if config.get("use_rslora"):  # scales by alpha / sqrt(r)
