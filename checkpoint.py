@@ -133,9 +133,14 @@ def build_model(checkpoint: dict, device: str | torch.device = "cpu", dtype=None
     return model.to(device, dtype).eval()
 
 
-def build(checkpoint: dict, device: str | torch.device = "cpu") -> tuple[Llama, Tokenizer]:
-    """The model, in eval mode, and the tokenizer of a loaded checkpoint."""
+def build(
+    checkpoint: dict, device: str | torch.device = "cpu", kv_bits: int | None = None
+) -> tuple[Llama, Tokenizer]:  # fmt: skip
+    """The model, in eval mode, and the tokenizer of a loaded checkpoint; another number format of its cache
+    than its own, if `kv_bits` is given."""
     tokenizer = read_tokenizer(checkpoint["tokenizer"])
+    if kv_bits:
+        checkpoint = {**checkpoint, "config": {**checkpoint["config"], "kv_bits": kv_bits}}
     return build_model(checkpoint, device), tokenizer
 
 
@@ -167,18 +172,23 @@ class CheckpointConfig:
 
 
 def picture(c: ModelConfig) -> Iterator[str]:
-    """A line for each run of equal layers: the K and the V group that every query head reads, as letters."""
+    """A line for each run of equal layers: the K and the V group that every query head reads, as letters, or
+    the numbers of a latent."""
     letters, width = string.ascii_uppercase + string.ascii_lowercase, max(c.n_head + 6, 28)
 
-    def drawn(of_head: list[int]) -> str:
+    def drawn(of_head: list[int], latent: int) -> str:
+        if latent:
+            return f"latent ({latent})"
         heads = "".join(letters[g] for g in of_head) if max(of_head) < 52 else " ".join(map(str, of_head))
         return f"{heads} ({max(of_head) + 1})"
 
     yield f"  {'layer':8} {'K group of each query head':{width}} V group"
-    for (k, v), run in groupby(range(c.n_layer), key=lambda layer: (c.k_groups[layer], c.v_groups[layer])):
+    sources = zip(c.k_groups, c.v_groups, c.k_latent, c.v_latent)
+    rows = [(drawn(k, 2 * sum(k_ranks)), drawn(v, v_rank)) for k, v, k_ranks, v_rank in sources]
+    for row, run in groupby(range(c.n_layer), key=rows.__getitem__):
         layers = list(run)
         span = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else f"{layers[0]}"
-        yield f"  {span:8} {drawn(k):{width}} {drawn(v)}"
+        yield f"  {span:8} {row[0]:{width}} {row[1]}"
 
 
 def show(path: str | Path) -> None:
@@ -189,11 +199,11 @@ def show(path: str | Path) -> None:
     kind, size = str(dtype).removeprefix("torch."), Path(path).stat().st_size
     print(f"{path}: {model.num_params():,} parameters, {kind}, {size:,} bytes")
     for name, value in asdict(c).items():
-        if not name.endswith("_groups") and value is not None:
+        if not name.endswith(("_groups", "_latent")) and value is not None:
             print(f"  {name:14} {value}")
     print("head groups\n" + "\n".join(picture(c)))
     share = 100 * c.kv_numbers_per_token / (2 * c.n_layer * c.n_head * c.head_dim)
-    cache = c.kv_numbers_per_token * dtype.itemsize
+    cache = c.kv_bytes_per_token(dtype.itemsize)
     print(f"KV cache: {cache:,} bytes a token ({share:.0f}% of multi-head attention)")
     if checkpoint["tokenizer"]:
         t = read_tokenizer(checkpoint["tokenizer"])

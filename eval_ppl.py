@@ -51,6 +51,7 @@ class EvalConfig:
     batch_size: int = bounded(16, 1)  # windows at a time; fewer where their logits would fill the memory
     device: str = "auto"  # cuda, mps, cpu or auto
     dtype: Literal["own", "auto", "float32", "bfloat16", "float16"] = "own"  # of products; own: the weights'
+    kv_bits: int | None = bounded(None, 4, 16)  # as if the KV cache held numbers of so many bits (16, 8, 4)
     json: bool = False  # print one JSON object and nothing else
 
 
@@ -155,7 +156,7 @@ def read_tokens(config: EvalConfig, checkpoint: dict, tokenizer: Tokenizer) -> t
 def main() -> None:
     config = EvalConfig(**parse(__doc__, EvalConfig))
     device, checkpoint = pick_device(config.device), load(config.ckpt)
-    model, tokenizer = build(checkpoint, device)
+    model, tokenizer = build(checkpoint, device, config.kv_bits)
     dtype = own = model.tok_embeddings.weight.dtype
     if config.dtype != "own" and (dtype := pick_dtype(config.dtype, device)) != own:
         model.float()  # autocast rounds the operands of matrix products, and leaves all else in float32
@@ -171,7 +172,7 @@ def main() -> None:
     began, digest = time.perf_counter(), hashlib.sha256(tokenizer.data).hexdigest()[:8]
     record, nats = evaluate(config, model, tokens, dtype)
     seconds = time.perf_counter() - began
-    kv = model.config.kv_numbers_per_token * model.tok_embeddings.weight.itemsize
+    kv = model.config.kv_bytes_per_token(model.tok_embeddings.weight.itemsize)
     record |= {"bits_per_byte": bits_per_byte(nats, tokens, tokenizer), "tokens": len(tokens) - 1}
     record |= {"context": config.context, "stride": config.stride, "params": model.num_params()}
     record |= {"tokenizer": f"{tokenizer.kind} {tokenizer.vocab_size:,} {digest}", "kv_bytes_per_token": kv}

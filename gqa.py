@@ -2,6 +2,7 @@
 
     python gqa.py ckpt.pt --out grouped.pt --kv_budget 0.5           # half the cache, spread over the layers
     python gqa.py ckpt.pt --out grouped.pt --groups groups.json      # as search_groups.py found best
+    python gqa.py ckpt.pt --out latent.pt --kv_budget 0.5 --latent   # latents of any width instead of groups
     python gqa.py ckpt.pt --out mean.pt --n_kv_head 4 --merge mean --grouping neighbour --refit none
 
     stats = statistics(model, blocks)                                # one pass over calibration text
@@ -17,13 +18,15 @@ An attention layer has two symmetries, under which its weights change and its fu
 Averaging heads that differ only by such a symmetry destroys them (`--merge mean`; GQA, arXiv 2305.13245).
 Here each group gets the shared head with the smallest squared error over the inputs of a text, by a truncated
 SVD (Eckart-Young); norm weights and Procrustes alignment (arXiv 2408.08454, 2412.20677) cannot reach a
-smaller one.
+smaller one. Neither symmetry asks for groups: `--latent` keeps, for all heads of a layer together, the
+strongest directions of their keys and values, any number of them, and each head its coefficients.
 """
 
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -37,8 +40,8 @@ from data.tokenizer import read_tokenizer
 from eval_ppl import mean_nll, perplexity, split_tokens, window_nll
 from lora import plain
 from model import Attention, Llama, Maps, ModelConfig
-from partition import Groups, best_partitions
-from refit import Statistics, refit, statistics
+from partition import Groups, best_partitions, knapsack
+from refit import Statistics, divergence, refit, sensitivity, statistics
 
 Slot = tuple[int, str]  # (layer, "k", "v" or "joint"): what is grouped by itself
 Counts = dict[Slot, int]  # groups in each slot
@@ -147,6 +150,84 @@ def merge_values(
     return torch.cat(shared), torch.cat(readers)[in_order].transpose(0, 1).flatten(1)
 
 
+# ---- latents ----
+
+
+def weighted_rows(attention: Attention, kind: str, stats: Statistics) -> tuple[torch.Tensor, ...]:
+    """(F, n, C) the rows that make one layer's keys or values, the same rows weighted, and C (C, C). Keys: a
+    complex row a head for each of F = D/2 RoPE pairs. Values: D real rows a head, F = 1."""
+    if kind == "k":
+        rows = complex_heads(attention.wk.weight, attention.head_dim).transpose(0, 1)
+        return rows, weighted_keys(attention, stats), stats.inputs.to(rows.dtype)
+    values, readers, sizes = value_heads(attention)
+    weighted = sizes.clamp(min=TINY).sqrt()[:, None, None] * values
+    if attention.novel is None:
+        weighted = weighted_values(values, readers)
+    return values.flatten(0, 1)[None], weighted.flatten(0, 1)[None], stats.mixed
+
+
+def latent(attention: Attention, kind: str, stats: Statistics, size: int) -> tuple[list, ...]:
+    """The rank of each of F, the latent's rows (R, C), and the coefficients (n, R) that restore the n rows of
+    `weighted_rows` from them, for a cache of `size` numbers.
+
+    With N the weighted rows and N C N^H = U diag(e) U^H, the best approximation of rank r of N C^(1/2) lies
+    in the strongest r columns u of U (Eckart-Young): the latent is z = u^H N x, and least squares restores a
+    row w as w C N^H u / e. The numbers go to the largest e, whichever f they are of.
+    """
+    plain, rows, C = weighted_rows(attention, kind, stats)
+    e, U = torch.linalg.eigh(rows @ C @ rows.mH)  # (F, n), ascending
+    strongest = e.flatten().argsort(descending=True)[: size // 2 if kind == "k" else size]
+    ranks, latents, mixes = torch.bincount(strongest // e.shape[1], minlength=len(e)).tolist(), [], []
+    for f, r in enumerate(ranks):
+        u, kept = U[f][:, len(U[f]) - r :], e[f][len(U[f]) - r :].clamp(min=max(1e-12 * e.max().item(), TINY))
+        z = u.mH @ rows[f]
+        scale = plain.abs().square().sum(-1).mean().sqrt() / z.abs().square().sum(-1).sqrt().clamp(min=TINY)
+        latents.append(z * scale[:, None])
+        mixes.append(plain[f] @ C @ rows[f].mH @ u / (kept * scale))
+    return ranks, torch.cat(latents), torch.cat(mixes, dim=1)
+
+
+@torch.no_grad()
+def to_latents(model: Llama, stats: list[Statistics], sizes: Counts) -> Llama:
+    """The model with latent keys and values of these sizes, numbers in the cache, in place of heads."""
+    c, weights, D = model.config, model.state_dict(), model.config.head_dim
+    k_latent, v_latent = [list(ranks) for ranks in c.k_latent], list(c.v_latent)
+    for (layer, kind), size in sizes.items():
+        attention, name = model.layers[layer].attention, f"layers.{layer}.attention."
+        ranks, z, mix = latent(attention, kind, stats[layer], size)
+        if kind == "k":  # attention divides by the root of the key's width, not of D
+            k_latent[layer], z = ranks, torch.view_as_real(z).transpose(1, 2).flatten(0, 1)
+            mix = torch.view_as_real(mix.conj()[attention.k_groups.of_head]) * math.sqrt(len(z) / D)
+        else:
+            v_latent[layer], mix = len(z), mix.unflatten(0, (-1, D)).mT[attention.v_groups.of_head]
+        for part, x in ((f"w{kind}.weight", z), (f"{kind}_mix", mix)):
+            weights[name + part] = x.contiguous().to(attention.wq.weight.dtype)
+    config = replace(c, k_latent=k_latent, v_latent=v_latent)
+    return load_weights(empty_model(config), weights).to(model.tok_embeddings.weight.device).eval()
+
+
+def latent_sizes(model: Llama, stats: list[Statistics], tokens: torch.Tensor, share: float) -> Counts:
+    """How many numbers of each layer's K and V a share of the cache holds: where the divergences that their
+    latents cause, predicted from one backward pass at some sizes and interpolated, sum up to the least."""
+    D, found, values = model.config.head_dim, sensitivity(model, tokens), {}
+    unit = D // 4 if D % 8 == 0 else 2
+    whole = {(i, kind): n for i, both in enumerate(model.config.kv_widths) for kind, n in zip("kv", both)}
+    steps = sorted({1, *(max(whole.values()) // unit * i // 8 for i in range(1, 8))} - {0})
+    known = {slot: {n // unit: 0.0} for slot, n in whole.items()}
+    for kind, step in product("kv", steps):
+        sizes = {slot: step * unit for slot, n in whole.items() if slot[1] == kind and step * unit < n}
+        small = to_latents(model, stats, sizes)
+        for slot in sizes:
+            known[slot][step] = divergence(small.layers[slot[0]].attention, found[slot[0]])
+    for slot, of_slot in known.items():
+        x = sorted(of_slot)
+        values[slot] = np.interp(range(1, max(x) + 1), x, [of_slot[step] for step in x])
+    total = int(share * sum(whole.values()) / unit + 1e-9)
+    require(total >= len(whole), f"--kv_budget {share} is below {unit} numbers of each layer's K and V")
+    counts = knapsack(list(values.values()))[1][total]
+    return {slot: step * unit for slot, step in zip(whole, counts)}
+
+
 # ---- which heads ----
 
 
@@ -156,18 +237,12 @@ class Costs:
 
     @torch.no_grad()
     def __init__(self, attention: Attention, kind: Literal["k", "v"], stats: Statistics):
-        self.rank, self.weights = 1, None  # the latter where the novel layer makes values share a mean
-        if kind == "k":
-            rows = weighted_keys(attention, stats)  # (D/2, G, C)
-        else:
-            values, readers, sizes = value_heads(attention)
-        if kind == "v" and attention.novel is None:
-            rows, self.rank = weighted_values(values, readers).flatten(0, 1)[None], attention.head_dim
-        elif kind == "v":
-            weights = sizes.clamp(min=TINY).sqrt()
-            rows, self.weights = (weights[:, None, None] * values).transpose(0, 1), weights.cpu()  # (D, G, C)
-        C = stats.inputs if kind == "k" else stats.mixed
-        self.gram = (rows @ C.to(rows.dtype) @ rows.mH).cpu()  # (F, n rank, n rank); costs add over F
+        _, rows, C = weighted_rows(attention, kind, stats)
+        self.rank, self.weights = (attention.head_dim if kind == "v" else 1), None
+        if kind == "v" and attention.novel is not None:  # whose values share a weighted mean
+            rows, self.rank = rows[0].unflatten(0, (-1, self.rank)).transpose(0, 1), 1  # (D, G, C)
+            self.weights = value_heads(attention)[2].clamp(min=TINY).sqrt().cpu()
+        self.gram = (rows @ C @ rows.mH).cpu()  # (F, n rank, n rank); costs add over F
         self.n = self.gram.shape[-1] // self.rank
         if kind == "v" and self.gram.shape[-1] > 512:  # float32 takes two thirds of the time
             self.gram = self.gram.float()
@@ -351,6 +426,7 @@ class GroupConfig(MergeConfig):
 
     groups: str | None = None  # a JSON file with k_groups and v_groups, from search_groups.py
     n_kv_head: int | None = bounded(None, 1)  # or: K and V groups of every layer; it need not divide n_head
+    latent: bool = False  # with kv_budget: cache latent keys and values of any width instead of groups
     grouping: Literal["best", "neighbour", "random"] = "best"  # which heads: the cheapest; or baselines
     eval_tokens: int = bounded(65536, 1)  # of the val split, for the perplexities before and after
 
@@ -358,6 +434,8 @@ class GroupConfig(MergeConfig):
         super().__post_init__()
         if [self.groups, self.kv_budget, self.n_kv_head].count(None) != 2:
             raise UserError("which groups? give one of --kv_budget 0.5, --n_kv_head N and --groups FILE.json")
+        if self.latent and (self.kv_budget is None or self.joint or self.grouping != "best"):
+            raise UserError("--latent takes --kv_budget, and has no groups: drop the other flags of groups")
         if self.groups and (self.joint or self.grouping != "best"):
             raise UserError(f"--groups {self.groups} says which heads share: drop --joint and --grouping")
 
@@ -369,6 +447,8 @@ def open_model(path: str, device: str) -> tuple[dict, Llama]:
     if not checkpoint["tokenizer"]:
         raise UserError(f"{path} has no tokenizer to read text with: import it with --tokenizer")
     model = plain(build_model(checkpoint))
+    latents = any(model.config.v_latent) or any(model.config.k_latent)
+    require(not latents, f"{path} has latent keys or values: start from its original")
     wide = torch.promote_types(model.tok_embeddings.weight.dtype, torch.float32)
     return checkpoint, model.to("cpu" if place.type == "mps" else place, wide).eval().requires_grad_(False)
 
@@ -430,7 +510,10 @@ def main() -> None:
     writable(out, config.overwrite)
     checkpoint, model, blocks, val, name = open_inputs(config)
     stats = statistics(model, blocks)
-    small = merge(model, asked_groups(config, model, stats), stats, config.merge)
+    if config.latent:
+        small = to_latents(model, stats, latent_sizes(model, stats, blocks, config.kv_budget))
+    else:
+        small = merge(model, asked_groups(config, model, stats), stats, config.merge)
     if config.refit != "none":
         refit(small, model, blocks, attention=config.refit == "all", quiet=False)
     stored, wide = checkpoint["model"]["norm.weight"].dtype, model.norm.weight.dtype
@@ -440,7 +523,7 @@ def main() -> None:
     changed = {"model": small.to("cpu", stored).state_dict(), "config": asdict(small.config)}
     save(out, without_training_state(checkpoint) | changed | {"grouped": asdict(config)})
     print(*picture(small.config), sep="\n")
-    old, new = (m.config.kv_numbers_per_token * stored.itemsize for m in (model, small))
+    old, new = (m.config.kv_bytes_per_token(stored.itemsize) for m in (model, small))
     print(f"KV cache: {old:,} -> {new:,} bytes a token ({100 * new / old:.1f}%)")
     ratio = f"perplexity {before:.4f} -> {after:.4f}, x {after / before:.4f}"
     print(f"{ratio} | {len(val) - 1:,} tokens of {name}")

@@ -20,6 +20,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -58,8 +59,12 @@ class ModelConfig:
     gated: bool = False  # a sigmoid of the layer's input, one number a head, multiplies each head's output
     dropout: float = bounded(0.0, 0, 0.99)  # on the embeddings and on both residual branches
     attention: Literal["auto", "naive", "blocks", "sdpa", "triton"] = "auto"  # how it is computed
+    kv_bits: int = bounded(16, 4, 16)  # the KV cache holds floats (16), or integers of 8 or 4 bits
     k_groups: Maps | None = field(default=None, metadata=NO_FLAG)  # equal runs of heads unless given
     v_groups: Maps | None = field(default=None, metadata=NO_FLAG)
+    # instead of groups (see Attention): [layer][RoPE pair] -> complex numbers cached, [layer] -> numbers
+    k_latent: Maps | None = field(default=None, metadata=NO_FLAG)
+    v_latent: list[int] | None = field(default=None, metadata=NO_FLAG)
 
     def __post_init__(self):
         H, dim = self.n_head, self.dim
@@ -83,11 +88,34 @@ class ModelConfig:
             for of_head in groups:
                 dense = len(of_head) == H and set(of_head) == set(range(len(set(of_head))))
                 require(dense, f"{name} has {of_head}: give {H} group numbers that skip none from 0 on")
+        self.k_latent = self.k_latent or [[] for _ in range(self.n_layer)]
+        self.v_latent = self.v_latent or [0] * self.n_layer
+        sizes = {len(ranks) for ranks in self.k_latent} | {0}
+        sound = len(self.k_latent) == len(self.v_latent) == self.n_layer and sizes <= {0, self.head_dim // 2}
+        sound = sound and all(0 <= r <= H * self.head_dim for r in chain(*self.k_latent, self.v_latent))
+        require(sound, "k_latent or v_latent is of another model")
+        self.k_groups = [[0] * H if any(r) else groups for r, groups in zip(self.k_latent, self.k_groups)]
+        self.v_groups = [[0] * H if r else groups for r, groups in zip(self.v_latent, self.v_groups)]
+        require(self.kv_bits in (4, 8, 16), f"kv_bits is {self.kv_bits}: give --kv_bits 4, 8 or 16")
+
+    @property
+    def kv_widths(self) -> list[tuple[int, int]]:
+        """Numbers of K and of V that each layer's cache holds for one token: G_k D, G_v D, or a latent's."""
+        keys = [2 * sum(r) or (max(g) + 1) * self.head_dim for r, g in zip(self.k_latent, self.k_groups)]
+        values = [r or (max(g) + 1) * self.head_dim for r, g in zip(self.v_latent, self.v_groups)]
+        return list(zip(keys, values))
 
     @property
     def kv_numbers_per_token(self) -> int:
-        """Numbers that the KV cache holds for one token: sum over layers of (G_k + G_v) * D."""
-        return sum(max(groups) + 1 for groups in self.k_groups + self.v_groups) * self.head_dim
+        """Numbers that the KV cache holds for one token, in all layers."""
+        return sum(map(sum, self.kv_widths))
+
+    def kv_bytes_per_token(self, itemsize: int) -> int:
+        """Bytes that the KV cache takes for one token, its floats being of `itemsize` bytes."""
+        if self.kv_bits == 16:
+            return itemsize * self.kv_numbers_per_token
+        scales = sum(max(groups) + 1 for groups in self.k_groups + self.v_groups)
+        return self.kv_numbers_per_token * self.kv_bits // 8 + 2 * scales  # see pack
 
 
 def widen(x: torch.Tensor) -> torch.Tensor:
@@ -172,11 +200,30 @@ class HeadGroups(nn.Module):
         return x if self.size == 1 and self.in_order else x.index_select(1, self.of_head)
 
 
+def pack(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """x (B, G, T, X) -> uint8 (B, G, T, X * bits / 8 + 2): integers x / scale, and the scale, in bfloat16, of
+    each token and head: its largest absolute value by that of the integers."""
+    most, x = 2 ** (bits - 1) - 1, widen(x)
+    scale = (x.abs().amax(-1, keepdim=True) / most).clamp(min=1e-30).bfloat16()
+    codes = (x / scale).round().clamp(-most, most).to(torch.int8)
+    if bits == 4:
+        codes = codes[..., 0::2] << 4 | codes[..., 1::2] & 15
+    return torch.cat((codes.view(torch.uint8), scale.view(torch.uint8)), dim=-1)
+
+
+def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """What `pack` has rounded, float32."""
+    codes, scale = packed[..., :-2].view(torch.int8), packed[..., -2:].contiguous().view(torch.bfloat16)
+    if bits == 4:
+        codes = torch.stack((codes >> 4, codes << 4 >> 4), dim=-1).flatten(-2)  # shifts keep the sign
+    return codes * scale.float()
+
+
 class KVCache:
     """Keys and values of the tokens so far, one head a group; `length` tokens of `capacity` are filled."""
 
     def __init__(self, config: ModelConfig, capacity: int):
-        self.capacity, self.length = capacity, 0
+        self.capacity, self.length, self.bits = capacity, 0, config.kv_bits
         self.keys: list[torch.Tensor | None] = [None] * config.n_layer
         self.values: list[torch.Tensor | None] = [None] * config.n_layer
 
@@ -186,11 +233,13 @@ class KVCache:
         assert end <= self.capacity, f"the KV cache holds {self.capacity} tokens, {end} are needed"
         positions = torch.arange(self.length, end, device=k.device)
         for store, new in ((self.keys, k), (self.values, v)):
+            new = new if self.bits == 16 else pack(new, self.bits)
             if store[layer] is None:
                 store[layer] = new.new_empty(new.shape[0], new.shape[1], self.capacity, new.shape[3])
             # torch.compile would make an assignment to a slice a copy of the whole cache
             store[layer].index_copy_(2, positions, new.type_as(store[layer]))
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        kept = self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        return kept if self.bits == 16 else tuple(unpack(x, self.bits).type_as(k) for x in kept)
 
 
 def scores(q, k, k_groups: HeadGroups, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -250,19 +299,30 @@ ATTENTION = {"auto": auto, "naive": naive, "blocks": blocks, "sdpa": sdpa, "trit
 
 
 class Attention(nn.Module):
-    """Causal self-attention; every query head reads its own key group and its own value group."""
+    """Causal self-attention; every query head reads its own key group and its own value group.
+
+    Latent keys and values are shared by all heads and may have any width. The key holds r_f complex numbers
+    for each RoPE pair f; a head asks all of them with its own pair times its coefficients `k_mix`. `v_mix`
+    makes a head's output (D,) of the attended latent value.
+    """
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.layer, self.head_dim, self.attend = layer, config.head_dim, ATTENTION[config.attention]
+        self.layer, self.head_dim, self.kv_bits = layer, config.head_dim, config.kv_bits
+        self.attend = ATTENTION[config.attention]
+        H, D, k_ranks, v_rank = config.n_head, self.head_dim, config.k_latent[layer], config.v_latent[layer]
         self.k_groups, self.v_groups = HeadGroups(config.k_groups[layer]), HeadGroups(config.v_groups[layer])
-        heads = config.n_head * config.head_dim
-        self.wq = nn.Linear(config.dim, heads, bias=False)
-        self.wk = nn.Linear(config.dim, self.k_groups.n_group * config.head_dim, bias=False)
-        self.wv = nn.Linear(config.dim, self.v_groups.n_group * config.head_dim, bias=False)
-        self.wo = nn.Linear(heads, config.dim, bias=False)
-        self.novel = nn.Linear(config.head_dim, config.head_dim) if config.novel else None
-        self.gate = nn.Linear(config.dim, config.n_head, bias=False) if config.gated else None
+        k_width, v_width = config.kv_widths[layer]
+        self.wq = nn.Linear(config.dim, H * D, bias=False)
+        self.wk = nn.Linear(config.dim, k_width, bias=False)
+        self.wv = nn.Linear(config.dim, v_width, bias=False)
+        self.wo = nn.Linear(H * D, config.dim, bias=False)
+        self.k_mix = nn.Parameter(torch.randn(H, k_width // 2, 2)) if k_ranks else None
+        self.v_mix = nn.Parameter(torch.randn(H, v_rank, D) * v_rank**-0.5) if v_rank else None
+        pairs = [f for f, r in enumerate(k_ranks or [1] * (D // 2)) for _ in range(r)]  # of a key's numbers
+        self.register_buffer("pairs", torch.tensor(pairs, device="cpu"), persistent=False)
+        self.novel = nn.Linear(D, D) if config.novel else None
+        self.gate = nn.Linear(config.dim, H, bias=False) if config.gated else None
 
     def forward(self, x, cos, sin, mask=None, cache: KVCache | None = None) -> torch.Tensor:
         """x (B, T, C) -> (B, T, C). `mask` as for ATTENTION."""
@@ -270,16 +330,35 @@ class Attention(nn.Module):
 
     def project(self, x, cos, sin) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x (B, T, C) -> queries (B, H, T, D) and keys (B, G_k, T, D), rotated, and values (B, G_v, T, D)."""
-        wide = (w(x) for w in (self.wq, self.wk, self.wv))
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in wide)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        v = self.wv(x).unflatten(-1, (self.v_groups.n_group, -1)).transpose(1, 2)
+        return self.queries(self.wq(x), cos, sin), self.keys(self.wk(x), cos, sin), v
+
+    def queries(self, x: torch.Tensor, cos, sin) -> torch.Tensor:
+        """wq's output (B, T, H * D) -> (B, H, T, D), or as wide as a latent key, rotated."""
+        q = x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        if self.k_mix is not None:
+            q = q.unflatten(-1, (-1, 2))[..., self.pairs, :].flatten(-2)
+            q = rotate(q, *self.k_mix[:, None].unbind(-1))
+            cos, sin = cos[..., self.pairs], sin[..., self.pairs]
+        return rotate(q, cos, sin)
+
+    def keys(self, x: torch.Tensor, cos, sin) -> torch.Tensor:
+        """wk's output (B, T, G_k * D) -> (B, G_k, T, D), rotated; a latent key is one group."""
+        k = x.unflatten(-1, (self.k_groups.n_group, -1)).transpose(1, 2)
+        if self.k_mix is not None:
+            cos, sin = cos[..., self.pairs], sin[..., self.pairs]
+        return rotate(k, cos, sin)
 
     def head_outputs(self, x, cos, sin, mask=None, cache: KVCache | None = None) -> torch.Tensor:
         """x (B, T, C) -> the outputs of all heads, side by side (B, T, H * D), which `wo` adds up."""
         q, k, v = self.project(x, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
+        elif self.kv_bits < 16:  # as a cache would round them; gradients pass as if it did not
+            k, v = (x + (unpack(pack(x, self.kv_bits), self.kv_bits).type_as(x) - x).detach() for x in (k, v))
         y = self.attend(q, k, v, self.k_groups, self.v_groups, mask)
+        if self.v_mix is not None:
+            y = y @ self.v_mix
         if self.novel is not None:
             y = F.silu(self.novel(y))
         if self.gate is not None:

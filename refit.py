@@ -17,13 +17,14 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from common import require
-from model import Attention, Llama, rope_angles, rotate, scores, widen
+from model import Attention, Llama, rope_angles, scores, widen
 
 SLICE = 8  # rows of text computed at a time
 QUERIES = 64  # sampled in each row of text, evenly spaced, to observe attention
 STEPS = 10  # of L-BFGS: with many it learns the text by heart
 MOST_WEIGHTS = 2**28  # attention weights held of a layer, 1 GiB in float32; beyond it fewer rows serve
 RIDGE = 1e-3
+SENSED = 4096  # tokens of the backward pass of `sensitivity`
 TINY = 1e-30
 
 
@@ -72,8 +73,9 @@ def statistics(model: Llama, tokens: torch.Tensor) -> list[Statistics]:
 
 @torch.enable_grad()
 def sensitivity(model: Llama, tokens: torch.Tensor) -> list[list[tuple]]:
-    """Of every layer and part of the tokens (N, T): the attention's arguments (x, cos, sin), its output y,
+    """Of every layer and part of some tokens (N, T): the attention's arguments (x, cos, sin), its output y,
     and the gradient at y, of the log-likelihood of tokens that the model draws; x, y and it are (B, T, C)."""
+    tokens = tokens[: max(1, SENSED // tokens.shape[1])]
     found, generator = [[] for _ in model.layers], torch.Generator(tokens.device).manual_seed(0)
 
     def observe(attention: Attention, inputs: tuple, y: torch.Tensor) -> None:
@@ -113,7 +115,7 @@ def refit(model: Llama, original: Llama, tokens: torch.Tensor, attention=True, q
     for theirs, ours in zip(original.layers, layers):
         a, b = theirs.attention_norm(x), ours.attention_norm(y)
         old, new = theirs.attention.state_dict(), ours.attention.state_dict()
-        changed = [name for name in new if not torch.equal(old[name], new[name])]
+        changed = [name for name in new if name not in old or not torch.equal(old[name], new[name])]
         if attention and "wk.weight" in changed:
             refit_attention(theirs.attention, ours.attention, a, b, rope)
         if changed or not torch.equal(x, y):
@@ -162,16 +164,14 @@ def refit_attention(theirs: Attention, ours: Attention, a, b, rope) -> None:
     def weight(i: int) -> torch.Tensor:
         return parameters[i] * sizes[i] @ inverse
 
-    def heads(x: torch.Tensor, i: int, angles) -> torch.Tensor:  # (B, T, C) -> (B, H or G, T, D)
-        return rotate((x @ weight(i).T).unflatten(-1, (-1, ours.head_dim)).transpose(1, 2), *angles)
-
     def closure() -> torch.Tensor:  # called with gradients on
         optimizer.zero_grad()
         divergence = torch.zeros((), device=b.device)
         for part, target in zip(b.split(SLICE), targets):
-            q, k = heads(part[:, some], 0, [x[some] for x in rope]), heads(part, 1, rope)
+            q = ours.queries(part[:, some] @ weight(0).T, *(x[some] for x in rope))
+            k = ours.keys(part @ weight(1).T, *rope)
             # cross-entropy, KL but for a constant: log sum exp(scores) - sum target * scores
-            where = (q * (target @ ours.k_groups.expand(k))).sum() * ours.head_dim**-0.5
+            where = (q * (target @ ours.k_groups.expand(k))).sum() * q.shape[-1] ** -0.5
             loss = (scores(q, k, ours.k_groups, seen).logsumexp(-1).sum() - where) / count
             loss.backward()
             divergence += loss.detach()

@@ -29,6 +29,7 @@ class SampleConfig:
     top_p: float = bounded(0.95, 1e-9, 1)  # draw from the likeliest tokens of this probability together
     num_samples: int = bounded(1, 1)  # texts to write
     seed: int = bounded(0, 0, 2**63 - 1)  # of the first text; the next has seed + 1
+    kv_bits: int | None = bounded(None, 4, 16)  # hold the KV cache in so many bits a number (16, 8, 4)
     no_cache: bool = False  # recompute all keys and values for every token: slower, the same but for rounding
     compile: bool = False  # compile the step of a token: half a minute at first, then several times the speed
     device: str = "auto"  # cuda, mps, cpu or auto
@@ -54,7 +55,7 @@ def main() -> None:
     if config.compile and config.no_cache:
         raise UserError("--compile makes the step that the cache allows: drop --no_cache")
     device = pick_device(config.device)
-    model, tokenizer = build(load(config.ckpt), device)
+    model, tokenizer = build(load(config.ckpt), device, config.kv_bits)
     text, shown = config.prompt, config.prompt
     if config.instruction or config.input:
         text, shown = prompt_text({"instruction": config.instruction, "input": config.input}), ""

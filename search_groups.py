@@ -51,7 +51,6 @@ OPERATORS = {
     ast.Pow: operator.pow, ast.USub: operator.neg,
 }  # fmt: skip
 MOST_CONTEXT = 1024  # tokens; longer contexts take much memory, and change few choices
-SENSED = 4096  # calibration tokens of the backward pass
 
 
 @dataclass
@@ -236,7 +235,7 @@ class Search:
 def predict(search: Search) -> dict[Slot, np.ndarray]:
     """For each slot the KL divergence that 1, 2, ... groups in it alone cause, without an evaluation."""
     model, heads, values = search.model, search.heads, {}
-    found = sensitivity(model, search.blocks[: max(1, SENSED // search.blocks.shape[1])])
+    found = sensitivity(model, search.blocks)
     for slot, n in heads.items():
         search.known[slot] = best_partitions(n, slot_costs(model, search.stats, slot))  # for all g at once
         values[slot] = np.zeros(n)

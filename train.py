@@ -42,7 +42,7 @@ from parallel import (
     divided, first_alone, own_rows, processes, rank, send_gradients, shard, sum_over_ranks, whole, world,
 )  # fmt: skip
 
-SHAPE_FREE = {"attention", "dropout", "block_size", "rope_theta"}  # model settings that any weights allow
+SHAPE_FREE = {"attention", "dropout", "block_size", "rope_theta", "kv_bits"}  # any weights allow them
 RUN_FIXED = {  # what a resumed run may not change, besides its shape and its adapter
     "dataset", "init_from", "seed", "batch_size", "grad_accum", "teacher", "distil_weight", "optimizer",
     "momentum",

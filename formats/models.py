@@ -13,7 +13,7 @@ import math
 import re
 import struct
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -176,7 +176,7 @@ def read_llama2c(path: Path) -> tuple[Settings, Weights]:
         for name, angles in zip(("cos.weight", "sin.weight"), rope_angles(c, torch.arange(c.block_size))):
             same = torch.allclose(weights.pop(name), angles, atol=1e-3)
             require(same, f"its rotary tables are not those of rope_theta {c.rope_theta:g}")
-    return {name: value for name, value in asdict(c).items() if not name.endswith("_groups")}, weights
+    return {name: x for name, x in asdict(c).items() if not name.endswith(("_groups", "_latent"))}, weights
 
 
 def export(path: Path, folder: Path) -> None:
@@ -191,6 +191,7 @@ def export(path: Path, folder: Path) -> None:
         raise UserError(f"transformers needs a dim that n_head divides, and they are {c.dim} and {c.n_head}")
     load_weights(empty_model(c), weights, str(path))
     tokenizer = read_tokenizer(checkpoint["tokenizer"]) if checkpoint["tokenizer"] else None
+    ours, c = c.kv_numbers_per_token, expand_latents(weights, c)
     heads = expand_groups(weights, c)
     permute_rows(weights, c.head_dim, ROTATED, to_pairs=False)
     if c.tie_embeddings:
@@ -202,10 +203,10 @@ def export(path: Path, folder: Path) -> None:
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if tokenizer:
             write_tokenizer(tokenizer, partial)
-    ours, theirs = c.kv_numbers_per_token, 2 * c.n_layer * heads * c.head_dim
+    theirs = 2 * c.n_layer * heads * c.head_dim
     if theirs != ours:
-        cost = f"the KV cache takes {dtype.itemsize * theirs:,} bytes a token there"
-        note(f"uneven groups, expanded to {heads} equal ones: {cost} and {dtype.itemsize * ours:,} here")
+        cost = f"it takes {dtype.itemsize * theirs:,} bytes a token there"
+        note(f"its cache, expanded to {heads} equal heads: {cost} and {dtype.itemsize * ours:,} here")
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"wrote {folder}, {size:,} bytes, {heads} K/V heads of {c.n_head}")
 
@@ -221,6 +222,24 @@ def config_of(c: ModelConfig, heads: int, tokenizer: Tokenizer | None, dtype: to
         # a missing BOS would mean 1, and a missing EOS 2
         "bos_token_id": bos if bos >= 0 else None, "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
     }  # fmt: skip
+
+
+def expand_latents(weights: Weights, c: ModelConfig) -> ModelConfig:
+    """Write latent keys and values, in the dict, as one of each for every query head; return that config."""
+    k_groups, v_groups, own = list(c.k_groups), list(c.v_groups), list(range(c.n_head))
+    for layer, (ranks, v_rank) in enumerate(zip(c.k_latent, c.v_latent)):
+        name = f"layers.{layer}.attention."
+        if ranks:  # a head's pair is the sum, over its numbers in the latent, of them times conj(k_mix)
+            latent, mix = weights[name + "wk.weight"], weights.pop(name + "k_mix").double()
+            z = torch.view_as_complex(latent.double().unflatten(0, (-1, 2)).mT.contiguous())  # (R, C)
+            parts = (torch.view_as_complex(mix).conj()[..., None] * z).split(ranks, dim=1)
+            heads = torch.stack([part.sum(1) for part in parts], dim=1) * (c.head_dim / (2 * len(z))) ** 0.5
+            weights[name + "wk.weight"] = torch.view_as_real(heads).mT.flatten(0, 2).to(latent.dtype)
+            k_groups[layer] = own
+        if v_rank:
+            heads = weights.pop(name + "v_mix").mT @ weights[name + "wv.weight"]  # (H, D, C)
+            weights[name + "wv.weight"], v_groups[layer] = heads.flatten(0, 1), own
+    return replace(c, k_groups=k_groups, v_groups=v_groups, k_latent=None, v_latent=None)
 
 
 def uniform_heads(c: ModelConfig) -> tuple[int, list[list[int]]]:

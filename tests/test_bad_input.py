@@ -82,6 +82,8 @@ checkpoint.py
 gqa.py run/ckpt.pt --out new.pt --calibration_tokens 1024
     --seed 1                                 --kv_budget
     --n_kv_head 5                            --n_kv_head
+    --n_kv_head 2 --latent                   --kv_budget
+    --kv_budget 0.01 --latent                --kv_budget
     --groups torn.json                       torn.json
     --groups tasks.json                      tasks.json
 search_groups.py run/ckpt.pt --out new.json --calibration_tokens 1024

@@ -190,7 +190,7 @@ def test_the_predicted_divergence_is_that_of_a_small_error():
     """Of the whole model, in float64. In the last layer no position's error reaches another's prediction."""
     model = sharp_model(n_layer=1).double().requires_grad_(False)
     rng, other = torch.Generator().manual_seed(0), copy.deepcopy(model)
-    tokens, attention = torch.randint(64, (128, 64), generator=rng), other.layers[0].attention
+    tokens, attention = torch.randint(64, (64, 64), generator=rng), other.layers[0].attention
     for weight in attention.parameters():
         weight += 0.01 * weight.std() * torch.randn(weight.shape, generator=rng)
     with torch.no_grad():

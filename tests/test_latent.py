@@ -1,0 +1,140 @@
+"""Latent keys and values: exact at full rank, never worse than groups, and used like any other model."""
+
+import copy
+
+import pytest
+import torch
+from conftest import assert_close, run, tokens_of
+from foreign import checkpoint_of
+from test_gqa import SHAPES, double, frozen
+
+from checkpoint import build_model, load, save
+from gqa import Costs, latent, latent_sizes, statistics, to_latents
+from lora import LoRAConfig, adapt
+from model import KVCache, pack, unpack
+from partition import exact_partitions
+from refit import refit
+
+TOKENS = tokens_of((6, 48), seed=1)
+
+
+def widths(model) -> dict:
+    return {(i, kind): n for i, both in enumerate(model.config.kv_widths) for kind, n in zip("kv", both)}
+
+
+def half(model):
+    """The model with half of its cache."""
+    stats = statistics(model, TOKENS)
+    return to_latents(model, stats, latent_sizes(model, stats, TOKENS, 0.5))
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, "novel"])
+def test_full_rank_changes_nothing(shape):
+    """So every grouping is a latent of the same size."""
+    model = double(**SHAPES.get(shape, {"novel": True}))
+    small = to_latents(model, statistics(model, TOKENS), widths(model))
+    assert small.config.kv_numbers_per_token == model.config.kv_numbers_per_token
+    assert_close(small(TOKENS), model(TOKENS), 1e-9)
+
+
+@pytest.mark.parametrize("kind", ["k", "v"])
+def test_at_equal_numbers_no_partition_loses_less(kind):
+    model = double(n_head=6, dim=48)
+    stats = statistics(model, TOKENS)
+    for layer, of_layer in zip(model.layers, stats):
+        cost, D = Costs(layer.attention, kind, of_layer), model.config.head_dim
+        energies = torch.linalg.eigvalsh(cost.gram).flatten().sort().values
+        for groups, (lost, _) in exact_partitions(6, cost, range(1, 7)).items():
+            kept = groups * D // (2 if kind == "k" else 1)
+            assert energies[: len(energies) - kept].sum() <= lost * (1 + 1e-9) + 1e-12
+            ranks, rows, _ = latent(layer.attention, kind, of_layer, groups * D)
+            assert len(rows) == sum(ranks) == kept
+
+
+def test_the_latents_error_is_the_energy_that_is_dropped():
+    """For values: the squared error of wo times the restored values, weighted by the attended inputs."""
+    model = double()
+    attention, stats = model.layers[0].attention, statistics(model, TOKENS)[0]
+    energies = torch.linalg.eigvalsh(Costs(attention, "v", stats).gram).flatten()
+    _, rows, mix = latent(attention, "v", stats, 12)
+    errors = (attention.wv.weight - mix @ rows).unflatten(0, (4, -1))
+    outputs = attention.wo.weight.unflatten(1, (4, -1)).transpose(0, 1) @ errors  # (H, C, C)
+    lost = torch.einsum("hoc,cd,hod->", outputs, stats.mixed, outputs)
+    assert lost.item() == pytest.approx(energies[:-12].sum().item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("attention", ["naive", "blocks", "sdpa"])
+def test_cached_and_cacheless_forwards_agree(attention):
+    model = half(frozen(attention=attention))
+    cache, reference = KVCache(model.config, 48), copy.deepcopy(model).double()
+    numbers = sum(2 * sum(k) + v for k, v in zip(model.config.k_latent, model.config.v_latent))
+    steps = [model(part, cache=cache) for part in TOKENS.split([30, 10, *[1] * 8], dim=1)]
+    assert numbers == sum(x.shape[1] * x.shape[3] for x in cache.keys + cache.values)
+    assert_close(torch.cat(steps[2:], 1), reference(TOKENS)[:, 40:], 1e-4)
+
+
+def test_refitting_brings_latents_closer():
+    model = frozen()
+    small = half(model)
+    found = [(model(TOKENS) - small(TOKENS)).square().mean().item()]
+    for attention in (False, True):
+        fitted = refit(copy.deepcopy(small), model, TOKENS, attention)
+        found.append((model(TOKENS) - fitted(TOKENS)).square().mean().item())
+    assert found[0] > found[1] > found[2], found
+
+
+def test_latents_learn():
+    model = half(frozen()).requires_grad_(True).train()
+    adapted = adapt(copy.deepcopy(model), LoRAConfig(2))
+    for part, names in ((model, {"k_mix", "v_mix"}), (adapted, {"lora_A", "lora_B"})):
+        part(TOKENS[:, :-1], TOKENS[:, 1:]).backward()
+        learned = {name.split(".")[-1] for name, p in part.named_parameters() if p.grad is not None}
+        assert names <= learned
+
+
+def test_the_command_halves_the_cache_and_all_else_reads_it(tiny_run, tmp_path):
+    out, flags = tmp_path / "small.pt", ["--calibration_tokens", 1024, "--eval_tokens", 512]
+    printed = run("gqa.py", tiny_run, "--out", out, "--latent", "--kv_budget", 0.5, *flags).stdout
+    assert "(50.0%)" in printed and build_model(load(out)).config.kv_numbers_per_token == 64
+    healed = ["--init_from", out, "--teacher", tiny_run, "--max_steps", 2, "--eval_tokens", 0]
+    run("train.py", *healed, "--out_dir", tmp_path)
+    for command in ("sample.py", "eval_ppl.py", "checkpoint.py show"):
+        run(*command.split(), tmp_path / "ckpt.pt")
+
+
+@pytest.mark.parametrize("shape", ["mha", "gqa"])
+def test_an_exported_model_computes_the_same_in_transformers(shape, tmp_path):
+    from transformers import LlamaForCausalLM
+
+    model = half(frozen(tie_embeddings=False, **SHAPES[shape]))
+    save(tmp_path / "x.pt", checkpoint_of(model))
+    assert "cache" in run("formats", "export", tmp_path / "x.pt", tmp_path / "hf").stderr
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager")
+    with torch.no_grad():
+        assert_close(theirs(TOKENS).logits, model(TOKENS), 1e-4)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_cache_rounds_as_torch_does(bits):
+    x, most = torch.randn(2, 3, 5, 12, generator=torch.Generator().manual_seed(0)), 2 ** (bits - 1) - 1
+    x[0, 0, 0] = 0
+    packed = pack(x, bits)
+    scales = packed[..., -2:].contiguous().view(torch.bfloat16).float()
+    assert_close(scales, x.abs().amax(-1, keepdim=True) / most, 0.01)
+    for row, scale, ours in zip(*(part.flatten(0, 2) for part in (x, scales, unpack(packed, bits)))):
+        theirs = torch.fake_quantize_per_tensor_affine(row, scale.item(), 0, -most, most)
+        assert_close(ours, theirs, 1e-6)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("latents", [False, True])
+def test_a_cache_of_integers_changes_a_forward_as_it_says(bits, latents):
+    settings = {**SHAPES["uneven"], "kv_bits": bits}
+    model = half(frozen(**settings)) if latents else frozen(**settings)
+    cache, plain = KVCache(model.config, 48), frozen(**SHAPES["uneven"])
+    steps = [model(part, cache=cache) for part in TOKENS.split([30, 10, *[1] * 8], dim=1)]
+    measured = sum(x[0, :, 0].nbytes for x in cache.keys + cache.values)
+    assert measured == model.config.kv_bytes_per_token(4)
+    assert_close(torch.cat(steps[2:], 1), model(TOKENS)[:, 40:], 1e-4)
+    change = (model(TOKENS) - plain(TOKENS)).norm() / plain(TOKENS).norm()
+    assert latents or 0 < change < {8: 0.02, 4: 0.3}[bits]
