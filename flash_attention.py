@@ -327,8 +327,11 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
 
 def use_kernels(model: Llama) -> None:
     """Let the model's attention run in these kernels; where they cannot, print the reason and leave sdpa."""
-    weight = model.tok_embeddings.weight
-    if reason := why_not(weight.device, weight.dtype, model.config.head_dim):
+    weight, c = model.tok_embeddings.weight, model.config
+    reason = why_not(weight.device, weight.dtype, c.head_dim)
+    if any(c.k_latent) or any(c.v_latent):
+        reason = "it knows no latent keys and values"
+    if reason:
         note(f"no triton attention: {reason}; sdpa takes its place")
         return
     for layer in model.layers:

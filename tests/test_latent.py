@@ -138,3 +138,12 @@ def test_a_cache_of_integers_changes_a_forward_as_it_says(bits, latents):
     assert_close(torch.cat(steps[2:], 1), model(TOKENS)[:, 40:], 1e-4)
     change = (model(TOKENS) - plain(TOKENS)).norm() / plain(TOKENS).norm()
     assert latents or 0 < change < {8: 0.02, 4: 0.3}[bits]
+
+
+def test_the_kernels_leave_latents_to_sdpa(capsys):
+    from flash_attention import use_kernels
+
+    model = half(frozen(attention="triton", dim=64))
+    before = model(TOKENS)
+    use_kernels(model)
+    assert "latent" in capsys.readouterr().err and torch.equal(model(TOKENS), before)
