@@ -330,8 +330,9 @@ class Attention(nn.Module):
 
     def project(self, x, cos, sin) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x (B, T, C) -> queries (B, H, T, D) and keys (B, G_k, T, D), rotated, and values (B, G_v, T, D)."""
-        v = self.wv(x).unflatten(-1, (self.v_groups.n_group, -1)).transpose(1, 2)
-        return self.queries(self.wq(x), cos, sin), self.keys(self.wk(x), cos, sin), v
+        q, k, v = self.wq(x), self.wk(x), self.wv(x)
+        v = v.unflatten(-1, (self.v_groups.n_group, -1)).transpose(1, 2)
+        return self.queries(q, cos, sin), self.keys(k, cos, sin), v
 
     def queries(self, x: torch.Tensor, cos, sin) -> torch.Tensor:
         """wq's output (B, T, H * D) -> (B, H, T, D), or as wide as a latent key, rotated."""
