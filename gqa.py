@@ -178,10 +178,11 @@ def latent(attention: Attention, kind: str, stats: Statistics, size: int) -> tup
     e, U = torch.linalg.eigh(rows @ C @ rows.mH)  # (F, n), ascending
     strongest = e.flatten().argsort(descending=True)[: size // 2 if kind == "k" else size]
     ranks, latents, mixes = torch.bincount(strongest // e.shape[1], minlength=len(e)).tolist(), [], []
+    length = plain.abs().square().sum(-1).mean().sqrt()
     for f, r in enumerate(ranks):
         u, kept = U[f][:, len(U[f]) - r :], e[f][len(U[f]) - r :].clamp(min=max(1e-12 * e.max().item(), TINY))
         z = u.mH @ rows[f]
-        scale = plain.abs().square().sum(-1).mean().sqrt() / z.abs().square().sum(-1).sqrt().clamp(min=TINY)
+        scale = length / z.abs().square().sum(-1).sqrt().clamp(min=TINY)
         latents.append(z * scale[:, None])
         mixes.append(plain[f] @ C @ rows[f].mH @ u / (kept * scale))
     return ranks, torch.cat(latents), torch.cat(mixes, dim=1)

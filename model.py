@@ -319,8 +319,8 @@ class Attention(nn.Module):
         self.wo = nn.Linear(H * D, config.dim, bias=False)
         self.k_mix = nn.Parameter(torch.randn(H, k_width // 2, 2)) if k_ranks else None
         self.v_mix = nn.Parameter(torch.randn(H, v_rank, D) * v_rank**-0.5) if v_rank else None
-        pairs = [f for f, r in enumerate(k_ranks or [1] * (D // 2)) for _ in range(r)]  # of a key's numbers
-        self.register_buffer("pairs", torch.tensor(pairs, device="cpu"), persistent=False)
+        pairs = [f for f, r in enumerate(k_ranks) for _ in range(r)]  # of the numbers of a latent key
+        self.register_buffer("pairs", torch.tensor(pairs, device="cpu", dtype=torch.int64), persistent=False)
         self.novel = nn.Linear(D, D) if config.novel else None
         self.gate = nn.Linear(config.dim, H, bias=False) if config.gated else None
 

@@ -200,7 +200,7 @@ class Search:
     def described(self, maps: tuple[Maps, Maps]) -> dict:
         """groups: K/V heads, half of the sum of K and V groups; kv_bytes: of the cache of a token."""
         heads = sum(max(of_head) + 1 for of_head in maps[0] + maps[1])
-        kv_bytes = heads * self.model.config.head_dim * self.itemsize
+        kv_bytes = merged_config(self.model.config, *maps).kv_bytes_per_token(self.itemsize)
         return {"groups": heads / 2, "kv_bytes": kv_bytes, "k_groups": maps[0], "v_groups": maps[1]}
 
     def grouped(self, maps: tuple[Maps, Maps], blocks: torch.Tensor) -> Llama:
