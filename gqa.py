@@ -41,7 +41,7 @@ from eval_ppl import mean_nll, perplexity, split_tokens, window_nll
 from lora import plain
 from model import Attention, Llama, Maps, ModelConfig
 from partition import Groups, best_partitions, knapsack
-from refit import Statistics, divergence, refit, sensitivity, statistics
+from refit import STEPS, Statistics, divergence, refit, sensitivity, statistics
 
 Slot = tuple[int, str]  # (layer, "k", "v" or "joint"): what is grouped by itself
 Counts = dict[Slot, int]  # groups in each slot
@@ -448,8 +448,8 @@ def open_model(path: str, device: str) -> tuple[dict, Llama]:
     if not checkpoint["tokenizer"]:
         raise UserError(f"{path} has no tokenizer to read text with: import it with --tokenizer")
     model = plain(build_model(checkpoint))
-    latents = any(model.config.v_latent) or any(model.config.k_latent)
-    require(not latents, f"{path} has latent keys or values: start from its original")
+    latents = model.config.v_latent + model.config.k_latent
+    require(not any(latents), f"{path} has latent keys or values: start from its original")
     wide = torch.promote_types(model.tok_embeddings.weight.dtype, torch.float32)
     return checkpoint, model.to("cpu" if place.type == "mps" else place, wide).eval().requires_grad_(False)
 
@@ -516,7 +516,7 @@ def main() -> None:
     else:
         small = merge(model, asked_groups(config, model, stats), stats, config.merge)
     if config.refit != "none":
-        refit(small, model, blocks, attention=config.refit == "all", quiet=False)
+        refit(small, model, blocks, STEPS * (config.refit == "all"), quiet=False)
     stored, wide = checkpoint["model"]["norm.weight"].dtype, model.norm.weight.dtype
     small = small.to(stored).to(wide)  # what is measured is what is saved
     val = val[: config.eval_tokens + 1]

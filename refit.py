@@ -5,7 +5,8 @@ what an error in a layer does to the model's predictions. Merging in closed form
 allow, head by head. What refitting adds, layer by layer:
 
     wo      heads' errors add up, and the layers below change the inputs: ridge regression finds the wo that
-            comes closest to the original's residual stream
+            comes closest to the original's residual stream, relative to the stream's size, as the next norm
+            sees it: a few tokens' streams can be 100 times larger than all others
     wq, wk  a merged key approximates each RoPE pair by itself, while the sum over pairs counts, inside a
             softmax: L-BFGS moves the two until the queries look where they looked
 """
@@ -21,9 +22,9 @@ from model import Attention, Llama, rope_angles, scores, widen
 
 SLICE = 8  # rows of text computed at a time
 QUERIES = 64  # sampled in each row of text, evenly spaced, to observe attention
-STEPS = 10  # of L-BFGS: with many it learns the text by heart
-MOST_WEIGHTS = 2**28  # attention weights held of a layer, 1 GiB in float32; beyond it fewer rows serve
-RIDGE = 1e-3
+STEPS = 20  # of L-BFGS
+
+
 SENSED = 4096  # tokens of the backward pass of `sensitivity`
 TINY = 1e-30
 
@@ -106,8 +107,8 @@ def divergence(attention: Attention, found: list[tuple]) -> float:
 
 
 @torch.no_grad()
-def refit(model: Llama, original: Llama, tokens: torch.Tensor, attention=True, quiet=True) -> Llama:
-    """Give a merged model new wo, and wq and wk if `attention`, over tokens (N, T), bottom layer first.
+def refit(model: Llama, original: Llama, tokens: torch.Tensor, steps: int = STEPS, quiet=True) -> Llama:
+    """Give a merged model new wo, and by so many steps new wq and wk, over tokens (N, T), bottom layer first.
     Layers that do what the original does stay as they are, bit for bit."""
     x = y = original.tok_embeddings(tokens)  # the residual streams of the original and of the model
     rope = rope_angles(original.config, torch.arange(tokens.shape[1], device=tokens.device))
@@ -116,42 +117,40 @@ def refit(model: Llama, original: Llama, tokens: torch.Tensor, attention=True, q
         a, b = theirs.attention_norm(x), ours.attention_norm(y)
         old, new = theirs.attention.state_dict(), ours.attention.state_dict()
         changed = [name for name in new if name not in old or not torch.equal(old[name], new[name])]
-        if attention and "wk.weight" in changed:
-            refit_attention(theirs.attention, ours.attention, a, b, rope)
+        if steps and "wk.weight" in changed:
+            refit_attention(theirs.attention, ours.attention, a, b, rope, steps)
+        output = torch.cat([theirs.attention(part, *rope) for part in a.split(SLICE)])
+        heads = torch.cat([ours.attention.head_outputs(part, *rope) for part in b.split(SLICE)])
         if changed or not torch.equal(x, y):
-            refit_output(theirs.attention, ours.attention, a, b, x - y, rope)
-        x = torch.cat([theirs(part, *rope) for part in x.split(SLICE)])
-        y = torch.cat([ours(part, *rope) for part in y.split(SLICE)])
+            size = (x + output).norm(dim=-1).clamp(min=TINY)
+            refit_output(ours.attention.wo, heads, x + output - y, 1 / size)
+        x, y = x + output, y + ours.attention.wo(heads)
+        x = torch.cat([part + theirs.feed_forward(theirs.ffn_norm(part)) for part in x.split(SLICE)])
+        y = torch.cat([part + ours.feed_forward(ours.ffn_norm(part)) for part in y.split(SLICE)])
     return model
 
 
 @torch.no_grad()
-def refit_output(theirs: Attention, ours: Attention, a, b, drift, rope) -> None:
-    """Ridge regression for wo, in float64: it minimises E|wo z - target|^2 + (RIDGE E|z|^2 / n) |wo -
-    wo_before|^2.
-
-    z (n,) are the outputs of our heads on inputs b; the target is the output of the original's attention on
-    its inputs a, plus the drift, by which its residual stream differs from ours: all (N, T, C).
-    """
-    before, squares, products, tokens = ours.wo.weight.double(), 0, 0, b[..., 0].numel()
-    for part_a, part_b, part in zip(a.split(SLICE), b.split(SLICE), drift.split(SLICE)):
-        z = ours.head_outputs(part_b, *rope).flatten(0, 1).double()
-        target = (theirs(part_a, *rope) + part).flatten(0, 1).double()
-        squares = squares + z.T @ z / tokens
-        products = products + z.T @ (target - z @ before.T) / tokens
-    damping = max(RIDGE * squares.diagonal().mean().item(), TINY) * torch.eye(len(squares)).to(squares)
+def refit_output(wo: nn.Linear, z: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> None:
+    """Ridge regression, in float64, of target (N, T, C) on heads' outputs z (N, T, n), each token by its
+    weight (N, T): the wo of least sum |weight (wo z - target)|^2 + E|weight z|^2 |wo - wo_before|^2."""
+    before, squares, products = wo.weight.double(), 0, 0
+    for rows, goal, part in zip(z.split(SLICE), target.split(SLICE), weight.double().split(SLICE)):
+        rows, goal = ((part[..., None] * x).flatten(0, 1) for x in (rows, goal))
+        squares = squares + rows.T @ rows
+        products = products + rows.T @ (goal - rows @ before.T)
+    damping = max(squares.trace().item() / weight.numel(), TINY) * torch.eye(len(squares)).to(squares)
     change = torch.linalg.solve(squares + damping, products)
-    ours.wo.weight = nn.Parameter((before + change.T).type_as(ours.wo.weight))
+    wo.weight = nn.Parameter((before + change.T).type_as(wo.weight))
 
 
 @torch.no_grad()
-def refit_attention(theirs: Attention, ours: Attention, a, b, rope) -> None:
+def refit_attention(theirs: Attention, ours: Attention, a, b, rope, steps: int) -> None:
     """wq and wk that lessen the mean KL divergence of our attention weights, on inputs b, from the original's
-    on its inputs a. L-BFGS works on wq C^(1/2) and wk C^(1/2), C = E[b b^T], scaled to the same size: where
-    no direction of the inputs is much stronger than another it gets far in few steps."""
+    on its inputs a. L-BFGS works on wq C^(1/2) and wk C^(1/2), C = E[b b^T], scaled to the same size: there
+    it gets far in few steps."""
     some, seen = observed(b.shape[1], b.device)
-    most = max(1, MOST_WEIGHTS // (len(theirs.k_groups.of_list) * seen.numel()))
-    a, b, targets = a[:most], b[:most], []
+    targets = []
     for part in a.split(SLICE):
         q, k, _ = theirs.project(part, *rope)
         targets.append(scores(q[:, :, some], k, theirs.k_groups, seen).softmax(-1))
@@ -177,7 +176,7 @@ def refit_attention(theirs: Attention, ours: Attention, a, b, rope) -> None:
             divergence += loss.detach()
         return divergence
 
-    optimizer = torch.optim.LBFGS(parameters, max_iter=STEPS, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(parameters, max_iter=steps, line_search_fn="strong_wolfe")
     optimizer.step(closure)
     ours.wq.weight, ours.wk.weight = nn.Parameter(weight(0)), nn.Parameter(weight(1))
 

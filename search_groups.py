@@ -42,7 +42,7 @@ from gqa import (
 )  # fmt: skip
 from model import Llama, Maps, widen
 from partition import best_partitions, knapsack
-from refit import divergence, refit, sensitivity, statistics
+from refit import STEPS, divergence, refit, sensitivity, statistics
 
 NAMES = ("ppl", "loss", "groups", "kv_bytes")  # what an objective may name
 NUMBERS = ("loss", "kl", "groups", "kv_bytes")  # of an evaluation
@@ -203,12 +203,13 @@ class Search:
         kv_bytes = merged_config(self.model.config, *maps).kv_bytes_per_token(self.itemsize)
         return {"groups": heads / 2, "kv_bytes": kv_bytes, "k_groups": maps[0], "v_groups": maps[1]}
 
-    def grouped(self, maps: tuple[Maps, Maps], blocks: torch.Tensor) -> Llama:
-        """What gqa.py makes of these groups, refitted on these calibration blocks."""
+    def grouped(self, maps: tuple[Maps, Maps], part: int = 1) -> Llama:
+        """What gqa.py makes of these groups, or, with part 2, by half the blocks and half the steps."""
         small = merge(self.model, maps, self.stats, self.config.merge)
         if self.config.refit == "none":
             return small
-        return refit(small, self.model, blocks, attention=self.config.refit == "all")
+        blocks, steps = self.blocks[: max(1, len(self.blocks) // part)], STEPS // part
+        return refit(small, self.model, blocks, steps * (self.config.refit == "all"))
 
     def value(self, record: dict) -> float:
         """What is minimised: the objective, or the loss."""
@@ -219,8 +220,7 @@ class Search:
     def measure(self, maps: tuple[Maps, Maps], note: str) -> dict:
         """Evaluate a grouping, unless the log has it."""
         if key(maps) not in self.records:
-            half = self.blocks[: max(1, len(self.blocks) // 2)]  # refitting takes most of the time
-            loss, kl = self.judge(self.grouped(maps, half))
+            loss, kl = self.judge(self.grouped(maps, 2))  # refitting takes most of the time
             self.records[key(maps)] = {"note": note, "loss": loss, "kl": kl, **self.described(maps)}
             print(json.dumps(self.records[key(maps)]), file=self.log)
         record = self.records[key(maps)]
@@ -315,7 +315,7 @@ def chosen(search: Search) -> list[dict]:
     rows = {}
     for name, maps in tqdm(contenders(search), desc="judging", disable=None, leave=False):
         if key(maps) not in rows:
-            small, sizes = search.grouped(maps, search.blocks), search.described(maps)
+            small, sizes = search.grouped(maps), search.described(maps)
             value = search.value({**sizes, "loss": search.choice(small)[0]})
             loss, kl = search.report(small)
             rows[key(maps)] = {"name": name, "loss": loss, "kl": kl, "choice": value, **sizes}

@@ -20,20 +20,20 @@ from common import UserError, bounded, parse
 from data.tokenizer import read_tokenizer
 from eval_ppl import split_tokens
 from gqa import budget, calibration_blocks, choose, even_counts, head_counts, merge, open_model
-from gqa import perplexity_on, statistics
-from refit import refit
+from gqa import perplexity_on
+from refit import STEPS, refit, statistics
 from search_groups import Search, SearchConfig, knapsack_search, random_search
 from study.bench import table
 
-ROWS = {  # one map for K and V?, which heads share, how they are merged, and whether wq and wk are refitted
+ROWS = {  # one map for K and V?, which heads share, how they are merged, steps of refit (None: none at all)
     "random joint groups, mean": (True, "random", "mean", None),
     "neighbours, mean (GQA's paper)": (True, "neighbour", "mean", None),
     "best joint groups, mean": (True, "best", "mean", None),
     "neighbours, closed form": (True, "neighbour", "closed", None),
     "best joint groups, closed form": (True, "best", "closed", None),
     "K and V apart": (False, "best", "closed", None),
-    "+ wo refitted": (False, "best", "closed", False),
-    "+ wq and wk refitted": (False, "best", "closed", True),
+    "+ wo refitted": (False, "best", "closed", 0),
+    "+ wq and wk refitted": (False, "best", "closed", STEPS),
 }
 
 
@@ -66,12 +66,12 @@ def main() -> None:
         blocks, known = calibration_blocks(text, model, config.calibration_tokens, seed), {}
         stats = statistics(model, blocks)
         for name, share in cells:
-            joint, grouping, how, attention = ROWS[name]
+            joint, grouping, how, steps = ROWS[name]
             # a joint group is a K and a V head: all rows keep equally many
             counts = even_counts(heads[joint], totals[share] * (1 if joint else 2))
             small = merge(model, choose(model, stats, counts, grouping, seed, known), stats, how)
-            if attention is not None:
-                small = refit(small, model, blocks, attention)
+            if steps is not None:
+                small = refit(small, model, blocks, steps)
             cells[name, share].append(perplexity_on(test, small) / base)
     rows = {name: {"share of the KV cache": name} for name in ROWS}
     for (name, share), ratios in cells.items():

@@ -205,7 +205,7 @@ def test_refitted_outputs_are_ridge_regressions_on_the_streams_of_whole_models()
     tokens = TOKENS
     small = merge(model, ([[0, 0, 1, 1]] * 3, [[0, 0, 0, 1]] * 3), statistics(model, tokens))
     expected = copy.deepcopy(small)
-    refit(small, model, tokens, attention=False)
+    refit(small, model, tokens, 0)
 
     def seen(one: Llama, layer: int) -> tuple[torch.Tensor, ...]:
         """The residual stream before a layer, what its wo gets and what it gives, each (tokens, width)."""
@@ -217,9 +217,11 @@ def test_refitted_outputs_are_ridge_regressions_on_the_streams_of_whole_models()
         return tuple(kept[name].flatten(0, 1) for name in "xzy")
 
     for layer in range(3):
-        theirs, (ours, z, _) = seen(model, layer), seen(expected, layer)
-        target, wo = theirs[0] + theirs[2] - ours, expected.layers[layer].attention.wo
-        damping = (1e-3 * z.square().mean() * len(z)).sqrt() * torch.eye(z.shape[1], dtype=z.dtype)
+        (x, _, change), (ours, z, _) = seen(model, layer), seen(expected, layer)
+        wo = expected.layers[layer].attention.wo
+        weight = 1 / (x + change).square().mean(1, keepdim=True).sqrt()
+        z, target = weight * z, weight * (x + change - ours)
+        damping = z.square().sum(1).mean().sqrt() * torch.eye(z.shape[1], dtype=z.dtype)
         stacked = torch.cat((z, damping)), torch.cat((target, damping @ wo.weight.T))
         wo.weight.copy_(torch.linalg.lstsq(*stacked).solution.T)
         assert_close(small.layers[layer].attention.wo.weight, wo.weight, 1e-9, f"layer {layer}")
@@ -243,7 +245,7 @@ def test_refitted_attention_looks_where_it_looked(monkeypatch, queries):
         return (left * ((left + 1e-30).log() - (right + 1e-30).log())).sum(-1).mean().item()
 
     before, apart = divergence(small), copy.deepcopy(small)
-    refit_attention(theirs, apart.layers[0].attention, x, x, rope)
+    refit_attention(theirs, apart.layers[0].attention, x, x, rope, 20)
     refit(small, model, tokens)
     assert divergence(apart) < 0.85 * before, (divergence(apart), before)
     assert divergence(small) == pytest.approx(divergence(apart), rel=1e-3), "refit uses other angles"

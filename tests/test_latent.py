@@ -77,8 +77,8 @@ def test_refitting_brings_latents_closer():
     model = frozen()
     small = half(model)
     found = [(model(TOKENS) - small(TOKENS)).square().mean().item()]
-    for attention in (False, True):
-        fitted = refit(copy.deepcopy(small), model, TOKENS, attention)
+    for steps in (0, 20):
+        fitted = refit(copy.deepcopy(small), model, TOKENS, steps)
         found.append((model(TOKENS) - fitted(TOKENS)).square().mean().item())
     assert found[0] > found[1] > found[2], found
 
