@@ -45,10 +45,27 @@ from refit import STEPS, Statistics, divergence, refit, sensitivity, statistics
 
 Slot = tuple[int, str]  # (layer, "k", "v" or "joint"): what is grouped by itself
 Counts = dict[Slot, int]  # groups in each slot
+Directions = dict[Slot, tuple[torch.Tensor, ...]]
 TINY = 1e-300  # keeps weights that are zero from becoming nan
 
 
-# ---- keys ----
+# ---- the best rows to share ----
+
+
+def directions(plain: torch.Tensor, rows: torch.Tensor, C: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """e (..., n), z (..., n, C) and mix (..., n, n), of n rows and the same `rows` weighted: the last r of z,
+    with the last r columns of mix, restore the plain rows with the least squared error of the weighted ones
+    over inputs x, which is the sum of all other e (Eckart-Young).
+
+    With N the weighted rows, C = E[x x^H] and N C N^H = U diag(e) U^H, e ascending, the best approximation of
+    rank r of N C^(1/2) lies in the last r columns of U: z = U^H N, and least squares restores a row w from
+    U^H N x as w C N^H U / e. Then each z gets the length of a plain row.
+    """
+    e, U = torch.linalg.eigh(rows @ C @ rows.mH)
+    z, strength = U.mH @ rows, e.clamp(min=max(1e-12 * e.max().item(), TINY))
+    length = plain.abs().square().sum(-1).mean(-1, keepdim=True).sqrt().clamp(min=TINY**0.5)
+    scale = length / z.abs().square().sum(-1).sqrt().clamp(min=TINY)
+    return e, z * scale[..., None], plain @ C @ rows.mH @ U / (strength * scale)[..., None, :]
 
 
 def complex_heads(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -74,8 +91,6 @@ def merge_keys(attention: Attention, groups: Groups, stats: Statistics) -> tuple
     refit.py corrects), the error of the scores would be
 
         sum_h E|q_h,f|^2 E|(p_h - c_h p') x|^2
-
-    The best rank-1 approximation of the rows sqrt(E|q_h,f|^2) p_h C^(1/2), C = E[x x^H], minimises it.
     """
     rows, C = weighted_keys(attention, stats), stats.inputs.to(torch.complex128)
     p, q = (complex_heads(w.weight, attention.head_dim) for w in (attention.wk, attention.wq))
@@ -84,16 +99,10 @@ def merge_keys(attention: Attention, groups: Groups, stats: Statistics) -> tuple
         if len(group) == 1:  # stays as it is, bit for bit
             shared.append(p[group[0]])
             continue
-        N = rows[:, group]  # (D/2, s, C)
-        # the eigenvector of the largest eigenvalue is the left singular vector of the approximation
-        top = torch.linalg.eigh(N @ C @ N.mH).eigenvectors[..., -1]  # (D/2, s)
-        key = torch.einsum("fs,fsc->fc", top.conj(), N)
-        power, powers = (torch.einsum("...c,cd,...d->...", x, C, x.conj()).real for x in (key, p[group]))
-        key = key * (powers.mean(0) / power.clamp(min=TINY)).sqrt()[:, None]  # as large as those it replaces
-        factors = torch.einsum("sfc,cd,fd->sf", p[group], C, key.conj()) / powers.mean(0).clamp(min=TINY)
-        for head, factor in zip(group, factors):
+        _, z, mix = directions(p[group].transpose(0, 1), rows[:, group], C)
+        for head, factor in zip(group, mix[..., -1].T):
             q[of_head == head] *= factor.conj()[:, None]
-        shared.append(key)
+        shared.append(z[:, -1])
     both = q, torch.stack(shared)
     return tuple(torch.view_as_real(heads).transpose(2, 3).flatten(0, 2) for heads in both)
 
@@ -121,14 +130,12 @@ def merge_values(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """wv (g D, C) and wo, of its old shape, when the value heads of each group share one.
 
-    The stack of W_o^h W_v^h C^(1/2) gets its best approximation of rank D: P^T, its strongest right singular
-    vectors, gives W_v' = P^T C^(-1/2) and W_o'^h = W_o^h W_v^h C^(1/2) P. With N the stack without C^(1/2),
-    after a QR of each W_o^h, and N C N^T = U diag(e) U^T, that is W_v' = e^(-1/2) U^T N and W_o'^h = W_o^h
-    W_v^h C N^T U e^(-1/2), without an inverse of C. Then the rows of W_v' get the length of those they stand
-    for. The novel layer behind wv leaves no symmetry: its heads share the mean, weighted by |W_o^h|^2.
+    The stack of W_o^h W_v^h C^(1/2) gets its best approximation of rank D, where C is that of the inputs as
+    attention mixes them. The novel layer behind wv leaves no symmetry: its heads share the mean, weighted by
+    |W_o^h|^2.
     """
     values, readers, sizes = value_heads(attention)
-    rows, D, C, shared = weighted_values(values, readers), attention.head_dim, stats.mixed, []
+    rows, D, shared = weighted_values(values, readers), attention.head_dim, []
     for group in groups:
         if len(group) == 1:
             shared.append(values[group[0]])
@@ -137,15 +144,10 @@ def merge_values(
             share = sizes[group] / sizes[group].sum().clamp(min=TINY)
             shared.append(torch.einsum("s,sdc->dc", share, values[group]))
             continue
-        N = rows[group].flatten(0, 1)
-        e, U = torch.linalg.eigh(N @ C @ N.T)
-        e, U = e[-D:].clamp(min=max(1e-12 * e[-1].item(), TINY)), U[:, -D:]
-        value, length = U.T @ N, values[group].square().sum(-1).mean().sqrt()
-        scale = value.square().sum(-1).sqrt().clamp(min=max(1e-12 * length.item(), TINY))
-        scale = length.clamp(min=TINY) / scale
-        for head in group:
-            readers[head] = readers[head] @ (values[head] @ C @ N.T @ U / (e * scale))
-        shared.append(value * scale[:, None])
+        _, z, mix = directions(values[group].flatten(0, 1), rows[group].flatten(0, 1), stats.mixed)
+        for head, part in zip(group, mix[:, -D:].split(D)):
+            readers[head] = readers[head] @ part
+        shared.append(z[-D:])
     in_order = attention.v_groups.of_head.argsort(stable=True).argsort()
     return torch.cat(shared), torch.cat(readers)[in_order].transpose(0, 1).flatten(1)
 
@@ -166,36 +168,34 @@ def weighted_rows(attention: Attention, kind: str, stats: Statistics) -> tuple[t
     return values.flatten(0, 1)[None], weighted.flatten(0, 1)[None], stats.mixed
 
 
-def latent(attention: Attention, kind: str, stats: Statistics, size: int) -> tuple[list, ...]:
-    """The rank of each of F, the latent's rows (R, C), and the coefficients (n, R) that restore the n rows of
-    `weighted_rows` from them, for a cache of `size` numbers.
+def all_directions(model: Llama, stats: list[Statistics]) -> Directions:
+    """The `directions` of each layer's keys and values."""
+    found = {}
+    for layer, of_layer in zip(model.layers, stats):
+        for kind in "kv":
+            rows = weighted_rows(layer.attention, kind, of_layer)
+            found[layer.attention.layer, kind] = directions(*rows)
+    return found
 
-    With N the weighted rows and N C N^H = U diag(e) U^H, the best approximation of rank r of N C^(1/2) lies
-    in the strongest r columns u of U (Eckart-Young): the latent is z = u^H N x, and least squares restores a
-    row w as w C N^H u / e. The numbers go to the largest e, whichever f they are of.
-    """
-    plain, rows, C = weighted_rows(attention, kind, stats)
-    e, U = torch.linalg.eigh(rows @ C @ rows.mH)  # (F, n), ascending
-    strongest = e.flatten().argsort(descending=True)[: size // 2 if kind == "k" else size]
-    ranks, latents, mixes = torch.bincount(strongest // e.shape[1], minlength=len(e)).tolist(), [], []
-    length = plain.abs().square().sum(-1).mean().sqrt()
-    for f, r in enumerate(ranks):
-        u, kept = U[f][:, len(U[f]) - r :], e[f][len(U[f]) - r :].clamp(min=max(1e-12 * e.max().item(), TINY))
-        z = u.mH @ rows[f]
-        scale = length / z.abs().square().sum(-1).sqrt().clamp(min=TINY)
-        latents.append(z * scale[:, None])
-        mixes.append(plain[f] @ C @ rows[f].mH @ u / (kept * scale))
-    return ranks, torch.cat(latents), torch.cat(mixes, dim=1)
+
+def latent(found: tuple[torch.Tensor, ...], size: int) -> tuple[list, ...]:
+    """The rank of each of F, the latent's rows (R, C), and the coefficients (n, R) that restore n rows from
+    them, for a cache of `size` numbers: the strongest `directions`, whichever f they are of."""
+    e, z, mix = found
+    n, strongest = e.shape[1], e.flatten().argsort(descending=True)[: size // 2 if z.is_complex() else size]
+    ranks = torch.bincount(strongest // n, minlength=len(e)).tolist()
+    parts = [(z[f, n - r :], mix[f, :, n - r :]) for f, r in enumerate(ranks)]
+    return ranks, torch.cat([z for z, _ in parts]), torch.cat([mix for _, mix in parts], dim=1)
 
 
 @torch.no_grad()
-def to_latents(model: Llama, stats: list[Statistics], sizes: Counts) -> Llama:
+def to_latents(model: Llama, found: Directions, sizes: Counts) -> Llama:
     """The model with latent keys and values of these sizes, numbers in the cache, in place of heads."""
     c, weights, D = model.config, model.state_dict(), model.config.head_dim
     k_latent, v_latent = [list(ranks) for ranks in c.k_latent], list(c.v_latent)
     for (layer, kind), size in sizes.items():
         attention, name = model.layers[layer].attention, f"layers.{layer}.attention."
-        ranks, z, mix = latent(attention, kind, stats[layer], size)
+        ranks, z, mix = latent(found[layer, kind], size)
         if kind == "k":  # attention divides by the root of the key's width, not of D
             k_latent[layer], z = ranks, torch.view_as_real(z).transpose(1, 2).flatten(0, 1)
             mix = torch.view_as_real(mix.conj()[attention.k_groups.of_head]) * math.sqrt(len(z) / D)
@@ -207,19 +207,19 @@ def to_latents(model: Llama, stats: list[Statistics], sizes: Counts) -> Llama:
     return load_weights(empty_model(config), weights).to(model.tok_embeddings.weight.device).eval()
 
 
-def latent_sizes(model: Llama, stats: list[Statistics], tokens: torch.Tensor, share: float) -> Counts:
+def latent_sizes(model: Llama, found: Directions, tokens: torch.Tensor, share: float) -> Counts:
     """How many numbers of each layer's K and V a share of the cache holds: where the divergences that their
     latents cause, predicted from one backward pass at some sizes and interpolated, sum up to the least."""
-    D, found, values = model.config.head_dim, sensitivity(model, tokens), {}
+    D, gradients, values = model.config.head_dim, sensitivity(model, tokens), {}
     unit = D // 4 if D % 8 == 0 else 2
     whole = {(i, kind): n for i, both in enumerate(model.config.kv_widths) for kind, n in zip("kv", both)}
     steps = sorted({1, *(max(whole.values()) // unit * i // 8 for i in range(1, 8))} - {0})
     known = {slot: {n // unit: 0.0} for slot, n in whole.items()}
     for kind, step in product("kv", steps):
         sizes = {slot: step * unit for slot, n in whole.items() if slot[1] == kind and step * unit < n}
-        small = to_latents(model, stats, sizes)
+        small = to_latents(model, found, sizes)
         for slot in sizes:
-            known[slot][step] = divergence(small.layers[slot[0]].attention, found[slot[0]])
+            known[slot][step] = divergence(small.layers[slot[0]].attention, gradients[slot[0]])
     for slot, of_slot in known.items():
         x = sorted(of_slot)
         values[slot] = np.interp(range(1, max(x) + 1), x, [of_slot[step] for step in x])
@@ -512,7 +512,8 @@ def main() -> None:
     checkpoint, model, blocks, val, name = open_inputs(config)
     stats = statistics(model, blocks)
     if config.latent:
-        small = to_latents(model, stats, latent_sizes(model, stats, blocks, config.kv_budget))
+        found = all_directions(model, stats)
+        small = to_latents(model, found, latent_sizes(model, found, blocks, config.kv_budget))
     else:
         small = merge(model, asked_groups(config, model, stats), stats, config.merge)
     if config.refit != "none":

@@ -9,7 +9,7 @@ from foreign import checkpoint_of
 from test_gqa import SHAPES, double, frozen
 
 from checkpoint import build_model, load, save
-from gqa import Costs, latent, latent_sizes, statistics, to_latents
+from gqa import Costs, all_directions, latent, latent_sizes, statistics, to_latents
 from lora import LoRAConfig, adapt
 from model import KVCache, pack, unpack
 from partition import exact_partitions
@@ -24,15 +24,15 @@ def widths(model) -> dict:
 
 def half(model):
     """The model with half of its cache."""
-    stats = statistics(model, TOKENS)
-    return to_latents(model, stats, latent_sizes(model, stats, TOKENS, 0.5))
+    found = all_directions(model, statistics(model, TOKENS))
+    return to_latents(model, found, latent_sizes(model, found, TOKENS, 0.5))
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, "novel"])
 def test_full_rank_changes_nothing(shape):
     """So every grouping is a latent of the same size."""
     model = double(**SHAPES.get(shape, {"novel": True}))
-    small = to_latents(model, statistics(model, TOKENS), widths(model))
+    small = to_latents(model, all_directions(model, statistics(model, TOKENS)), widths(model))
     assert small.config.kv_numbers_per_token == model.config.kv_numbers_per_token
     assert_close(small(TOKENS), model(TOKENS), 1e-9)
 
@@ -41,22 +41,23 @@ def test_full_rank_changes_nothing(shape):
 def test_at_equal_numbers_no_partition_loses_less(kind):
     model = double(n_head=6, dim=48)
     stats = statistics(model, TOKENS)
-    for layer, of_layer in zip(model.layers, stats):
-        cost, D = Costs(layer.attention, kind, of_layer), model.config.head_dim
+    for i, of_layer in enumerate(stats):
+        cost, D = Costs(model.layers[i].attention, kind, of_layer), model.config.head_dim
         energies = torch.linalg.eigvalsh(cost.gram).flatten().sort().values
         for groups, (lost, _) in exact_partitions(6, cost, range(1, 7)).items():
             kept = groups * D // (2 if kind == "k" else 1)
             assert energies[: len(energies) - kept].sum() <= lost * (1 + 1e-9) + 1e-12
-            ranks, rows, _ = latent(layer.attention, kind, of_layer, groups * D)
+            ranks, rows, _ = latent(all_directions(model, stats)[i, kind], groups * D)
             assert len(rows) == sum(ranks) == kept
 
 
 def test_the_latents_error_is_the_energy_that_is_dropped():
     """For values: the squared error of wo times the restored values, weighted by the attended inputs."""
     model = double()
-    attention, stats = model.layers[0].attention, statistics(model, TOKENS)[0]
+    attention, all_stats = model.layers[0].attention, statistics(model, TOKENS)
+    stats = all_stats[0]
     energies = torch.linalg.eigvalsh(Costs(attention, "v", stats).gram).flatten()
-    _, rows, mix = latent(attention, "v", stats, 12)
+    _, rows, mix = latent(all_directions(model, all_stats)[0, "v"], 12)
     errors = (attention.wv.weight - mix @ rows).unflatten(0, (4, -1))
     outputs = attention.wo.weight.unflatten(1, (4, -1)).transpose(0, 1) @ errors  # (H, C, C)
     lost = torch.einsum("hoc,cd,hod->", outputs, stats.mixed, outputs)
