@@ -92,16 +92,15 @@ def merge_keys(attention: Attention, groups: Groups, stats: Statistics) -> tuple
 
         sum_h E|q_h,f|^2 E|(p_h - c_h p') x|^2
     """
-    rows, C = weighted_keys(attention, stats), stats.inputs.to(torch.complex128)
-    p, q = (complex_heads(w.weight, attention.head_dim) for w in (attention.wk, attention.wq))
-    of_head, shared = attention.k_groups.of_head, []
+    rows, weighted, C = weighted_rows(attention, "k", stats)
+    q, shared = complex_heads(attention.wq.weight, attention.head_dim), []
     for group in groups:
         if len(group) == 1:  # stays as it is, bit for bit
-            shared.append(p[group[0]])
+            shared.append(rows[:, group[0]])
             continue
-        _, z, mix = directions(p[group].transpose(0, 1), rows[:, group], C)
+        _, z, mix = directions(rows[:, group], weighted[:, group], C)
         for head, factor in zip(group, mix[..., -1].T):
-            q[of_head == head] *= factor.conj()[:, None]
+            q[attention.k_groups.of_head == head] *= factor.conj()[:, None]
         shared.append(z[:, -1])
     both = q, torch.stack(shared)
     return tuple(torch.view_as_real(heads).transpose(2, 3).flatten(0, 2) for heads in both)
@@ -130,8 +129,8 @@ def merge_values(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """wv (g D, C) and wo, of its old shape, when the value heads of each group share one.
 
-    The stack of W_o^h W_v^h C^(1/2) gets its best approximation of rank D, where C is that of the inputs as
-    attention mixes them. The novel layer behind wv leaves no symmetry: its heads share the mean, weighted by
+    The stack of W_o^h W_v^h C^(1/2) gets its best approximation of rank D, C of the inputs as attention
+    mixes them. The novel layer behind wv leaves no symmetry: its heads share the mean, weighted by
     |W_o^h|^2.
     """
     values, readers, sizes = value_heads(attention)
@@ -156,8 +155,8 @@ def merge_values(
 
 
 def weighted_rows(attention: Attention, kind: str, stats: Statistics) -> tuple[torch.Tensor, ...]:
-    """(F, n, C) the rows that make one layer's keys or values, the same rows weighted, and C (C, C). Keys: a
-    complex row a head for each of F = D/2 RoPE pairs. Values: D real rows a head, F = 1."""
+    """(F, n, C) the rows of one layer's keys or values, the same weighted, and C (C, C). Keys: a complex row
+    a head for each of F = D/2 RoPE pairs. Values: D real rows a head, F = 1."""
     if kind == "k":
         rows = complex_heads(attention.wk.weight, attention.head_dim).transpose(0, 1)
         return rows, weighted_keys(attention, stats), stats.inputs.to(rows.dtype)
@@ -169,18 +168,17 @@ def weighted_rows(attention: Attention, kind: str, stats: Statistics) -> tuple[t
 
 
 def all_directions(model: Llama, stats: list[Statistics]) -> Directions:
-    """The `directions` of each layer's keys and values."""
+    """Of each layer's K and V."""
     found = {}
     for layer, of_layer in zip(model.layers, stats):
         for kind in "kv":
-            rows = weighted_rows(layer.attention, kind, of_layer)
-            found[layer.attention.layer, kind] = directions(*rows)
+            found[layer.attention.layer, kind] = directions(*weighted_rows(layer.attention, kind, of_layer))
     return found
 
 
 def latent(found: tuple[torch.Tensor, ...], size: int) -> tuple[list, ...]:
     """The rank of each of F, the latent's rows (R, C), and the coefficients (n, R) that restore n rows from
-    them, for a cache of `size` numbers: the strongest `directions`, whichever f they are of."""
+    them, for a cache of `size` numbers: the strongest `directions` of all f."""
     e, z, mix = found
     n, strongest = e.shape[1], e.flatten().argsort(descending=True)[: size // 2 if z.is_complex() else size]
     ranks = torch.bincount(strongest // n, minlength=len(e)).tolist()

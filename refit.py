@@ -6,7 +6,7 @@ allow, head by head. What refitting adds, layer by layer:
 
     wo      heads' errors add up, and the layers below change the inputs: ridge regression finds the wo that
             comes closest to the original's residual stream, relative to the stream's size, as the next norm
-            sees it: a few tokens' streams can be 100 times larger than all others
+            sees it: a few tokens' streams can be 100 times larger
     wq, wk  a merged key approximates each RoPE pair by itself, while the sum over pairs counts, inside a
             softmax: L-BFGS moves the two until the queries look where they looked
 """
@@ -23,9 +23,10 @@ from model import Attention, Llama, rope_angles, scores, widen
 SLICE = 8  # rows of text computed at a time
 QUERIES = 64  # sampled in each row of text, evenly spaced, to observe attention
 STEPS = 20  # of L-BFGS
+MOST_WEIGHTS = 2**28  # attention weights held of a layer, 1 GiB; beyond it fewer rows serve
 
 
-SENSED = 4096  # tokens of the backward pass of `sensitivity`
+SENSED = 4096  # tokens of `sensitivity`
 TINY = 1e-30
 
 
@@ -150,7 +151,8 @@ def refit_attention(theirs: Attention, ours: Attention, a, b, rope, steps: int) 
     on its inputs a. L-BFGS works on wq C^(1/2) and wk C^(1/2), C = E[b b^T], scaled to the same size: there
     it gets far in few steps."""
     some, seen = observed(b.shape[1], b.device)
-    targets = []
+    most = max(1, MOST_WEIGHTS // (len(theirs.k_groups.of_list) * seen.numel()))
+    a, b, targets = a[:most], b[:most], []
     for part in a.split(SLICE):
         q, k, _ = theirs.project(part, *rope)
         targets.append(scores(q[:, :, some], k, theirs.k_groups, seen).softmax(-1))

@@ -19,8 +19,7 @@ from tqdm import tqdm
 from common import UserError, bounded, parse
 from data.tokenizer import read_tokenizer
 from eval_ppl import split_tokens
-from gqa import budget, calibration_blocks, choose, even_counts, head_counts, merge, open_model
-from gqa import perplexity_on
+from gqa import budget, calibration_blocks, choose, even_counts, head_counts, merge, open_model, perplexity_on
 from refit import STEPS, refit, statistics
 from search_groups import Search, SearchConfig, knapsack_search, random_search
 from study.bench import table
