@@ -52,6 +52,40 @@ TINY = 1e-300  # keeps weights that are zero from becoming nan
 # ---- the best rows to share ----
 
 
+def complex_heads(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """wq or wk (n D, C) -> (n, D/2, C): the rows of a RoPE pair as one complex row."""
+    pairs = weight.double().unflatten(0, (-1, head_dim // 2, 2)).transpose(2, 3)
+    return torch.view_as_complex(pairs.contiguous())
+
+
+def value_heads(attention: Attention) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    """Of each value head wv (G, D, C), wo of the s query heads that read it (s, C, D), and |wo|^2 (G,)."""
+    values = attention.wv.weight.double().unflatten(0, (-1, attention.head_dim))
+    outputs = attention.wo.weight.double().unflatten(1, (-1, attention.head_dim)).transpose(0, 1)
+    readers = [outputs[attention.v_groups.of_head == head] for head in range(len(values))]
+    return values, readers, torch.stack([wo.square().sum() for wo in readers])
+
+
+def weighted_rows(attention: Attention, kind: str, stats: Statistics) -> tuple[torch.Tensor, ...]:
+    """(F, n, C) the rows of one layer's keys or values, the same weighted, and C (C, C). Keys: a complex row
+    a head for each of F = D/2 RoPE pairs, by sqrt(E|q_f|^2). Values: D real rows a head, F = 1, R W_v with
+    R^T R = the sum over its readers of W_o^T W_o."""
+    if kind == "k":
+        rows = complex_heads(attention.wk.weight, attention.head_dim).transpose(0, 1)
+        energy = stats.energy.new_zeros(rows.shape[1::-1])
+        energy.index_add_(0, attention.k_groups.of_head, stats.energy)
+        # of a head whose queries are all near zero, too, the direction is defined
+        energy = energy.clamp(min=max(1e-6 * energy.mean().item(), TINY))
+        return rows, energy.sqrt().T[..., None] * rows, stats.inputs.to(rows.dtype)
+    values, readers, sizes = value_heads(attention)
+    weighted = sizes.clamp(min=TINY).sqrt()[:, None, None] * values
+    if attention.novel is None:
+        missing = max(0, values.shape[1] - values.shape[2])  # with fewer rows than columns R would be wide
+        stacks = [F.pad(wo.flatten(0, 1), (0, 0, 0, missing)) for wo in readers]
+        weighted = torch.stack([torch.linalg.qr(x, mode="r").R @ wv for x, wv in zip(stacks, values)])
+    return values.flatten(0, 1)[None], weighted.flatten(0, 1)[None], stats.mixed
+
+
 def directions(plain: torch.Tensor, rows: torch.Tensor, C: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """e (..., n), z (..., n, C) and mix (..., n, n), of n rows and the same `rows` weighted: the last r of z,
     with the last r columns of mix, restore the plain rows with the least squared error of the weighted ones
@@ -59,28 +93,17 @@ def directions(plain: torch.Tensor, rows: torch.Tensor, C: torch.Tensor) -> tupl
 
     With N the weighted rows, C = E[x x^H] and N C N^H = U diag(e) U^H, e ascending, the best approximation of
     rank r of N C^(1/2) lies in the last r columns of U: z = U^H N, and least squares restores a row w from
-    U^H N x as w C N^H U / e. Then each z gets the length of a plain row.
+    U^H N x as w C N^H U / e. Of E|z x|^2 = e, z keeps the root: where all z x are rounded alike, this loses
+    least. Its length is that of the plain rows.
     """
     e, U = torch.linalg.eigh(rows @ C @ rows.mH)
-    z, strength = U.mH @ rows, e.clamp(min=max(1e-12 * e.max().item(), TINY))
-    length = plain.abs().square().sum(-1).mean(-1, keepdim=True).sqrt().clamp(min=TINY**0.5)
-    scale = length / z.abs().square().sum(-1).sqrt().clamp(min=TINY)
-    return e, z * scale[..., None], plain @ C @ rows.mH @ U / (strength * scale)[..., None, :]
+    strength = e.clamp(min=max(1e-12 * e.max().item(), TINY))
+    z = strength[..., None] ** -0.25 * (U.mH @ rows)
+    size = (plain.abs().square().sum() / z.abs().square().sum()).sqrt().nan_to_num(1)  # of zeros only: any
+    return e, size * z, plain @ C @ rows.mH @ U / (size * strength**0.75)[..., None, :]
 
 
-def complex_heads(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """wq or wk (n D, C) -> (n, D/2, C): the rows of a RoPE pair as one complex row."""
-    pairs = weight.double().unflatten(0, (-1, head_dim // 2, 2)).transpose(2, 3)
-    return torch.view_as_complex(pairs.contiguous())
-
-
-def weighted_keys(attention: Attention, stats: Statistics) -> torch.Tensor:
-    """(D/2, G, C) sqrt(E|q_f|^2) p for the row p of each pair of each key head."""
-    p, groups = complex_heads(attention.wk.weight, attention.head_dim), attention.k_groups
-    energy = stats.energy.new_zeros(p.shape[:2]).index_add_(0, groups.of_head, stats.energy)
-    # of a head whose queries are all near zero, too, the direction is defined
-    energy = energy.clamp(min=max(1e-6 * energy.mean().item(), TINY))
-    return (energy.sqrt()[..., None] * p).transpose(0, 1)
+# ---- groups ----
 
 
 def merge_keys(attention: Attention, groups: Groups, stats: Statistics) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,24 +129,6 @@ def merge_keys(attention: Attention, groups: Groups, stats: Statistics) -> tuple
     return tuple(torch.view_as_real(heads).transpose(2, 3).flatten(0, 2) for heads in both)
 
 
-# ---- values ----
-
-
-def value_heads(attention: Attention) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-    """Of each value head wv (G, D, C), wo of the s query heads that read it (s, C, D), and |wo|^2 (G,)."""
-    values = attention.wv.weight.double().unflatten(0, (-1, attention.head_dim))
-    outputs = attention.wo.weight.double().unflatten(1, (-1, attention.head_dim)).transpose(0, 1)
-    readers = [outputs[attention.v_groups.of_head == head] for head in range(len(values))]
-    return values, readers, torch.stack([wo.square().sum() for wo in readers])
-
-
-def weighted_values(values: torch.Tensor, readers: list[torch.Tensor]) -> torch.Tensor:
-    """(G, D, C) R W_v, as large in each direction as wo makes it: R^T R = sum over readers of W_o^T W_o."""
-    missing = max(0, values.shape[1] - values.shape[2])  # with fewer rows than columns R would be wide
-    stacks = [F.pad(wo.flatten(0, 1), (0, 0, 0, missing)) for wo in readers]
-    return torch.stack([torch.linalg.qr(stack, mode="r").R @ wv for stack, wv in zip(stacks, values)])
-
-
 def merge_values(
     attention: Attention, groups: Groups, stats: Statistics
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
@@ -134,7 +139,8 @@ def merge_values(
     |W_o^h|^2.
     """
     values, readers, sizes = value_heads(attention)
-    rows, D, shared = weighted_values(values, readers), attention.head_dim, []
+    _, rows, C = weighted_rows(attention, "v", stats)
+    rows, D, shared = rows.reshape(values.shape), attention.head_dim, []
     for group in groups:
         if len(group) == 1:
             shared.append(values[group[0]])
@@ -143,7 +149,7 @@ def merge_values(
             share = sizes[group] / sizes[group].sum().clamp(min=TINY)
             shared.append(torch.einsum("s,sdc->dc", share, values[group]))
             continue
-        _, z, mix = directions(values[group].flatten(0, 1), rows[group].flatten(0, 1), stats.mixed)
+        _, z, mix = directions(values[group].flatten(0, 1), rows[group].flatten(0, 1), C)
         for head, part in zip(group, mix[:, -D:].split(D)):
             readers[head] = readers[head] @ part
         shared.append(z[-D:])
@@ -152,19 +158,6 @@ def merge_values(
 
 
 # ---- latents ----
-
-
-def weighted_rows(attention: Attention, kind: str, stats: Statistics) -> tuple[torch.Tensor, ...]:
-    """(F, n, C) the rows of one layer's keys or values, the same weighted, and C (C, C). Keys: a complex row
-    a head for each of F = D/2 RoPE pairs. Values: D real rows a head, F = 1."""
-    if kind == "k":
-        rows = complex_heads(attention.wk.weight, attention.head_dim).transpose(0, 1)
-        return rows, weighted_keys(attention, stats), stats.inputs.to(rows.dtype)
-    values, readers, sizes = value_heads(attention)
-    weighted = sizes.clamp(min=TINY).sqrt()[:, None, None] * values
-    if attention.novel is None:
-        weighted = weighted_values(values, readers)
-    return values.flatten(0, 1)[None], weighted.flatten(0, 1)[None], stats.mixed
 
 
 def all_directions(model: Llama, stats: list[Statistics]) -> Directions:

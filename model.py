@@ -31,7 +31,6 @@ from torch.utils.checkpoint import checkpoint
 from common import IGNORE, NO_FLAG, bounded, require
 
 ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-BLOCK = 128  # queries of a block in `blocks`: fewer would skip more, in products too small for a CPU
 CHUNK = 2**19  # logits widened at a time: 2 MiB in float32 stay in a CPU's cache; a GPU takes 64 times more
 RAISED = 2.0**14  # scale of the gradient stored for the backward: float16 underflows below 6e-8
 MOST = 2**20  # of any size: a damaged file must not make us build lists of 10^9 entries
@@ -58,7 +57,7 @@ class ModelConfig:
     novel: bool = False  # a head_dim x head_dim linear layer + SiLU on each head's attention output
     gated: bool = False  # a sigmoid of the layer's input, one number a head, multiplies each head's output
     dropout: float = bounded(0.0, 0, 0.99)  # on the embeddings and on both residual branches
-    attention: Literal["auto", "naive", "blocks", "sdpa", "triton"] = "auto"  # how it is computed
+    attention: Literal["auto", "naive", "sdpa", "triton"] = "auto"  # how it is computed
     kv_bits: int = bounded(16, 4, 16)  # the KV cache holds floats (16), or integers of 8 or 4 bits
     k_groups: Maps | None = field(default=None, metadata=NO_FLAG)  # equal runs of heads unless given
     v_groups: Maps | None = field(default=None, metadata=NO_FLAG)
@@ -200,12 +199,21 @@ class HeadGroups(nn.Module):
         return x if self.size == 1 and self.in_order else x.index_select(1, self.of_head)
 
 
+def turned(x: torch.Tensor) -> torch.Tensor:
+    """x (..., n) times the Hartley matrix, which is symmetric and its own inverse: outliers, which keys have,
+    spread over all n numbers before these are rounded, and q and k turned alike keep their product. QuaRot
+    (arXiv 2404.00456) takes Hadamard's matrix, which not every n has."""
+    i = torch.arange(x.shape[-1], device=x.device)
+    angles = 2 * math.pi / len(i) * (i[:, None] * i % len(i))
+    return x @ ((angles.cos() + angles.sin()) / math.sqrt(len(i))).type_as(x)
+
+
 def pack(x: torch.Tensor, bits: int) -> torch.Tensor:
     """x (B, G, T, X) -> uint8 (B, G, T, X * bits / 8 + 2): integers x / scale, and the scale, in bfloat16, of
-    each token and head: its largest absolute value by that of the integers."""
-    most, x = 2 ** (bits - 1) - 1, widen(x)
-    scale = (x.abs().amax(-1, keepdim=True) / most).clamp(min=1e-30).bfloat16()
-    codes = (x / scale).round().clamp(-most, most).to(torch.int8)
+    each token and head, which makes its number furthest from zero the lowest integer."""
+    least, x = -(2 ** (bits - 1)), widen(x)
+    scale = (x.gather(-1, x.abs().argmax(-1, keepdim=True)) / least).bfloat16()
+    codes = (x / scale).nan_to_num().round().clamp(least, ~least).to(torch.int8)
     if bits == 4:
         codes = codes[..., 0::2] << 4 | codes[..., 1::2] & 15
     return torch.cat((codes.view(torch.uint8), scale.view(torch.uint8)), dim=-1)
@@ -258,17 +266,6 @@ def naive(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.Tenso
     return v_groups.scatter(v_groups.gather(weights) @ v)
 
 
-def blocks(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.Tensor | None) -> torch.Tensor:
-    """`naive` for 128 queries at a time, against the keys that they may see: about half of the scores."""
-    if mask is not None:
-        return naive(q, k, v, k_groups, v_groups, mask)
-    end, parts = k.shape[2] - q.shape[2], []
-    for part in q.split(BLOCK, dim=2):
-        end += part.shape[2]
-        parts.append(naive(part, k[:, :, :end], v[:, :, :end], k_groups, v_groups, None))
-    return torch.cat(parts, dim=2)
-
-
 def sdpa(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.Tensor | None) -> torch.Tensor:
     """PyTorch's kernel takes equal runs of query heads only; other groups cost a copy of K and V for every
     head. For one query against a cache that copy would cost more than all else: there the heads of a group
@@ -285,17 +282,16 @@ def sdpa(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.Tensor
 
 
 def auto(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.Tensor | None) -> torch.Tensor:
-    """Up to some 1,000 tokens in half precision on a CPU, batched products beat PyTorch's fused kernel, most
-    of all its backward; everywhere else the kernel wins."""
-    half = q.dtype in (torch.bfloat16, torch.float16)
-    fastest = blocks if q.device.type == "cpu" and half and 1 < q.shape[2] <= 1024 else sdpa
-    return fastest(q, k, v, k_groups, v_groups, mask)
+    """Up to some 500 tokens in half precision on a CPU, batched products beat PyTorch's fused kernel, most of
+    all its backward; everywhere else the kernel wins."""
+    small = q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and 1 < q.shape[2] <= 512
+    return (naive if small else sdpa)(q, k, v, k_groups, v_groups, mask)
 
 
 # q (B, H, T, D), k (B, G_k, S, D), v (B, G_v, S, D) -> (B, H, T, D); the T queries are the last of S tokens.
 # `mask`, broadcast to (B, H, T, S), is True where a query looks; None is causal, for T = S or T = 1. Each
 # computes the same function; triton is sdpa until flash_attention.use_kernels(model) puts its kernels there.
-ATTENTION = {"auto": auto, "naive": naive, "blocks": blocks, "sdpa": sdpa, "triton": sdpa}
+ATTENTION = {"auto": auto, "naive": naive, "sdpa": sdpa, "triton": sdpa}
 
 
 class Attention(nn.Module):
@@ -353,11 +349,15 @@ class Attention(nn.Module):
     def head_outputs(self, x, cos, sin, mask=None, cache: KVCache | None = None) -> torch.Tensor:
         """x (B, T, C) -> the outputs of all heads, side by side (B, T, H * D), which `wo` adds up."""
         q, k, v = self.project(x, cos, sin)
+        if self.kv_bits < 16:
+            q, k, v = turned(q), turned(k), turned(v)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         elif self.kv_bits < 16:  # as a cache would round them; gradients pass as if it did not
             k, v = (x + (unpack(pack(x, self.kv_bits), self.kv_bits).type_as(x) - x).detach() for x in (k, v))
         y = self.attend(q, k, v, self.k_groups, self.v_groups, mask)
+        if self.kv_bits < 16:
+            y = turned(y)
         if self.v_mix is not None:
             y = y @ self.v_mix
         if self.novel is not None:
@@ -487,7 +487,7 @@ class Llama(nn.Module):
     @torch.no_grad()
     def stream(
         self, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 0.0, top_p: float = 1.0,
-        stop: Sequence[int] = (), use_cache: bool = True, generator: torch.Generator | None = None,
+        stop: Sequence[int] = (), generator: torch.Generator | None = None,
     ) -> Iterator[list[int | None]]:  # fmt: skip
         """Yield, token by token, the next token of every prompt; None for one that has met a `stop` token.
 
@@ -505,19 +505,18 @@ class Llama(nn.Module):
         padding = padding if padding.any() else None
         most = [min(max_new_tokens, room - len(p)) for p in prompts]
         # padding may take it beyond block_size
-        cache = KVCache(self.config, longest + max(most)) if use_cache else None
-        stopped, stop, step = [False] * len(prompts), set(stop), tokens
+        cache = KVCache(self.config, longest + max(most))
+        stopped, stop = [False] * len(prompts), set(stop)
         for count in range(1, max(most) + 1):
-            forward = self.compiled_step if self.compiled_step and cache and cache.length else self
-            logits = forward(step if cache else tokens, cache=cache, padding=padding)[:, -1]
-            step = pick_token(logits, temperature, top_p, generator)  # (B, 1)
-            new = step[:, 0].tolist()
+            forward = self.compiled_step if self.compiled_step and cache.length else self
+            logits = forward(tokens, cache=cache, padding=padding)[:, -1]
+            tokens = pick_token(logits, temperature, top_p, generator)  # (B, 1)
+            new = tokens[:, 0].tolist()
             stopped = [s or t in stop for s, t in zip(stopped, new)]
             if all(stopped):
                 return
             yield [None if s else t for s, t in zip(stopped, new)]
             stopped = [s or count >= m for s, m in zip(stopped, most)]
-            tokens = tokens if cache else torch.cat((tokens, step), dim=1)
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int, **how) -> list[list[int]]:
         """The new tokens of every prompt, without the prompt and the stop token; `how` as for `stream`."""

@@ -30,7 +30,7 @@ class SampleConfig:
     num_samples: int = bounded(1, 1)  # texts to write
     seed: int = bounded(0, 0, 2**63 - 1)  # of the first text; the next has seed + 1
     kv_bits: int | None = bounded(None, 4, 16)  # hold the KV cache in so many bits a number (16, 8, 4)
-    no_cache: bool = False  # recompute all keys and values for every token: slower, the same but for rounding
+
     compile: bool = False  # compile the step of a token: half a minute at first, then several times the speed
     device: str = "auto"  # cuda, mps, cpu or auto
 
@@ -52,8 +52,7 @@ def main() -> None:
     config = SampleConfig(**parse(__doc__, SampleConfig))
     if config.prompt and (config.instruction or config.input):
         raise UserError("--prompt is text to continue, --instruction a task to answer: give one of them")
-    if config.compile and config.no_cache:
-        raise UserError("--compile makes the step that the cache allows: drop --no_cache")
+
     device = pick_device(config.device)
     model, tokenizer = build(load(config.ckpt), device, config.kv_bits)
     text, shown = config.prompt, config.prompt
@@ -68,7 +67,7 @@ def main() -> None:
         generator = torch.Generator(device).manual_seed(config.seed + number)
         steps = model.stream(
             [prompt], config.max_new_tokens, temperature=config.temperature, top_p=config.top_p,
-            stop=tokenizer.stop, use_cache=not config.no_cache, generator=generator,
+            stop=tokenizer.stop, generator=generator,
         )  # fmt: skip
         if config.num_samples > 1:
             print(f"--- sample {number + 1}, seed {config.seed + number}")

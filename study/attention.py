@@ -133,7 +133,7 @@ def main() -> None:
     flags = f"--max_steps {steps} --warmup_steps {steps // 10} --eval_every {steps} --lora_r 8 --quantize nf4"
     flags += f" --batch_size {config.batch_size} --device {config.device}"
     gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    here = ("naive", "blocks", "sdpa", *["triton"] * gpu)
+    here = ("naive", "sdpa", *["triton"] * gpu)
     rows, writers, prompt = {}, {}, [1] * min(16, c.block_size // 2)
     with tempfile.TemporaryDirectory() as folder:
         for backend, slices in tqdm(list(product(here, (1, 2))), desc="training", disable=None, leave=False):

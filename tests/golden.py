@@ -138,7 +138,6 @@ PARTS = {
     "perplexity": (perplexity, "eval_ppl.py {plain}" + EVAL),
     "perplexity_bfloat16": (perplexity, "eval_ppl.py {uneven} --dtype bfloat16" + EVAL),
     "text_cached": (text, "sample.py {uneven_trained} --prompt def" + GREEDY),
-    "text_uncached": (text, "sample.py {uneven_trained} --prompt def --no_cache" + GREEDY),
     "text_drawn": (text, "sample.py {plain} --num_samples 2 --seed 3 --device cpu"),
     "merge_closed": (checkpoint, GROUP + " --kv_budget 0.5 --refit none"),
     "merge_mean": (checkpoint, GROUP + " --n_kv_head 2 --merge mean --grouping neighbour --refit none"),

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY, assert_close, sharp_model, to_hugging_face, tokens_of
 
-import model as model_file
 from common import IGNORE, UserError, compiler_missing
-from model import KVCache, Llama, ModelConfig, RMSNorm, cross_entropy, pick_token, widen
+from model import KVCache, Llama, ModelConfig, RMSNorm, cross_entropy, pick_token, rope_angles, widen
 
 UNEVEN = {"k_groups": [[0, 1, 1, 1], [0, 1, 0, 2]], "v_groups": [[0, 0, 0, 0], [2, 1, 0, 2]]}
 # the 4 pairs turn once in 6, 63, 628 and 6283 tokens: the first stays, the second is interpolated
@@ -24,12 +23,7 @@ TOLERANCE = 1e-5  # ten times what sums of 64 terms in another order lose throug
 NO_COMPILER = compiler_missing(torch.device("cpu")) is not None
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    monkeypatch.setattr(model_file, "BLOCK", 16)  # the texts here have 60 tokens at most
-
-
-@pytest.mark.parametrize("attention", ["naive", "blocks", "sdpa"])
+@pytest.mark.parametrize("attention", ["naive", "sdpa"])
 @pytest.mark.parametrize("how", [
     {}, {"n_kv_head": 2}, {"n_kv_head": 1, "head_dim": 12, "rope_theta": 5e5}, {"rope_scaling": SCALED},
 ])  # fmt: skip
@@ -57,7 +51,7 @@ def test_greedy_text_equals_hugging_face_generate(name):
     assert model.generate([prompt], 40)[0] == theirs[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("attention", ["naive", "blocks", "sdpa"])
+@pytest.mark.parametrize("attention", ["naive", "sdpa"])
 def test_uneven_groups_equal_heads_with_repeated_weights(attention):
     grouped = sharp_model(**UNEVEN, attention=attention).double()
     full, state = Llama(ModelConfig(**TINY)).double().eval(), grouped.state_dict()
@@ -75,12 +69,13 @@ def test_greedy_text_with_the_cache_is_the_text_without_it(name):
     model = sharp_model(**SHAPES[name])
     prompts = [[1, 5, 9], [2], [7, 7, 7, 7, 3, 1]]  # padded at the left to one length
     cached = model.generate(prompts, 40)
-    assert cached == model.generate(prompts, 40, use_cache=False)
+    for prompt, text in zip(prompts, cached):
+        assert text == model(torch.tensor([prompt + text]))[0, len(prompt) - 1 : -1].argmax(-1).tolist()
     assert cached == [model.generate([prompt], 40)[0] for prompt in prompts]
     assert len({token for row in cached for token in row}) > 10, "the text is too uniform to tell anything"
 
 
-@pytest.mark.parametrize("attention", ["naive", "blocks", "sdpa", "auto"])
+@pytest.mark.parametrize("attention", ["naive", "sdpa", "auto"])
 @pytest.mark.parametrize("name", ["mha", "gqa", "novel uneven", "scaled"])
 @pytest.mark.parametrize("padding", [None, [0, 3, 25]])
 def test_a_prompt_read_in_parts_equals_the_whole(name, attention, padding):
@@ -155,10 +150,9 @@ def test_later_tokens_do_not_change_earlier_logits(name):
 def test_every_row_of_a_batch_fills_its_own_context():
     model = sharp_model()
     prompts = [tokens_of((length,), seed=length).tolist() for length in (60, 5, 40, 63)]
-    for use_cache in (True, False):
-        together = model.generate(prompts, 30, use_cache=use_cache)
-        assert together == [model.generate([prompt], 30)[0] for prompt in prompts]
-        assert [len(ids) for ids in together] == [4, 30, 24, 1]
+    together = model.generate(prompts, 30)
+    assert together == [model.generate([prompt], 30)[0] for prompt in prompts]
+    assert [len(ids) for ids in together] == [4, 30, 24, 1]
 
 
 def test_a_stop_token_ends_its_row():
@@ -186,7 +180,7 @@ def test_extra_layers_computed_by_hand(name, parameters):
     assert other.num_params() - plain.num_params() == parameters
     attention, ours = plain.layers[0].attention, other.layers[0].attention
     x = torch.randn(2, 9, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    angles = model_file.rope_angles(plain.config, torch.arange(9))
+    angles = rope_angles(plain.config, torch.arange(9))
     heads = attention.head_outputs(x, *angles).unflatten(-1, (4, 8))
     if name == "novel":
         wide = heads @ ours.novel.weight.T + ours.novel.bias
@@ -230,7 +224,7 @@ def test_the_start_is_a_uniform_guess_and_residual_projections_shrink_with_depth
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_cross_entropy_in_chunks_equals_pytorchs(dtype, monkeypatch):
-    monkeypatch.setattr(model_file, "CHUNK", 3 * 11)  # the last chunk of 20 rows has 2
+    monkeypatch.setattr("model.CHUNK", 3 * 11)  # the last chunk of 20 rows has 2
     plain = (3 * torch.randn(20, 11, generator=torch.Generator().manual_seed(0))).to(dtype)
     y = tokens_of((20,), 0, 11)
     y[[0, 4, 19]] = IGNORE
