@@ -1,7 +1,7 @@
 """Timing and memory tables, of models of random weights or of checkpoints.
 
     python -m study memory --n_layer 12 --dim 768           # what each memory saver saves, and what it costs
-    python -m study decode --block_size 1024 --steps 20     # a token's time with fewer K/V heads
+    python -m study decode --block_size 1024 --steps 20     # a token's time, fewer K/V heads, or --ckpts
     python -m study train                                   # training and evaluation
     python -m study generate --batch_size 16                # greedy texts that fill the context
     python -m study latency --batch_size 1 --ckpts a/ckpt.pt b/ckpt.pt    # texts of 64 tokens, in turns
@@ -21,6 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -29,7 +30,7 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from checkpoint import build_model, load, model_config, save
+from checkpoint import build, build_model, load, model_config, save
 from common import UserError, autocast, bounded, parse, peak_memory_bytes, pick, pick_device, pick_dtype
 from lora import LoRAConfig
 from model import KVCache, Llama, ModelConfig
@@ -201,23 +202,30 @@ def memory_main() -> None:
 
 @torch.no_grad()
 def decode_main() -> None:
-    """ms: the median time of a token of all texts; ratio: the median of the time with all K/V heads by it."""
-    config, c = configs(__doc__, BenchConfig, ModelConfig)
+    """ms: the median time of a token of all texts; ratio: the median of the first row's time by it."""
+    config, written, c = configs(__doc__, BenchConfig, WriteConfig, ModelConfig)
     if config.steps > c.block_size - 2:
         raise UserError(f"steps is {config.steps}: give --steps 1 to {c.block_size - 2}, block_size - 2")
     device, shape = pick_device(config.device), (config.batch_size, c.block_size - config.steps - 1)
-    prompt, runs, caches, rows = torch.randint(c.vocab_size, shape, device=device), {}, {}, []
-    for n in [c.n_head // i for i in (1, 2, 4, 8) if c.n_head % i == 0]:
-        model = Llama(replace(c, n_kv_head=n, k_groups=None, v_groups=None)).to(device).eval()
-        caches[n] = KVCache(model.config, c.block_size)
+    heads, models = [c.n_head // i for i in (1, 2, 4, 8) if c.n_head % i == 0], {}
+    for path, bits in product(written.ckpts or (), sorted({16, c.kv_bits}, reverse=True)):
+        models[f"{path}, {bits} bits"] = build(load(path), device, bits)[0]
+    if not models:
+        models = {n: Llama(replace(c, n_kv_head=n, k_groups=None, v_groups=None)).to(device) for n in heads}
+    prompt, runs, caches, rows = torch.ones(shape, dtype=torch.int64, device=device), {}, {}, []
+    for name, model in models.items():
+        caches[name] = KVCache(model.eval().config, c.block_size)
         for part in prompt.split(128, dim=1):  # the scores of a whole prompt would need much memory
-            model(part, cache=caches[n])
-        runs[n] = lambda model=model, cache=caches[n]: model(prompt[:, :1], cache=cache).sum().item()
+            model(part, cache=caches[name])
+        if compiling_pays(TrainConfig(compile=written.compile), 0, device):
+            model.compile_step()
+        step = partial(model.compiled_step or model, prompt[:, :1], cache=caches[name])
+        runs[name] = lambda step=step: step().sum().item()  # waits for a GPU
     seconds = in_turns(runs, config.steps)
-    for n, own in seconds.items():
-        size = sum(x.nbytes for x in (*caches[n].keys, *caches[n].values))
-        ratio = median(first / one for first, one in zip(seconds[c.n_head], own))
-        rows.append({"heads": n, "cache_bytes": size, "ms": 1000 * median(own), "ratio": ratio})
+    for name, own in seconds.items():
+        size = sum(x.nbytes for x in (*caches[name].keys, *caches[name].values))
+        ratio = median(first / one for first, one in zip(next(iter(seconds.values())), own))
+        rows.append({"model": name, "cache_bytes": size, "ms": 1000 * median(own), "ratio": ratio})
     show(config, rows)
 
 

@@ -19,7 +19,10 @@ from tqdm import tqdm
 from common import UserError, bounded, parse
 from data.tokenizer import read_tokenizer
 from eval_ppl import split_tokens
-from gqa import budget, calibration_blocks, choose, even_counts, head_counts, merge, open_model, perplexity_on
+from gqa import (
+    all_directions, budget, calibration_blocks, choose, even_counts, head_counts, latent_sizes, merge,
+    open_model, perplexity_on, to_latents,
+)  # fmt: skip
 from refit import STEPS, refit, statistics
 from search_groups import Search, SearchConfig, knapsack_search, random_search
 from study.bench import table
@@ -33,6 +36,9 @@ ROWS = {  # one map for K and V?, which heads share, how they are merged, steps 
     "K and V apart": (False, "best", "closed", None),
     "+ wo refitted": (False, "best", "closed", 0),
     "+ wq and wk refitted": (False, "best", "closed", STEPS),
+    "latents": (False, None, "latent", None),
+    "latents, + wo refitted": (False, None, "latent", 0),
+    "latents, + wq and wk refitted": (False, None, "latent", STEPS),
 }
 
 
@@ -64,11 +70,16 @@ def main() -> None:
     for seed in tqdm(range(config.seeds), desc="comparing", disable=None, leave=False):
         blocks, known = calibration_blocks(text, model, config.calibration_tokens, seed), {}
         stats = statistics(model, blocks)
+        found = all_directions(model, stats)
+        sizes = {share: latent_sizes(model, found, blocks, share) for share in shares}
         for name, share in cells:
             joint, grouping, how, steps = ROWS[name]
             # a joint group is a K and a V head: all rows keep equally many
             counts = even_counts(heads[joint], totals[share] * (1 if joint else 2))
-            small = merge(model, choose(model, stats, counts, grouping, seed, known), stats, how)
+            if how == "latent":
+                small = to_latents(model, found, sizes[share])
+            else:
+                small = merge(model, choose(model, stats, counts, grouping, seed, known), stats, how)
             if steps is not None:
                 small = refit(small, model, blocks, steps)
             cells[name, share].append(perplexity_on(test, small) / base)

@@ -92,7 +92,9 @@ def test_each_memory_saver_changes_what_it_should(monkeypatch):
 
 def test_decoding_training_and_texts_are_timed(tiny_run, monkeypatch):
     rows = table("decode", *SHAPE, "--batch_size", 4, "--steps", 3)
-    assert [(r["heads"], r["cache_bytes"]) for r in rows] == [(n, 4 * 40 * 2 * n * 8 * 4) for n in (4, 2, 1)]
+    assert [(r["model"], r["cache_bytes"]) for r in rows] == [(n, 4 * 40 * 2 * n * 8 * 4) for n in (4, 2, 1)]
+    rows = table("decode", "--ckpts", tiny_run, "--kv_bits", 8, "--block_size", 40, "--steps", 3)
+    assert [r["cache_bytes"] for r in rows] == [16 * 40 * 4 * 128, 16 * 40 * (128 + 2 * 16)]  # 16 scales
     refused(quick("study", "decode", *SHAPE, "--steps", 39), "steps is 39", "1 to 38")
     rows = table("latency", "--ckpts", tiny_run, "--steps", 3) + table("generate", *SHAPE, "--steps", 3)
     assert all(0 < row["p5"] <= row["median"] <= row["p95"] for row in rows)
