@@ -213,7 +213,7 @@ def pack(x: torch.Tensor, bits: int) -> torch.Tensor:
     each token and head, which makes its number furthest from zero the lowest integer."""
     least, x = -(2 ** (bits - 1)), widen(x)
     scale = (x.gather(-1, x.abs().argmax(-1, keepdim=True)) / least).bfloat16()
-    codes = (x / scale).nan_to_num().round().clamp(least, ~least).to(torch.int8)
+    codes = (x / scale).nan_to_num().round().clamp(least, -1 - least).to(torch.int8)
     if bits == 4:
         codes = codes[..., 0::2] << 4 | codes[..., 1::2] & 15
     return torch.cat((codes.view(torch.uint8), scale.view(torch.uint8)), dim=-1)
@@ -481,7 +481,7 @@ class Llama(nn.Module):
             "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe, "size_asserts": False,
             "cpp.enable_floating_point_contract_flag": "fast",  # w * x + sum in one operation
         }  # fmt: skip
-        how = {"dynamic": True, "options": options, "isolate_recompiles": True}
+        how = {"dynamic": True, "fullgraph": True, "options": options, "isolate_recompiles": True}
         self.compiled_step = torch.compile(twin.forward, **how)
 
     @torch.no_grad()

@@ -120,13 +120,13 @@ def test_compiled_models_write_their_own_text_and_do_not_compile_anew():
     """Of the same shapes, but with other groups: what one has compiled would fit the other."""
     torch._dynamo.reset()
     prompts = [[3], [7, 7, 7, 3, 1], [2, 4], [5], [6, 6], [9, 8, 7]]
-    for groups in ([0, 0, 1, 1], [0, 1, 1, 1]):
-        model = sharp_model(n_layer=1, k_groups=[groups], v_groups=[groups])
-        expected = [model.generate(prompts, 5), model.generate(prompts[:5], 30)]
+    for groups, bits in (([0, 0, 1, 1], 16), ([0, 1, 1, 1], 8)):
+        model = sharp_model(n_layer=1, k_groups=[groups], v_groups=[groups], kv_bits=bits)
+        expected = [model.generate(prompts, 5), model.generate(prompts[:5], 9)]
         model.compile_step()
         assert model.generate(prompts, 5) == expected[0]
         with torch.compiler.set_stance("fail_on_recompile"):  # of another batch, another length
-            assert model.generate(prompts[:5], 30) == expected[1]
+            assert model.generate(prompts[:5], 9) == expected[1]
 
 
 @pytest.mark.parametrize("name", SHAPES)
