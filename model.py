@@ -87,12 +87,13 @@ class ModelConfig:
             for of_head in groups:
                 dense = len(of_head) == H and set(of_head) == set(range(len(set(of_head))))
                 require(dense, f"{name} has {of_head}: give {H} group numbers that skip none from 0 on")
-        self.k_latent = self.k_latent or [[] for _ in range(self.n_layer)]
+        self.k_latent = [r if any(r) else [] for r in self.k_latent or [[]] * self.n_layer]
         self.v_latent = self.v_latent or [0] * self.n_layer
         sizes = {len(ranks) for ranks in self.k_latent} | {0}
         sound = len(self.k_latent) == len(self.v_latent) == self.n_layer and sizes <= {0, self.head_dim // 2}
         sound = sound and all(0 <= r <= H * self.head_dim for r in chain(*self.k_latent, self.v_latent))
         require(sound, "k_latent or v_latent is of another model")
+        require(self.kv_bits > 4 or not any(r % 2 for r in self.v_latent), "v_latent is odd: use --kv_bits 8")
         self.k_groups = [[0] * H if any(r) else groups for r, groups in zip(self.k_latent, self.k_groups)]
         self.v_groups = [[0] * H if r else groups for r, groups in zip(self.v_latent, self.v_groups)]
         require(self.kv_bits in (4, 8, 16), f"kv_bits is {self.kv_bits}: give --kv_bits 4, 8 or 16")
@@ -199,13 +200,11 @@ class HeadGroups(nn.Module):
         return x if self.size == 1 and self.in_order else x.index_select(1, self.of_head)
 
 
-def turned(x: torch.Tensor) -> torch.Tensor:
-    """x (..., n) times the Hartley matrix, which is symmetric and its own inverse: outliers, which keys have,
-    spread over all n numbers before these are rounded, and q and k turned alike keep their product. QuaRot
-    (arXiv 2404.00456) takes Hadamard's matrix, which not every n has."""
-    i = torch.arange(x.shape[-1], device=x.device)
-    angles = 2 * math.pi / len(i) * (i[:, None] * i % len(i))
-    return x @ ((angles.cos() + angles.sin()) / math.sqrt(len(i))).type_as(x)
+def hartley(n: int) -> torch.Tensor:
+    """(n, n), (cos + sin)(2 pi i j / n) / sqrt(n): symmetric, its own inverse. It spreads outliers, as keys
+    have, over all n numbers (QuaRot, arXiv 2404.00456, with Hadamard's matrix, which not every n has)."""
+    fourier = torch.fft.fft(torch.eye(n, device="cpu"), norm="ortho")
+    return fourier.real - fourier.imag
 
 
 def pack(x: torch.Tensor, bits: int) -> torch.Tensor:
@@ -236,18 +235,18 @@ class KVCache:
         self.values: list[torch.Tensor | None] = [None] * config.n_layer
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store k (B, G_k, T, D) and v (B, G_v, T, D) behind the past; return views of all, (B, G, S, D)."""
+        """Store k (B, G_k, T, D) and v (B, G_v, T, D) behind the past; return all, (B, G, S, D)."""
         end = self.length + k.shape[2]
         assert end <= self.capacity, f"the KV cache holds {self.capacity} tokens, {end} are needed"
         positions = torch.arange(self.length, end, device=k.device)
         for store, new in ((self.keys, k), (self.values, v)):
             new = new if self.bits == 16 else pack(new, self.bits)
             if store[layer] is None:
-                store[layer] = new.new_empty(new.shape[0], new.shape[1], self.capacity, new.shape[3])
-            # torch.compile would make an assignment to a slice a copy of the whole cache
+                self.dtype, store[layer] = k.dtype, new.new_empty(*new.shape[:2], self.capacity, new.shape[3])
+            # torch.compile would make an assignment to a slice a copy of the whole cache; its k may be wider
             store[layer].index_copy_(2, positions, new.type_as(store[layer]))
         kept = self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
-        return kept if self.bits == 16 else tuple(unpack(x, self.bits).type_as(k) for x in kept)
+        return kept if self.bits == 16 else tuple(unpack(x, self.bits).to(self.dtype) for x in kept)
 
 
 def scores(q, k, k_groups: HeadGroups, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -282,8 +281,8 @@ def sdpa(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.Tensor
 
 
 def auto(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.Tensor | None) -> torch.Tensor:
-    """Up to some 500 tokens in half precision on a CPU, batched products beat PyTorch's fused kernel, most of
-    all its backward; everywhere else the kernel wins."""
+    """Up to 512 queries in half precision on a CPU, batched products beat PyTorch's fused kernel, most of all
+    its backward; everywhere else the kernel wins."""
     small = q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and 1 < q.shape[2] <= 512
     return (naive if small else sdpa)(q, k, v, k_groups, v_groups, mask)
 
@@ -317,6 +316,9 @@ class Attention(nn.Module):
         self.v_mix = nn.Parameter(torch.randn(H, v_rank, D) * v_rank**-0.5) if v_rank else None
         pairs = [f for f, r in enumerate(k_ranks) for _ in range(r)]  # of the numbers of a latent key
         self.register_buffer("pairs", torch.tensor(pairs, device="cpu", dtype=torch.int64), persistent=False)
+        if self.kv_bits < 16:
+            self.register_buffer("k_turn", hartley(k_width // self.k_groups.n_group), persistent=False)
+            self.register_buffer("v_turn", hartley(v_width // self.v_groups.n_group), persistent=False)
         self.novel = nn.Linear(D, D) if config.novel else None
         self.gate = nn.Linear(config.dim, H, bias=False) if config.gated else None
 
@@ -325,7 +327,7 @@ class Attention(nn.Module):
         return self.wo(self.head_outputs(x, cos, sin, mask, cache))
 
     def project(self, x, cos, sin) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x (B, T, C) -> queries (B, H, T, D) and keys (B, G_k, T, D), rotated, and values (B, G_v, T, D)."""
+        """x (B, T, C) -> rotated queries (B, H, T, D) and keys (B, G_k, T, D), and values (B, G_v, T, D)."""
         q, k, v = self.wq(x), self.wk(x), self.wv(x)
         v = v.unflatten(-1, (self.v_groups.n_group, -1)).transpose(1, 2)
         return self.queries(q, cos, sin), self.keys(k, cos, sin), v
@@ -350,14 +352,14 @@ class Attention(nn.Module):
         """x (B, T, C) -> the outputs of all heads, side by side (B, T, H * D), which `wo` adds up."""
         q, k, v = self.project(x, cos, sin)
         if self.kv_bits < 16:
-            q, k, v = turned(q), turned(k), turned(v)
+            q, k, v = q @ self.k_turn.type_as(q), k @ self.k_turn.type_as(k), v @ self.v_turn.type_as(v)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         elif self.kv_bits < 16:  # as a cache would round them; gradients pass as if it did not
             k, v = (x + (unpack(pack(x, self.kv_bits), self.kv_bits).type_as(x) - x).detach() for x in (k, v))
         y = self.attend(q, k, v, self.k_groups, self.v_groups, mask)
         if self.kv_bits < 16:
-            y = turned(y)
+            y = y @ self.v_turn.type_as(y)
         if self.v_mix is not None:
             y = y @ self.v_mix
         if self.novel is not None:
@@ -466,12 +468,12 @@ class Llama(nn.Module):
 
     def compile_step(self) -> None:
         """From now on compile what adds one token to each text: tens of seconds for the first token, a
-        fraction of the time for all others. The weights may still change, but not their dtype, nor the
+        fraction of the time for all others. Weights may still change in place, but not their dtype, nor the
         layers. A small model spends most of a token on calling kernels from Python, so the step becomes one
         graph of loops: a twin with the same weights, its products and its attention written for one row."""
         self.compiled_step = None
         shared = {id(x): x for x in (*self.parameters(), *self.buffers())}
-        twin = copy.deepcopy(self, memo=shared)
+        twin = copy.deepcopy(self, memo=shared).eval()
         for module in twin.modules():
             if type(module) is nn.Linear and module.bias is None:
                 module.__class__ = RowLinear
@@ -504,8 +506,7 @@ class Llama(nn.Module):
         padding = torch.tensor([longest - len(p) for p in prompts], device=device)
         padding = padding if padding.any() else None
         most = [min(max_new_tokens, room - len(p)) for p in prompts]
-        # padding may take it beyond block_size
-        cache = KVCache(self.config, longest + max(most))
+        cache = KVCache(self.config, longest + max(most))  # with padding, it may be beyond block_size
         stopped, stop = [False] * len(prompts), set(stop)
         for count in range(1, max(most) + 1):
             forward = self.compiled_step if self.compiled_step and cache.length else self

@@ -4,7 +4,7 @@
     python -m study compare-searches ckpt.pt --kv_budget 0.5 --refit none     # needs pip install optuna
 
 compare-groups prints perplexities on the test split, ratios to the original's, for shares of the KV cache,
-untrained; from "K and V apart" on, each row adds a step to the one above. A cell is the mean over seeds.
+untrained; rows with a + add a step to the one above. A cell is the mean over seeds.
 
 compare-searches prints the best loss that each search finds, the knapsack after --max_evals evaluations, the
 others after 2.5 times as many. TPE draws a weight for each slot, and the budget is shared out in proportion.
@@ -37,8 +37,8 @@ ROWS = {  # one map for K and V?, which heads share, how they are merged, steps 
     "+ wo refitted": (False, "best", "closed", 0),
     "+ wq and wk refitted": (False, "best", "closed", STEPS),
     "latents": (False, None, "latent", None),
-    "latents, + wo refitted": (False, None, "latent", 0),
-    "latents, + wq and wk refitted": (False, None, "latent", STEPS),
+    "latents + wo refitted": (False, None, "latent", 0),
+    "latents + wq and wk refitted": (False, None, "latent", STEPS),
 }
 
 
@@ -71,10 +71,11 @@ def main() -> None:
         blocks, known = calibration_blocks(text, model, config.calibration_tokens, seed), {}
         stats = statistics(model, blocks)
         found = all_directions(model, stats)
-        sizes = {share: latent_sizes(model, found, blocks, share) for share in shares}
+        whole = sum(heads[True].values())  # what rounding leaves of a share, for latents, too
+        sizes = {share: latent_sizes(model, found, blocks, totals[share] / whole) for share in shares}
         for name, share in cells:
             joint, grouping, how, steps = ROWS[name]
-            # a joint group is a K and a V head: all rows keep equally many
+            # a joint group is a K and a V head: all rows keep as much
             counts = even_counts(heads[joint], totals[share] * (1 if joint else 2))
             if how == "latent":
                 small = to_latents(model, found, sizes[share])

@@ -1,6 +1,7 @@
 """Latent keys and values: exact at full rank, never worse than groups, and used like any other model."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from test_gqa import SHAPES, double, frozen
 from checkpoint import build_model, load, save
 from gqa import Costs, all_directions, latent, latent_sizes, statistics, to_latents
 from lora import LoRAConfig, adapt
-from model import KVCache, pack, turned, unpack
+from model import KVCache, hartley, pack, unpack
 from partition import exact_partitions
 from refit import refit
 
@@ -19,7 +20,6 @@ TOKENS = tokens_of((6, 48), seed=1)
 
 
 def half(model, share=0.5):
-    """The model with half of its cache."""
     found = all_directions(model, statistics(model, TOKENS))
     return to_latents(model, found, latent_sizes(model, found, TOKENS, share))
 
@@ -127,15 +127,14 @@ def test_the_cache_rounds_as_torch_does(bits):
 
 
 @pytest.mark.parametrize("n", [2, 12, 54, 64])
-def test_keys_turned_before_rounding_spread_outliers_and_keep_products(n):
-    theirs = torch.fft.fft(torch.eye(n, dtype=torch.float64), norm="ortho")
-    assert_close(turned(torch.eye(n)), theirs.real - theirs.imag, 1e-6)
-    assert_close(turned(turned(torch.eye(n))), torch.eye(n), 1e-6)
+def test_keys_are_turned_before_rounding_by_hartleys_matrix(n):
+    angles = [[2 * math.pi * i * j / n for i in range(n)] for j in range(n)]
+    assert_close(hartley(n) * n**0.5, torch.tensor(angles).cos() + torch.tensor(angles).sin(), 1e-4)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("latents", [False, True])
-def test_a_cache_of_integers_changes_a_forward_as_it_says(bits, latents):
+def test_a_cache_of_integers_changes_a_forward_as_it_says(bits, latents, monkeypatch):
     settings = {**SHAPES["uneven"], "kv_bits": bits}
     model = half(frozen(**settings)) if latents else frozen(**settings)
     cache, plain = KVCache(model.config, 48), frozen(**SHAPES["uneven"])
@@ -144,6 +143,10 @@ def test_a_cache_of_integers_changes_a_forward_as_it_says(bits, latents):
     assert_close(torch.cat(steps[2:], 1), model(TOKENS)[:, 40:], 1e-4)
     change = (model(TOKENS) - plain(TOKENS)).norm() / plain(TOKENS).norm()
     assert latents or 0 < change < {8: 0.02, 4: 0.3}[bits]
+    monkeypatch.setattr(torch, "compile", lambda step, **options: step)
+    model.bfloat16().compile_step()  # whose keys are float32
+    model(TOKENS[:1, :30], cache=(cache := KVCache(model.config, 31)))
+    assert model.compiled_step(TOKENS[:1, 30:31], cache=cache).isfinite().all()
 
 
 def test_the_kernels_leave_latents_to_sdpa(capsys):
