@@ -30,7 +30,6 @@ class SampleConfig:
     num_samples: int = bounded(1, 1)  # texts to write
     seed: int = bounded(0, 0, 2**63 - 1)  # of the first text; the next has seed + 1
     kv_bits: int | None = bounded(None, 4, 16)  # hold the KV cache in so many bits a number (16, 8, 4)
-
     compile: bool = False  # compile the step of a token: half a minute at first, then several times the speed
     device: str = "auto"  # cuda, mps, cpu or auto
 
@@ -52,7 +51,6 @@ def main() -> None:
     config = SampleConfig(**parse(__doc__, SampleConfig))
     if config.prompt and (config.instruction or config.input):
         raise UserError("--prompt is text to continue, --instruction a task to answer: give one of them")
-
     device = pick_device(config.device)
     model, tokenizer = build(load(config.ckpt), device, config.kv_bits)
     text, shown = config.prompt, config.prompt

@@ -75,11 +75,11 @@ def main() -> None:
         sizes = {share: latent_sizes(model, found, blocks, totals[share] / whole) for share in shares}
         for name, share in cells:
             joint, grouping, how, steps = ROWS[name]
-            # a joint group is a K and a V head: all rows keep as much
-            counts = even_counts(heads[joint], totals[share] * (1 if joint else 2))
             if how == "latent":
                 small = to_latents(model, found, sizes[share])
             else:
+                # a joint group is a K and a V head: all rows keep as much
+                counts = even_counts(heads[joint], totals[share] * (1 if joint else 2))
                 small = merge(model, choose(model, stats, counts, grouping, seed, known), stats, how)
             if steps is not None:
                 small = refit(small, model, blocks, steps)

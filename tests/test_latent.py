@@ -66,7 +66,6 @@ def test_the_latents_error_is_the_energy_that_is_dropped():
 def test_cached_and_cacheless_forwards_agree(attention):
     model = half(frozen(attention=attention))
     cache, reference = KVCache(model.config, 48), copy.deepcopy(model).double()
-
     steps = [model(part, cache=cache) for part in TOKENS.split([30, 10, *[1] * 8], dim=1)]
     assert model.config.kv_numbers_per_token == sum(x[0, :, 0].numel() for x in cache.keys + cache.values)
     assert_close(torch.cat(steps[2:], 1), reference(TOKENS)[:, 40:], 1e-4)

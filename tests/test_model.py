@@ -120,13 +120,14 @@ def test_compiled_models_write_their_own_text_and_do_not_compile_anew():
     """Of the same shapes, but with other groups: what one has compiled would fit the other."""
     torch._dynamo.reset()
     prompts = [[3], [7, 7, 7, 3, 1], [2, 4], [5], [6, 6], [9, 8, 7]]
-    for groups, bits in (([0, 0, 1, 1], 16), ([0, 1, 1, 1], 8)):
+    # another order of sums may round a number to the next integer, and later the texts part
+    for groups, bits, n in (([0, 0, 1, 1], 16, 30), ([0, 1, 1, 1], 16, 30), ([0, 1, 1, 1], 8, 9)):
         model = sharp_model(n_layer=1, k_groups=[groups], v_groups=[groups], kv_bits=bits)
-        expected = [model.generate(prompts, 5), model.generate(prompts[:5], 9)]
+        expected = [model.generate(prompts, 5), model.generate(prompts[:5], n)]
         model.compile_step()
         assert model.generate(prompts, 5) == expected[0]
         with torch.compiler.set_stance("fail_on_recompile"):  # of another batch, another length
-            assert model.generate(prompts[:5], 9) == expected[1]
+            assert model.generate(prompts[:5], n) == expected[1]
 
 
 @pytest.mark.parametrize("name", SHAPES)
