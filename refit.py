@@ -20,7 +20,7 @@ from tqdm import tqdm
 from common import require
 from model import Attention, Llama, rope_angles, scores, widen
 
-SLICE = 8  # rows of text computed at a time
+SLICE = 64 if torch.cuda.is_available() else 8  # rows of text computed at a time
 QUERIES = 64  # sampled in each row of text, evenly spaced, to observe attention
 STEPS = 20  # of L-BFGS
 MOST_WEIGHTS = 2**28  # attention weights held of a layer, 1 GiB; beyond it fewer rows serve

@@ -143,7 +143,7 @@ def loss_main() -> None:
     name, path = sys.argv.pop(1), sys.argv.pop(1)
 
     def change(model: Llama) -> None:
-        peer = Peer(name, path, model.config)
+        peer = Peer(name, path, model.config).to(model.tok_embeddings.weight.device)
         model.layers = nn.ModuleList([peer])
         model.forward = lambda *batch: peer(*batch)
         model.generate = lambda *_, **__: [[]]
