@@ -47,6 +47,8 @@ RUN_FIXED = {  # what a resumed run may not change, besides its shape and its ad
     "dataset", "init_from", "seed", "batch_size", "grad_accum", "teacher", "distil_weight", "optimizer",
     "momentum",
 }  # fmt: skip
+# times lr, where Muon trains the blocks; what is not here has 1
+RATES = {"embeddings": 3.0, "wq": 2.0, "wk": 2.0, "w1": 0.7, "w2": 0.7, "w3": 0.7}
 STATE = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}  # of each parameter
 
 
@@ -63,8 +65,8 @@ class TrainConfig:
     grad_accum: int = bounded(1, 1)  # micro-batches of one step
     max_steps: int = bounded(500, 1)  # optimizer steps
     lr: float | None = bounded(None, 0, 1e9)  # peak (default: muon .01, adamw .002, tuning .001, LoRA .005)
-    min_lr: float | None = bounded(None, 0, 1e9)  # learning rate at the end of the cosine (default: lr / 10)
-    warmup_steps: int = bounded(50, 0)  # steps over which the learning rate rises from 0
+    min_lr: float = bounded(0.0, 0, 1e9)  # learning rate behind the last step
+    warmup_steps: int = bounded(10, 0)  # steps over which the learning rate rises from 0
     weight_decay: float = bounded(0.1, 0, 1e9)  # on matrices only
     grad_clip: float = bounded(1.0, 0, 1e9)  # longest gradient; 0 does not clip
     teacher: str | None = None  # a ckpt.pt of the same tokenizer whose predictions to learn
@@ -196,27 +198,30 @@ def starting_model(c: ModelConfig, lora: LoRAConfig, checkpoint: dict, device: t
 
 def make_optimizers(model: Llama, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW for all that learns, or Muon for the blocks' matrices and AdamW for embeddings, output, norms,
-    biases."""
-    matrices, embeddings, vectors = [], [], []
+    biases, each with the learning rate times its RATES."""
+    matrices, embeddings, vectors, decay = [], [], [], config.weight_decay
     for name, p in model.named_parameters():
-        if p.requires_grad:
-            muon = config.optimizer == "muon" and name.startswith("layers.")
-            (vectors if p.dim() != 2 else matrices if muon else embeddings).append(p)
+        if p.requires_grad and p.dim() != 2:
+            vectors.append(p)
+        elif p.requires_grad and config.optimizer == "muon" and name.startswith("layers."):
+            matrices.append({"params": [p], "rate": RATES.get(name.split(".")[-2], 1.0)})
+        elif p.requires_grad:
+            embeddings.append(p)
     groups = [
-        {"params": embeddings, "weight_decay": config.weight_decay},
+        {"params": embeddings, "weight_decay": decay, "rate": RATES["embeddings"] if matrices else 1.0},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
-    return [Muon(matrices, config.lr, config.momentum, config.weight_decay), adamw] if matrices else [adamw]
+    betas = (0.8, 0.99) if matrices else (0.9, 0.95)
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
+    return [Muon(matrices, config.lr, config.momentum, decay), adamw] if matrices else [adamw]
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up to lr, then half a cosine down to min_lr at the last step."""
+    """Linear warm-up to lr, then in a line down to min_lr, which a step behind the last one would have."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    lowest = config.lr / 10 if config.min_lr is None else config.min_lr
-    done = (step - config.warmup_steps) / max(1, config.max_steps - 1 - config.warmup_steps)
-    return lowest + (config.lr - lowest) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    left = (config.max_steps - step) / (config.max_steps - config.warmup_steps)
+    return config.min_lr + (config.lr - config.min_lr) * left
 
 
 def distilled(model: nn.Module, teacher: Llama, x, y: torch.Tensor, weight: float) -> torch.Tensor:
@@ -261,7 +266,7 @@ def train_step(
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("rate", 1.0)
     norm = nn.utils.clip_grad_norm_(learner.parameters(), grad_clip or math.inf)
     norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
     if math.isfinite(norm):  # of all parameters: the scaler alone would skip one optimizer and step the other

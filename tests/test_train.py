@@ -51,11 +51,12 @@ def weights(model) -> torch.Tensor:
 def their_optimizers(twin, with_muon: bool, decay: float, momentum: float) -> list:
     blocks, rest = [], []
     for name, p in twin.named_parameters():
-        (blocks if "_proj" in name and with_muon else rest).append(p)
-    groups = [{"params": [p for p in rest if p.dim() == n], "weight_decay": decay * (n == 2)} for n in (1, 2)]
-    how = {"momentum": momentum, "weight_decay": decay, "adjust_lr_fn": "match_rms_adamw"}
-    muon = [torch.optim.Muon(blocks, **how)] if with_muon else []
-    return [torch.optim.AdamW(groups, betas=(0.9, 0.95)), *muon]
+        rates = {"q_proj": 2, "k_proj": 2, "mlp": 0.7, "embed": 3, "lm_head": 3} if with_muon else {}
+        rate = next((rate for part, rate in rates.items() if part in name), 1)
+        group = {"params": [p], "weight_decay": decay * (p.dim() == 2), "rate": rate}
+        (blocks if "_proj" in name and with_muon else rest).append(group)
+    muon = [torch.optim.Muon(blocks, momentum=momentum, adjust_lr_fn="match_rms_adamw")] if with_muon else []
+    return [torch.optim.AdamW(rest, betas=(0.8, 0.99) if with_muon else (0.9, 0.95)), *muon]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -78,10 +79,10 @@ def test_ten_steps_equal_those_of_transformers_and_torch_optim(tiny_data, tmp_pa
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(twin.parameters(), clip).item())
         losses.append(loss.item())
-        cosine = lr / 20 + lr * 0.95 * (1 + math.cos(math.pi * (step - 3) / 6)) / 2
+        now = lr * (step + 1) / 3 if step < 3 else lr / 20 + lr * 0.95 * (10 - step) / 7
         for o in optimizers:
             for group in o.param_groups:
-                group["lr"] = lr * (step + 1) / 3 if step < 3 else cosine
+                group["lr"] = now * group["rate"]
             o.step()
             o.zero_grad()
     assert min(norms) < clip < max(norms), f"clipping is not tested: {norms}"
