@@ -90,8 +90,8 @@ def resources(target: int, D: int, direction: str, first: bool) -> tuple[str, bo
 
 def main() -> None:
     first = sys.argv[1:] == ["--first"]
-    widths = (48, 128) if first else WIDTHS
-    jobs = [(target, D, name, first) for target in SHARED for D in widths for name in KERNELS]
+    jobs = [(target, D, name, first) for target in SHARED for D in WIDTHS for name in KERNELS]
+    jobs = [job for job in jobs if not first or job[1] == 128 or job[:2] == (90, 48)]
     jobs = [job for job in jobs if job[2] != "grad k, v" or job[1] <= flash_attention.FUSED]
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(os.cpu_count()) as pool:
         os.environ["TRITON_CACHE_DIR"] = folder
