@@ -57,11 +57,10 @@ def test_slices_equal_the_whole(kind):
             assert_close(ours, theirs, 1e-12, f"{n} slices")
 
 
-def test_each_attention_trains_to_the_same_loss(tiny_run, monkeypatch):
+def test_each_attention_trains_to_the_same_loss(tiny_run):
     some = [("naive", 1), ("naive", 2), ("sdpa", 1)]
-    monkeypatch.setattr("study.attention.product", lambda *_: some)
-    monkeypatch.setattr("study.attention.alone", lambda _, function, *args: function(*args))
-    rows = table("attention", "--init_from", tiny_run, "--steps", 1, "--batch_size", 4)
+    with mock.patch.multiple("study.attention", product=lambda *_: some, alone=lambda _, f, *args: f(*args)):
+        rows = table("attention", "--init_from", tiny_run, "--steps", 1, "--batch_size", 4)
     assert [(row["attention"], row["pretraining_tp"]) for row in rows] == some
     assert 1 < max(row["val_loss"] for row in rows) / min(row["val_loss"] for row in rows) < 1.001
     with pytest.raises(AssertionError, match=r"naive computed .'sdpa'"):  # not the row's attention
