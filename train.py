@@ -47,7 +47,7 @@ RUN_FIXED = {  # what a resumed run may not change, besides its shape and its ad
     "dataset", "init_from", "seed", "batch_size", "grad_accum", "teacher", "distil_weight", "optimizer",
     "momentum",
 }  # fmt: skip
-# times lr, where Muon trains the blocks; what is not here has 1
+# times lr, where Muon trains the blocks; the rest has 1 (tried, see docs/results.md)
 RATES = {"embeddings": 3.0, "wq": 2.0, "wk": 2.0, "w1": 0.7, "w2": 0.7, "w3": 0.7}
 STATE = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}  # of each parameter
 
@@ -200,12 +200,12 @@ def make_optimizers(model: Llama, config: TrainConfig) -> list[torch.optim.Optim
     """AdamW for all that learns, or Muon for the blocks' matrices and AdamW for embeddings, output, norms,
     biases, each with the learning rate times its RATES."""
     matrices, embeddings, vectors, decay = [], [], [], config.weight_decay
-    for name, p in model.named_parameters():
-        if p.requires_grad and p.dim() != 2:
+    for name, p in filter(lambda named: named[1].requires_grad, model.named_parameters()):
+        if p.dim() != 2:
             vectors.append(p)
-        elif p.requires_grad and config.optimizer == "muon" and name.startswith("layers."):
+        elif config.optimizer == "muon" and name.startswith("layers."):
             matrices.append({"params": [p], "rate": RATES.get(name.split(".")[-2], 1.0)})
-        elif p.requires_grad:
+        else:
             embeddings.append(p)
     groups = [
         {"params": embeddings, "weight_decay": decay, "rate": RATES["embeddings"] if matrices else 1.0},
