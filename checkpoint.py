@@ -82,7 +82,6 @@ def load(path: str | Path) -> dict:
     except Exception as error:  # the readers raise whatever the bytes make them stumble over
         reason = (str(error).strip() or type(error).__name__).split("\n")[0][:160]
         raise UserError(f"{path} is damaged or no checkpoint ({reason}); a foreign one: {foreign}") from None
-    checkpoint["config"].pop("pretraining_tp", None)  # older checkpoints have it
     return checkpoint
 
 
@@ -151,8 +150,7 @@ def without_training_state(checkpoint: dict) -> dict:
 
 def merged(checkpoint: dict) -> dict:
     """The checkpoint as an ordinary one: adapter added, NF4 dequantized, in the dtype of its embeddings."""
-    if not lora_config(checkpoint).lora_r:
-        raise UserError("this checkpoint has no adapter: there is nothing to merge")
+    require(lora_config(checkpoint).lora_r > 0, "this checkpoint has no adapter: there is nothing to merge")
     model = plain(build_model(checkpoint)).to(checkpoint["model"]["tok_embeddings.weight"].dtype)
     changed = {"model": model.state_dict(), "config": asdict(model.config)}
     return without_training_state(checkpoint) | changed
@@ -227,8 +225,7 @@ def main() -> None:
     if config.action == "show":
         show(config.ckpt)
         return
-    if not config.out:
-        raise UserError("merge needs a name: give --out OUT.pt, the checkpoint to write")
+    require(config.out, "merge needs a name: give --out OUT.pt, the checkpoint to write")
     checkpoint = load(config.ckpt)
     writable(Path(config.out), config.overwrite)
     save(Path(config.out), merged(checkpoint))

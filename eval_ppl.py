@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import build, load, trained_on
-from common import UserError, autocast, bounded, exit_cleanly, note, parse, pick_device, pick_dtype
+from common import UserError, autocast, bounded, exit_cleanly, note, parse, pick_device, pick_dtype, require
 from data.loader import open_split, read_meta
 from data.tokenizer import Tokenizer
 from model import Llama, widen
@@ -148,8 +148,7 @@ def read_tokens(config: EvalConfig, checkpoint: dict, tokenizer: Tokenizer) -> t
             raise UserError(f"--text {config.text} is no UTF-8 text file: {error}") from None
     else:
         tokens, source = split_tokens(checkpoint, tokenizer, config.dataset, config.split)
-    if len(tokens) < 2:
-        raise UserError(f"{source} is too short to predict a token from the one before it: give more text")
+    require(len(tokens) > 1, f"{source} is too short to predict a token from the one before: give more text")
     return tokens[: config.max_tokens and config.max_tokens + 1], source
 
 

@@ -283,8 +283,7 @@ def slot_costs(model: Llama, stats: list[Statistics], slot: Slot):
 def head_counts(model: Llama, joint: bool = False) -> Counts:
     """The model's K and V heads in each slot, keys first: they get more of an uneven share."""
     c = model.config
-    if joint and c.k_groups != c.v_groups:
-        raise UserError("this model's keys and values are grouped apart already: drop --joint")
+    require(not joint or c.k_groups == c.v_groups, "keys and values are grouped apart already: drop --joint")
     maps = {"joint": c.k_groups} if joint else {"k": c.k_groups, "v": c.v_groups}
     return {(layer, kind): max(of_head) + 1 for kind in maps for layer, of_head in enumerate(maps[kind])}
 
@@ -358,8 +357,7 @@ def merged_config(c: ModelConfig, k_groups: Maps, v_groups: Maps) -> ModelConfig
 def source_groups(of_source: list[int], of_target: list[int]) -> Groups:
     """For each target group the source K or V heads that it unites. Raises UserError if it splits one."""
     pairs = sorted(set(zip(of_target, of_source)))
-    if len(pairs) != max(of_source) + 1:
-        raise UserError(f"{of_target} splits groups of the model, {of_source}: unite them only")
+    require(len(pairs) == max(of_source) + 1, f"{of_target} splits groups of {of_source}: unite them only")
     return [[source for target, source in pairs if target == g] for g in range(max(of_target) + 1)]
 
 
@@ -436,8 +434,7 @@ def open_model(path: str, device: str) -> tuple[dict, Llama]:
     """A checkpoint and its model, adapter merged, float32 or wider, in eval mode, on the device of that name
     (an Apple GPU has no float64: on the CPU)."""
     place, checkpoint = pick_device(device), load(path)
-    if not checkpoint["tokenizer"]:
-        raise UserError(f"{path} has no tokenizer to read text with: import it with --tokenizer")
+    require(checkpoint["tokenizer"], f"{path} has no tokenizer: import it with --tokenizer")
     model = plain(build_model(checkpoint))
     latents = model.config.v_latent + model.config.k_latent
     require(not any(latents), f"{path} has latent keys or values: start from its original")

@@ -65,8 +65,7 @@ class SearchConfig(MergeConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if (self.kv_budget is None) == (self.objective is None):
-            raise UserError("what to search for? give one of --kv_budget 0.5 and --objective EXPRESSION")
+        require((self.kv_budget is None) != (self.objective is None), "give --kv_budget 0.5 or --objective")
         self.log = self.log or str(Path(self.out).with_suffix(".jsonl"))
         if Path(self.log).resolve() == Path(self.out).resolve():
             raise UserError(f"--out {self.out} would be the log, too: name it groups.json")

@@ -2,7 +2,6 @@
 
     python train.py --n_layer 6 --novel             # the default data, Python's own source, is prepared first
     python train.py --n_layer 6 --novel --resume    # go on after a crash, after Ctrl-C, to more --max_steps
-    python train.py --dataset shakespeare --dim 384 --n_kv_head 2 --max_steps 2000
     python train.py --init_from ckpt.pt --lora_r 8 --quantize nf4 --dataset alpaca    # QLoRA on instructions
     python train.py --init_from grouped.pt --teacher ckpt.pt --max_steps 40           # heal after gqa.py
     torchrun --nproc_per_node 2 train.py --n_layer 6 --novel   # the same run, divided among two processes
@@ -64,6 +63,7 @@ class TrainConfig:
     batch_size: int = bounded(16, 1)  # sequences of one micro-batch, divided among the processes
     grad_accum: int = bounded(1, 1)  # micro-batches of one step
     max_steps: int = bounded(500, 1)  # optimizer steps
+    epochs: float | None = bounded(None, 0, 1e6)  # as many passes over the train split, not max_steps
     lr: float | None = bounded(None, 0, 1e9)  # peak (default: muon .01, adamw .002, tuning .001, LoRA .005)
     min_lr: float = bounded(0.0, 0, 1e9)  # learning rate behind the last step
     warmup_steps: int = bounded(10, 0)  # steps over which the learning rate rises from 0
@@ -95,6 +95,7 @@ def settle(flags: dict, checkpoint: dict) -> tuple[ModelConfig, LoRAConfig, Trai
     Raises UserError where they contradict each other."""
     shape, adapter, run = (pick(cls, flags) for cls in (ModelConfig, LoRAConfig, TrainConfig))
     resume, old = flags.get("resume"), checkpoint.get("train", {})
+    require(not {"epochs", "max_steps"} <= set(run), "--epochs and --max_steps: give one of them")
     adapted = resume or "lora" in checkpoint  # its adapter is trained on; merged, it makes room for another
     fixed = set(adapter) if adapted else set()  # the flags that must agree with the checkpoint
     if resume:
@@ -108,10 +109,7 @@ def settle(flags: dict, checkpoint: dict) -> tuple[ModelConfig, LoRAConfig, Trai
     c = model_config(checkpoint, **shape) if checkpoint else ModelConfig(**shape)
     lora = lora_config(checkpoint) if adapted else LoRAConfig(**adapter)
     if resume:
-        config = checked(TrainConfig, {**pick(TrainConfig, old), "overwrite": False, **run})
-        if config.max_steps < checkpoint["step"]:
-            raise UserError(f"the run is at step {checkpoint['step']} already: give --max_steps that or more")
-        return c, lora, config
+        return c, lora, checked(TrainConfig, {**pick(TrainConfig, old), "overwrite": False, **run})
     if adapter and not lora.lora_r:
         raise UserError(f"--{min(adapter)} is of an adapter: give --lora_r 8, or drop it")
     if lora.lora_r and not checkpoint:
@@ -174,9 +172,8 @@ def compiling_pays(config: TrainConfig, flops: float, device: torch.device) -> b
     missing = compiler_missing(device)
     if config.compile and missing:
         raise UserError(f"--compile needs {missing}: install it, or give --no-compile")
-    if config.compile is not None:
-        return config.compile
-    return flops > 5e13 and device.type == "cpu" and sys.platform == "linux" and not missing
+    gains = flops > 5e13 and device.type == "cpu" and sys.platform == "linux" and not missing
+    return gains if config.compile is None else config.compile
 
 
 # ---- the model and one step ----
@@ -316,9 +313,8 @@ class Log:
     def __init__(self, path: Path, resumed_at: int | None):
         self.path, kept = path, []
         if resumed_at is not None and path.exists():
-            # a kill leaves half a line
-            lines = (line for line in path.read_text().splitlines() if line.endswith("}"))
-            kept = [record for record in map(json.loads, lines) if record["step"] <= resumed_at]
+            whole_lines = (line for line in path.read_text().splitlines() if line.endswith("}"))
+            kept = [record for record in map(json.loads, whole_lines) if record["step"] <= resumed_at]
         self.evaluated = {record["step"] for record in kept if "val_loss" in record}
         if rank() == 0:
             with replacing(path, "w") as file:
@@ -332,6 +328,13 @@ class Log:
                 file.write(json.dumps(finite) + "\n")
 
 
+def epoch_steps(data: Text | Examples, config: TrainConfig, block_size: int) -> float:
+    """Steps of one pass over a split: the last batch of examples may be a short one."""
+    batch, text = config.batch_size, isinstance(data, Text)
+    batches = len(data.tokens) / block_size / batch if text else math.ceil(len(data.spans) / batch)
+    return batches / config.grad_accum
+
+
 def describe(model: Llama, config: TrainConfig, lora: LoRAConfig, data: Text | Examples) -> dict:
     """Print what is about to be trained, and how much; return it for the log."""
     c, params = model.config, model.num_params()
@@ -343,7 +346,7 @@ def describe(model: Llama, config: TrainConfig, lora: LoRAConfig, data: Text | E
         print(f"trainable: {trainable:,} of {params:,} parameters ({100 * trainable / params:.2f}%) | {how}")
     rows, text = config.batch_size * config.grad_accum, isinstance(data, Text)
     size, unit = (rows * c.block_size, "tokens") if text else (rows, "examples, loss on answers only")
-    epochs = size * config.max_steps / (len(data.tokens) if text else len(data.spans))
+    epochs = config.max_steps / epoch_steps(data, config, c.block_size)
     print(f"batch: {config.batch_size} sequences x {config.grad_accum} micro-batches, ", end="")
     print(f"{size:,} {unit} a step; {config.max_steps:,} steps = {epochs:.3f} epochs of {config.dataset}")
     settings = {"model": asdict(c), "lora": asdict(lora), "train": asdict(config)}
@@ -367,8 +370,7 @@ def restore(checkpoint: dict, optimizers: list[torch.optim.Optimizer], scaler: t
         if scaler.is_enabled() and checkpoint["scaler"]:  # the run may have had another --dtype until now
             scaler.load_state_dict(checkpoint["scaler"])
     except Exception as error:
-        reason = f"the training state is damaged ({str(error)[:120]})"
-        raise UserError(f"{reason}: start a new run from it with --init_from") from None
+        raise UserError(f"damaged training state ({error!s:.120}): start from it with --init_from") from None
 
 
 def catch_signals() -> list[int]:
@@ -396,7 +398,8 @@ def check_health(loss: float, norm: float, c: ModelConfig, step: int, saved: int
 
 def report(model: Llama, tokenizer: Tokenizer, data, config: TrainConfig, dtype, path: Path, log: Log):
     """Evaluate on the whole val split, print a sample, and what to run next."""
-    text, device, prompt = isinstance(data, Text), model.tok_embeddings.weight.device, tokenizer.prompt("")
+    text, device = isinstance(data, Text), model.tok_embeddings.weight.device
+    prompt = tokenizer.prompt("") if text else data.parts(0)[0].tolist()
     dtype = dtype if config.fsdp else torch.float32  # FSDP collects the weights in it
     if config.eval_tokens:
         loss, count = validate(model, data, dtype)
@@ -405,8 +408,6 @@ def report(model: Llama, tokenizer: Tokenizer, data, config: TrainConfig, dtype,
         print(f"{ppl} | {what} | {count:,} tokens")
         record = {"step": config.max_steps, "val_loss": loss, "val_tokens": count}
         log.write(**record, peak_memory_bytes=peak_memory_bytes(device))
-    if not text:
-        prompt = data.parts(0)[0].tolist()
     generator = torch.Generator(device).manual_seed(0)
     how = {"temperature": 0.8, "top_p": 0.95, "stop": tokenizer.stop, "generator": generator}
     model.eval()
@@ -424,14 +425,12 @@ def main(change: Callable[[Llama], None] | None = None) -> None:
     """The command. `change` is what an experiment does to the model before it trains."""
     flags = parse(__doc__, ModelConfig, LoRAConfig, TrainConfig)
     resume, named = flags.get("resume", False), flags.get("out_dir")
-    if resume and flags.get("overwrite"):
-        raise UserError("--resume continues a run and --overwrite deletes it: give one of them")
+    require(not (resume and flags.get("overwrite")), "--resume and --overwrite: give one of them")
     source = load(flags["init_from"]) if "init_from" in flags and not (resume and named) else {}
     flags["out_dir"] = named or default_out_dir(flags, source)
     path = Path(flags["out_dir"]) / "ckpt.pt"
     with nullcontext() if rank() else held(path.parent):  # one run at a time in a folder
-        if resume and not path.exists():
-            raise UserError(f"no run in {path.parent} to resume: drop --resume, or give another --out_dir")
+        require(path.exists() or not resume, f"no run in {path.parent}: drop --resume, or name its --out_dir")
         if path.exists() and not resume and not flags.get("overwrite"):
             remedy = "give --resume to continue it, --overwrite to start anew, or another --out_dir"
             raise UserError(f"{path.parent} already holds a run: {remedy}")
@@ -447,7 +446,7 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
     if flags.get("resume") and not all(is_a(checkpoint.get(key), kind) for key, kind in kinds.items()):
         raise UserError(f"{path} has no training state: start a new run from it with --init_from")
     c, lora, config = settle(flags, checkpoint)
-    device, last = pick_device(config.device), config.max_steps
+    device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     if config.fsdp and world() == 1:
         raise UserError("--fsdp shards a model over processes: give --no-fsdp, or start some with torchrun")
@@ -458,6 +457,9 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
     if not checkpoint and "vocab_size" not in flags:
         c = replace(c, vocab_size=tokenizer.vocab_size)
     data, val_data = (open_data(folder, meta, split, c.block_size) for split in ("train", "val"))
+    if "epochs" in flags:
+        config.max_steps = max(1, math.ceil(config.epochs * epoch_steps(data, config, c.block_size)))
+    last = config.max_steps
 
     # ---- model
     torch.manual_seed(config.seed)
@@ -487,6 +489,7 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
     if config.resume:
         restore(checkpoint, optimizers, scaler)
         step, tokens, seconds = (checkpoint[key] for key in ("step", "tokens", "seconds"))
+        require(step <= last, f"the run is at step {step} already: give --max_steps that or more")
         saved = step
     constant = {"config": asdict(c), "train": asdict(config), "data": meta, "tokenizer": tokenizer.data}
     constant |= {"grouped": checkpoint["grouped"]} if "grouped" in checkpoint else {}

@@ -17,7 +17,7 @@ from conftest import to_hugging_face as theirs_of
 import train
 from checkpoint import load, model_config, save
 from common import IGNORE, UserError, autocast, exit_cleanly, replacing
-from data.loader import step_batches
+from data.loader import read_meta, step_batches
 from lora import LoRAConfig, adapt
 from model import Llama, ModelConfig
 from muon import orthogonalised
@@ -214,6 +214,16 @@ def test_a_resumed_run_takes_some_flags_and_refuses_others(tiny_data, tiny_run, 
     after = load(tmp_path / "ckpt.pt")
     assert after["step"] == 4 and after["config"]["attention"] == "naive" and after["train"]["lr"] == 0.001
     assert after["train"]["grad_accum"] == 2 and after["train"]["momentum"] == 0.7
+
+
+def test_epochs_are_passes_over_the_train_split(tiny_data, tmp_path):
+    tokens, size = read_meta(str(tiny_data))[1]["splits"]["train"]["tokens"], ["--batch_size", 8, "--epochs"]
+    for epochs, more in ((0.1, ["--grad_accum", 2]), (0.3, ["--resume"])):
+        train_py(tiny_data, tmp_path, *size, epochs, *more)
+        read = max(logged(tmp_path, "tokens").values())
+        assert epochs * tokens <= read <= epochs * tokens + 16 * 32, "less than a step more"
+    refused(quick("train.py", "--epochs", 0.2, "--resume", "--out_dir", tmp_path), "--max_steps")
+    refused(quick("train.py", "--epochs", 1, "--max_steps", 9, "--dataset", tiny_data), "--epochs")
 
 
 def test_a_tuned_run_resumes_by_the_same_command(tiny_data, tiny_run, tmp_path, monkeypatch):
