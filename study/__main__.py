@@ -19,6 +19,8 @@ COMMANDS = {  # name: module and function, what it does
     "compare-groups": ("compare_groups.main", "what each step of merging heads contributes"),
     "compare-searches": ("compare_groups.searches_main", "best loss by evaluations, beside Optuna"),
     "compare-speed": ("compare_speed.main", "speed beside transformers, llama2.c, nanoGPT, llama.cpp"),
+    "begin": ("variants.begin_main", "train.py, from other first weights: scaled or torch"),
+    "pace": ("variants.pace_main", "milliseconds of a training step, variants in turns"),
     "time-to-loss": ("compare_speed.loss_main", "another project's model trained on the same batches"),
 }
 
@@ -35,7 +37,14 @@ def main() -> None:
     try:
         getattr(importlib.import_module(f"study.{module}"), function)()
     except ModuleNotFoundError as error:
-        if error.name not in ("matplotlib", "optuna", "rouge_score", "sacrebleu", "transformers"):
+        if error.name not in (
+            "matplotlib",
+            "optuna",
+            "rapidfuzz",
+            "rouge_score",
+            "sacrebleu",
+            "transformers",
+        ):
             raise
         raise UserError(f"{error}: pip install {error.name.replace('_', '-')}") from None
 

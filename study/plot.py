@@ -1,6 +1,6 @@
 """Figures (pip install matplotlib).
 
-    python -m study plot loss out/plain "novel=out/novel" --against tokens  # loss curves; NAME= labels a run
+    python -m study plot loss out/plain "novel=out/novel" --x tokens  # loss curves; NAME= labels a run
     python -m study plot attention ckpt.pt --text "def add(a, b):"          # attention weights of every head
     python -m study plot similarity ckpt.pt                                 # which heads could share one
     python -m study plot groups ckpt.pt grouped.pt                          # which heads do share one
@@ -11,6 +11,7 @@ earlier ones are a part of it (`--eval_tokens`). `similarity` is 1 where two hea
 """
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,8 @@ class PlotConfig:
     action: Literal["loss", "attention", "similarity", "groups", "architecture"]  # what to draw
     paths: list[str]  # loss: folders of runs, or NAME=FOLDER; all others: checkpoints
     out: str | None = None  # .png, .svg or .pdf (default: ACTION.png); beside it a dark one, ACTION-dark.png
-    against: Literal["seconds", "tokens", "step"] = "seconds"  # loss: the horizontal axis
+    x: Literal["seconds", "tokens", "step", "epochs"] = "seconds"  # loss: the horizontal axis
+    train: bool = False  # loss: dashed, the training loss, too: each point the mean since the last
     text: str = "def add(a, b): return a + b"  # attention: the text to read
 
 
@@ -63,25 +65,34 @@ def grid(rows: int, columns: int, width: float = 7, height: float = 4):
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def curve(folder: str, against: str) -> tuple[tuple, tuple]:
-    """The evaluations of a run's log.jsonl: positions, and losses on the val split, nats a token."""
-    position, points = 0, []
+def curve(folder: str, x: str) -> tuple[tuple, tuple, tuple]:
+    """The evaluations of a run's log.jsonl: positions, losses on the val split, nats a token, and the mean
+    training loss since the evaluation before (nan if a resumed run has trained no step since)."""
+    epoch, position, points, since = math.nan, 0, [], []  # epoch: epochs a step
     for record in records(Path(folder, "log.jsonl")):
-        position = record.get(against, position)
+        if "epochs" in record:
+            epoch = record["epochs"] / record["train"]["max_steps"]
+        position = {**record, "epochs": epoch * record["step"]}.get(x, position)
+        if "loss" in record:
+            since.append(record["loss"])
         if "val_loss" in record:
-            points.append((position, record["val_loss"]))
+            points.append((position, record["val_loss"], np.mean(since) if since else math.nan))
+            since = []
     if not points:
         raise UserError(f"{folder} has no loss on the val split: it comes with --eval_every, --eval_tokens")
     return tuple(zip(*points))
 
 
-def draw_loss(runs: list[str], against: str) -> Figure:
-    """A curve for each FOLDER or NAME=FOLDER."""
+def draw_loss(runs: list[str], x: str, train: bool = False) -> Figure:
+    """A curve for each FOLDER or NAME=FOLDER, with `train` two."""
     figure, [[axes]] = grid(1, 1)
-    for run in runs:
+    for run, colour in zip(runs, itertools.cycle(COLOURS)):
         name, folder = ("", run) if Path(run).is_dir() else run.rpartition("=")[::2]
-        axes.plot(*curve(folder, against), marker="o", markersize=3, label=name or Path(folder).name)
-    axes.set(xlabel=against, ylabel="loss on the val split, nats a token")
+        at, val, own = curve(folder, x)
+        axes.plot(at, val, marker="o", markersize=3, color=colour, label=name or Path(folder).name)
+        if train:
+            axes.plot(at, own, "--", color=colour, label=f"{name or Path(folder).name}, training")
+    axes.set(xlabel=x, ylabel="loss, nats a token" if train else "loss on the val split, nats a token")
     axes.grid()
     axes.legend()
     return figure
@@ -206,7 +217,7 @@ def main() -> None:
     if out.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"--out {out}: give a name that ends in .png, .svg or .pdf")
     draw = {
-        "loss": lambda: draw_loss(config.paths, config.against),
+        "loss": lambda: draw_loss(config.paths, config.x, config.train),
         "attention": lambda: draw_attention(first, config.text),
         "similarity": lambda: draw_similarity(first),
         "groups": lambda: draw_groups({path: model_config(load(path)) for path in config.paths}),

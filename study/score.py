@@ -1,28 +1,36 @@
-"""Scores of a model's answers to the instructions of a split (pip install sacrebleu rouge-score).
+"""Scores of a model's answers to the instructions of a split (pip install sacrebleu rouge-score rapidfuzz).
 
     python -m study score out/RUN/ckpt.pt                             # the test split of the run's own data
     python -m study score out/RUN/ckpt.pt --base base.pt --limit 100  # beside another model
     python -m study score any.pt --dataset alpaca --split val
 
     loss         nats a token of the references, given the prompts; compares between models of one tokenizer
-    BLEU         sacreBLEU's corpus BLEU with its default tokenizer, 0 to 100 (arXiv 1804.08771)
-    ROUGE-1/2/L  mean F1, 0 to 100 (rouge-score, no stemmer; it keeps only a-z and 0-9)
-    exact match  % of answers equal to the reference, surrounding spaces aside; ended: % that the model ended
+    choice       % of examples whose reference has less loss a token than those of three others; chance is 25
+    bleu, bleu1  sacreBLEU's corpus BLEU with its default tokenizer, and of single words (arXiv 1804.08771)
+    chrf         sacreBLEU's chrF2, of characters: fairer to German, whose words have many forms
+    rouge1/2/L   mean F1 (rouge-score, no stemmer; it keeps only a-z and 0-9)
+    f1           mean F1 of the words, whatever their order and case (arXiv 1606.05250)
+    edit         mean of 1 - Levenshtein distance / length of the longer text
+    exact_match  % of answers equal to the reference, surrounding spaces aside; ended: % that the model ended
     latency      seconds until the whole batch of an answer is there: mean and percentiles
 
-Answers are greedy. CKPT-answers-DATASET-SPLIT.jsonl keeps the settings, the references and the answers.
+All but loss and latency go from 0 to 100. Answers are greedy. CKPT-answers-DATASET-SPLIT.jsonl keeps the
+settings, the references and the answers.
 """
 
 import json
+import re
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+from rapidfuzz.distance import Levenshtein
 from rouge_score.rouge_scorer import RougeScorer
-from sacrebleu.metrics import BLEU
+from sacrebleu.metrics import BLEU, CHRF
 from tqdm import tqdm
 
 from checkpoint import build, load, trained_on
@@ -55,6 +63,36 @@ def encoded(record: Record, tokenizer: Tokenizer) -> tuple[list[int], list[int]]
     return encode_prompt(record, tokenizer), encode_answer(record, tokenizer)
 
 
+def word_f1(answer: str, reference: str) -> float:
+    """2 x words in common / all words."""
+    ours, theirs = (Counter(re.findall(r"\w+", text.lower())) for text in (answer, reference))
+    return 2 * (ours & theirs).total() / max(1, (ours + theirs).total())
+
+
+def choice(model: Llama, tokenizer: Tokenizer, records: list[Record]) -> float:
+    """% of examples whose own reference is the likeliest, a token, of up to four that differ."""
+    right = 0
+    for i, record in enumerate(tqdm(records, desc="choosing", disable=None, leave=False)):
+        outputs = dict.fromkeys(other["output"] for other in records[i:] + records[:i])
+        pairs = [encoded({**record, "output": output}, tokenizer) for output in list(outputs)[:4]]
+        losses = [mean_loss(model, [padded([pair])], torch.float32)[0] for pair in pairs]
+        right += losses[0] == min(losses)
+    return 100 * right / len(records)
+
+
+def texts_scores(answers: list[str], references: list[str]) -> dict:
+    """The scores that compare texts, 0 to 100."""
+    found = {"bleu": BLEU(), "bleu1": BLEU(max_ngram_order=1), "chrf": CHRF()}
+    found = {name: metric.corpus_score(answers, [references]).score for name, metric in found.items()}
+    scorer, pairs = RougeScorer(ROUGE), list(zip(answers, references))
+    rouge = [scorer.score(reference, answer) for answer, reference in pairs]
+    each = {kind: [row[kind].fmeasure for row in rouge] for kind in ROUGE}
+    each |= {"f1": [word_f1(*pair) for pair in pairs]}
+    each |= {"edit": [Levenshtein.normalized_similarity(*pair) for pair in pairs]}
+    each |= {"exact_match": [answer == reference.strip() for answer, reference in pairs]}
+    return found | {name: 100 * float(np.mean(values)) for name, values in each.items()}
+
+
 def score(model: Llama, tokenizer: Tokenizer, records: list[Record], config: ScoreConfig) -> dict:
     """All scores of one model, and its answers."""
     pairs = [encoded(record, tokenizer) for record in records]
@@ -69,12 +107,9 @@ def score(model: Llama, tokenizer: Tokenizer, records: list[Record], config: Sco
         for prompt, ids in zip(prompts, texts):
             answers.append(tokenizer.decode(ids).strip())
             ended.append(len(ids) < min(config.max_new_tokens, model.config.block_size - len(prompt)))
-    references, scorer = [record["output"] for record in records], RougeScorer(ROUGE)
-    found = {"loss": loss, "bleu": BLEU().corpus_score(answers, [references]).score}
-    rouge = [scorer.score(*pair) for pair in zip(references, answers)]
-    found |= {kind: 100 * float(np.mean([row[kind].fmeasure for row in rouge])) for kind in ROUGE}
-    exact = [answer == reference.strip() for answer, reference in zip(answers, references)]
-    found |= {"exact_match": 100 * float(np.mean(exact)), "ended": 100 * float(np.mean(ended))}
+    found = {"loss": loss, "choice": choice(model, tokenizer, records)}
+    found |= texts_scores(answers, [record["output"] for record in records])
+    found |= {"ended": 100 * float(np.mean(ended))}
     found |= {f"latency_p{p}": float(np.percentile(seconds, p)) for p in (5, 50, 95)}
     return found | {"latency_mean": float(np.mean(seconds)), "answer_tokens": count, "answers": answers}
 
