@@ -2,7 +2,7 @@
 
 import importlib
 import json
-import math
+import shlex
 import sys
 from pathlib import Path
 
@@ -11,13 +11,15 @@ import pytest
 import sacrebleu
 import torch
 from conftest import quick, sharp_model, to_hugging_face
+from nltk import edit_distance  # rouge-score needs it
 from PIL import Image  # matplotlib needs it, too
 from rouge_score.rouge_scorer import RougeScorer
 
+import train
 from checkpoint import build, load
-from common import UserError
+from common import IGNORE, UserError
 from data.instruct import encode_answer, encode_prompt
-from study import run
+from study import run, score, tables
 from study.__main__ import COMMANDS
 from study.plot import attention_weights
 
@@ -32,7 +34,8 @@ def test_attention_maps_equal_those_of_transformers(settings):
 def test_every_figure_is_drawn(tiny_run, tmp_path):
     for action in ("loss", "attention", "similarity", "groups", "architecture"):
         source = tiny_run.parent if action == "loss" else tiny_run
-        done = quick("study", "plot", action, source, "--out", tmp_path / f"{action}.png")
+        curves = ["--train", "--x", "epochs"] if action == "loss" else []
+        done = quick("study", "plot", action, source, *curves, "--out", tmp_path / f"{action}.png")
         assert done.returncode == 0, done.stderr
         for name, paper in ((action, (255, 255, 255)), (f"{action}-dark", (13, 17, 23))):
             picture = Image.open(tmp_path / f"{name}.png").convert("RGB")
@@ -64,6 +67,28 @@ def test_what_models_answer_is_kept_and_scored(tiny_run, tmp_path):
         assert summary[name]["loss"] == pytest.approx(nats / count, rel=1e-5)
         assert summary[name]["bleu"] == sacrebleu.corpus_bleu(answers, [references]).score
         assert summary[name]["rougeL"] == pytest.approx(100 * np.mean(rouge))
+        assert summary[name]["chrf"] == sacrebleu.corpus_chrf(answers, [references]).score
+        likeness = [1 - edit_distance(*pair) / max(map(len, pair)) for pair in pairs]
+        assert summary[name]["edit"] == pytest.approx(100 * np.mean(likeness))
+        assert summary[name]["exact_match"] == 100 * np.mean([a == b for a, b in pairs])
+
+
+def test_a_choice_is_right_where_the_own_reference_has_the_least_loss(tiny_run, monkeypatch):
+    """The loss stands in for a model: 0 for the text that the prompt contains, else 1, and the contrary."""
+    records = [
+        {"instruction": "Repeat.", "input": f"word {i % 7}", "output": f"word {i % 7}"} for i in range(9)
+    ]
+    _, tokenizer = build(load(tiny_run))
+    for sign, share in ((1, 100.0), (-1, 0.0)):
+
+        def loss(model, batches, dtype, sign=sign):
+            ((x, y),) = batches
+            answer = tokenizer.decode([i for i in y[0].tolist() if i != IGNORE][:-1])
+            return sign * float(f"{answer}\n" not in tokenizer.decode(x[0].tolist())), 1
+
+        monkeypatch.setattr(score, "mean_loss", loss)
+        assert score.choice(None, tokenizer, records) == share
+    assert score.word_f1("The cat sat", "the cat, the dog") == pytest.approx(2 * 2 / 7)
 
 
 def test_every_step_has_flags_that_exist(monkeypatch):
@@ -72,14 +97,23 @@ def test_every_step_has_flags_that_exist(monkeypatch):
         raise InterruptedError
 
     monkeypatch.setattr("common.Parser.parse_intermixed_args", parse_only)
-    assert not set("[]<>") & set("".join(run.steps(list(run.STEPS), fast=False).values()))
-    for line in run.steps(list(run.STEPS), fast=True).values():
-        argv, module, function = line.split(), line.split()[0].removesuffix(".py").replace("/", "."), "main"
+    other = {"ckpt": "smol.pt", "dataset": "wiki", "shape": "--dim 768", "parts": ["tuning"], "only": "multi"}
+    for config in ({}, {"fast": True}, other):
+        assert not set("[]<>") & set("".join(run.steps(run.StudyConfig(**config)).values()))
+    assert all(
+        "/smol.pt --" in line for line in run.steps(run.StudyConfig(**other)).values() if "before" in line
+    )
+    for line in run.steps(run.StudyConfig(fast=True)).values():
+        argv = shlex.split(line)
+        module, function = argv[0].removesuffix(".py").replace("/", "."), "main"
         if argv[0] == "-m":
             argv, module = argv[1:], f"{argv[1]}.__main__"
         if argv[0] == "study":
             argv, (module, function) = argv[1:], f"study.{COMMANDS[argv[1]][0]}".rsplit(".", 1)
-        if module not in ("download", "write_texts"):  # functions
+        if argv[0] == "begin":
+            argv.pop(1)  # it is read before the flags
+            monkeypatch.setattr("study.variants.begin_main", train.main)
+        if module not in ("download", "write_texts", "first_lines"):  # functions
             monkeypatch.setattr(sys, "argv", argv)
             with pytest.raises(InterruptedError):
                 getattr(importlib.import_module(module), function)()
@@ -109,18 +143,30 @@ def test_tables_hold_what_the_logs_say(tmp_path, monkeypatch):
         Path("logs", f"{name}.txt").write_text("...\nnote: ...\n" + json.dumps(printed))
 
     Path("logs").mkdir()
-    for name, perplexity in (("5-0", 10.0), ("5-1", 20.0), ("5-novel-0", 11.0), ("5-novel-1", 18.0)):
-        written(f"depth-{name}-test", blocks=perplexity, bits_per_byte=1.25)
-        Path(f"depth-{name}").mkdir()
-        records = {"params": 9}, {"tokens": 1, "seconds": 60.0}, {"val_loss": math.log(20)}
-        Path(f"depth-{name}", "log.jsonl").write_text("\n".join(map(json.dumps, records)))
+    both = [f"depth-short-5-{kind}-{seed}" for kind in ("plain", "novel") for seed in "01"]
+    for name, perplexity in zip([*both, "tuning-few-full-0"], (10.0, 20.0, 11.0, 18.0, 0.0)):
+        written(f"{name}-test", blocks=perplexity)
+        Path(name).mkdir()
+        first, last = (
+            {"params": 9, "trainable": 7, "step": 0},
+            {"tokens": 1, "seconds": 60.0, "val_loss": 3.0},
+        )
+        records = first, {**last, "step": 3}
+        Path(name, "log.jsonl").write_text("\n".join(map(json.dumps, records)))
+    scores = dict.fromkeys([*tables.SCORES, "latency_p50"], 5.0)
+    written("tuning-few-full-0-score", ckpt=scores)
+    written("tuning-few-full-0-own", blocks=40.0)
+    for way, rate in (("naive", 2048.0), ("sdpa", 4096.0)):
+        written(f"attention-{way}-512", rows=[{"train_tok_s": rate, "eval_tok_s": 1.0, "peak": 2**21}])
     for when, original, grouped in (("before", 10.0, 20.0), ("after", 8.0, 12.0)):
         written(f"{when}-base", blocks=original, kv_bytes_per_token=64)
         for merge in run.LOOPS["merge"]:
             written(f"{when}-{merge}-1of2", blocks=grouped, kv_bytes_per_token=32)
-    run.report()
+    tables.report()
     text = Path("tables.md").read_text()
-    assert "| 5 | plain | 0 | 9 | 60 | 20 | 10 | 1.25 | 1 |" in text
-    assert "| 5 | novel | 1 | 9 | 60 | 20 | 18 | 1.25 | 0.9 |" in text
-    assert "mean 1.0000, deviation 0.1414, 2 pairs" in text and Path("figures/groups-dark.png").exists()
+    assert "| short | 5 | plain | 9 | 3 | 60 ± 0 | 15 ± 5 | 1 ± 0 |" in text
+    assert "| short | 5 | novel | 9 | 3 | 60 ± 0 | 14.5 ± 3.5 | 1 ± 0.1 |" in text
+    assert f"| few | full |{' 5 |' * len(tables.SCORES)} 40 | 7 | 60 | 5 |" in text
+    assert "| 512 | naive | 2,000" in text and "| 512 | sdpa | 1,000" in text
+    assert all(Path(f"figures/{name}-dark.png").exists() for name in ("groups", "depth", "lengths"))
     assert text.count(" | 2.000 -> 1.500 |") == len(run.LOOPS["merge"])

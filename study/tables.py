@@ -1,0 +1,261 @@
+"""The tables and figures of `study run`, from the logs of its steps."""
+
+import json
+import math
+import platform
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import partial
+from itertools import product
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+from matplotlib.figure import Figure
+
+from common import replacing
+from study import plot
+from study.bench import records, table
+
+KINDS = ("plain", "novel", "gated", "scaled", "torch")
+MERGES = ("random-mean", "neighbour-mean", "best-mean", "neighbour-closed", "ours")
+SHARES = ("3of4", "2of3", "1of2", "1of3", "1of4")
+SCORES = (
+    "loss",
+    "choice",
+    "bleu",
+    "bleu1",
+    "chrf",
+    "rouge1",
+    "rouge2",
+    "rougeL",
+    "f1",
+    "edit",
+    "exact_match",
+)
+
+
+def result(name: str) -> dict:
+    """The JSON object on the last line of a step's log; empty if the step has not run."""
+    path = Path("logs", f"{name}.txt")
+    return json.loads(path.read_text().splitlines()[-1]) if path.exists() else {}
+
+
+def trained(folder: Path) -> dict:
+    """The last value of everything in a run's log: its settings, its last step and its last evaluation."""
+    return {key: value for record in records(folder / "log.jsonl") for key, value in record.items()}
+
+
+def spread(values: list[float]) -> str:
+    """The mean, and where there are several values its standard error."""
+    error = f" ± {stdev(values) / math.sqrt(len(values)):.2g}" if len(values) > 1 else ""
+    return f"{mean(values):.5g}{error}"
+
+
+def gathered(pattern: str) -> dict[tuple, dict]:
+    """{parts of the names: {what: the values of all seeds}} of the logs PART-PARTS-SEED-WHAT: what a run's
+    own log says last, what the step has printed, and `own`, the perplexity on the text of before."""
+    found: dict = defaultdict(lambda: defaultdict(list))
+    for log in sorted(Path("logs").glob(pattern)):
+        name = log.stem.rpartition("-")[0]
+        said, own = result(log.stem), result(f"{name}-own").get("blocks", math.nan)
+        for what, value in {**trained(Path(name)), **said, **said.get("ckpt", {}), "own": own}.items():
+            found[tuple(name.split("-")[1:-1])][what].append(value)
+    return found
+
+
+def depth() -> Iterator[str]:
+    """A row for each budget and variant; ms for 64 tokens are those of the models of the long run."""
+    found, rows = gathered("depth-*-test.txt"), []
+    times = {row["ckpt"]: row for row in result("depth-latency-compiled").get("rows", [])}
+    times = times or {row["ckpt"]: row for row in result("depth-latency-eager").get("rows", [])}
+    for (budget, layers, kind), runs in found.items():
+        row = {"budget": budget, "layers": int(layers), "variant": kind, "parameters": runs["params"][0]}
+        row |= {"steps": runs["step"][0], "training, s": spread(runs["seconds"])}
+        row |= {"test perplexity": spread(runs["blocks"])}
+        plain = found[budget, layers, "plain"]["blocks"]
+        if len(plain) == len(runs["blocks"]):  # the same seeds
+            row["by plain's"] = spread([a / b for a, b in zip(runs["blocks"], plain)])
+        for key in ("p5", "median", "p95"):
+            row |= {f"ms, {key}": time[key] for ckpt, time in times.items() if f"-{layers}-{kind}-" in ckpt}
+        rows.append(row)
+    if rows:
+        yield "### Fewer, richer layers"
+        yield table(rows)
+        plot.save(partial(draw_depth, found), Path("figures/depth.png"))
+
+
+def draw_depth(found: dict[tuple, dict]) -> Figure:
+    """Test perplexity by layers, a point for each seed, for both budgets; and curves of the first seed."""
+    budgets = list(dict.fromkeys(budget for budget, _, _ in found))
+    drawn, [axes] = plot.grid(1, len(budgets) + 1, 4 * len(budgets) + 4, 4)
+    for (budget, layers, kind), runs in found.items():
+        place, colour = axes[budgets.index(budget)], plot.COLOURS[KINDS.index(kind)]
+        x = int(layers) + 0.06 * (KINDS.index(kind) - 2)
+        place.plot([x] * len(runs["blocks"]), runs["blocks"], "o", color=colour, label=kind)
+        place.set(xlabel="layers", ylabel="test perplexity", title=f"{budget} runs, a point for each seed")
+        if budget == budgets[0]:
+            name = f"depth-{budget}-{layers}-{kind}-0"
+            axes[-1].plot(*plot.curve(name, "tokens")[:2], color=colour, lw=0.4 * int(layers) - 1.4)
+    axes[-1].set(xlabel="tokens", ylabel="val loss, nats a token", title=f"{budgets[0]}; thick: more layers")
+    labels = {text: mark for mark, text in zip(*axes[0].get_legend_handles_labels())}
+    axes[0].legend(labels.values(), labels.keys())
+    return drawn
+
+
+def groups() -> Iterator[str]:
+    """Perplexity of each merge by the original's, before and after both were healed."""
+    shares = [share for share in SHARES if result(f"after-ours-{share}")]
+    if not shares:
+        return
+
+    def ratio(when: str, merge: str, share: str) -> float:
+        return result(f"{when}-{merge}-{share}")["blocks"] / result(f"{when}-base")["blocks"]
+
+    whole = result("before-base")["kv_bytes_per_token"]
+    sizes = [result(f"before-ours-{share}")["kv_bytes_per_token"] for share in shares]
+    rows, panels = [], {}
+    for merge in MERGES:
+        rows.append({"bytes a token of the cache": merge})
+        for share, size in zip(shares, sizes):
+            before, after = (ratio(when, merge, share) for when in ("before", "after"))
+            rows[-1][f"{size:,} ({size / whole:.3f})"] = f"{before:.3f} -> {after:.3f}"
+    for when in ("before", "after"):
+        lines = {merge: [ratio(when, merge, share) for share in shares] for merge in MERGES}
+        panels[f"{when} healing"] = [size / whole for size in sizes], lines
+    yield "### Uneven groups"
+    yield table(rows)
+    plot.save(partial(draw_ratios, panels), Path("figures/groups.png"))
+
+
+def draw_ratios(panels: dict[str, tuple[list[float], dict[str, list[float]]]]) -> Figure:
+    """{title: (shares of the cache, {label: perplexity ratios})}, a panel for each title."""
+    drawn, [axes] = plot.grid(1, len(panels), 8, 5)
+    for place, (title, (x, lines)) in zip(axes, panels.items()):
+        for (label, y), marker in zip(lines.items(), "os^vDPX*+xd"):
+            place.plot(x, y, marker=marker, markersize=5, label=label)
+        place.set(xlabel="share of the KV cache", ylabel="perplexity, ratio to the original's", title=title)
+        most = max(max(y) for y in lines.values())
+        ticks = [t for t in (1, 1.02, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 40) if t < 1.1 * most]
+        place.set_yscale("log")
+        place.set_yticks(ticks, [f"{t:g}" for t in ticks])
+        place.minorticks_off()
+        place.grid()
+    drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    return drawn
+
+
+def foreign() -> None:
+    """The tables of compare-groups as a figure."""
+    panels = {}
+    for log in sorted(Path("logs").glob("*260K-compare.txt"), reverse=True):
+        lines = [line for line in log.read_text().splitlines() if line.startswith("|")]
+        head, _, *rows = [line.strip("| ").split(" | ") for line in lines]
+        ratios = {label: list(map(float, cells)) for label, *cells in rows}
+        panels[f"{log.stem.removesuffix('-compare')}, on its own text"] = list(map(float, head[1:])), ratios
+    if panels:
+        plot.save(partial(draw_ratios, panels), Path("figures/foreign.png"))
+
+
+def tuning() -> Iterator[str]:
+    """The scores of each task and way of tuning, what was forgotten, and answers of the first adapters."""
+    rows, found = [], gathered("tuning-*-score.txt")
+    for task in dict.fromkeys(task for task, _ in found):
+        before = result(f"tuning-{task}-before").get("ckpt", {})
+        rows.append({"task": task, "tuned": "no", **{key: before.get(key, math.nan) for key in SCORES}})
+        rows[-1]["own text, ppl"] = result("tuning-before-own").get("blocks", math.nan)
+        for way, runs in [(way, runs) for (other, way), runs in found.items() if other == task]:
+            rows.append({"task": task, "tuned": way, **{key: spread(runs[key]) for key in SCORES}})
+            rows[-1] |= {"own text, ppl": spread(runs["own"]), "trainable": runs["trainable"][0]}
+            rows[-1] |= {"training, s": spread(runs["seconds"]), "latency, s": spread(runs["latency_p50"])}
+    if rows:
+        yield "### Tuning"
+        yield table(rows)
+    for path in sorted(Path().glob("tuning-*-lora8-0/ckpt-answers-*.jsonl")):
+        yield f"### {path.parent.name}"
+        kept = [json.loads(line) for line in path.read_text().splitlines()[1:11]]
+        shown = [(row["input"], row["output"], row["answers"]["ckpt"]) for row in kept]
+        yield "\n\n".join("\n".join(f"> {text!r}" for text in texts) for texts in shown)
+
+
+def epochs() -> Iterator[str]:
+    """What many passes over few examples do to the loss on others, and to the text of before."""
+    rows = []
+    for way in ("full", "lora8", "qlora8"):
+        if result(f"few-{way}-own"):
+            at, val, own = plot.curve(f"few-{way}", "epochs")
+            row = {"tuned": way, "least val loss": min(val), "at epoch": at[val.index(min(val))]}
+            row |= {"last val loss": val[-1], "last training loss": own[-2]}
+            rows.append({**row, "own text, ppl": result(f"few-{way}-own")["blocks"]})
+    if rows:
+        yield "### Few examples, many epochs"
+        yield table(rows)
+
+
+def lengths() -> Iterator[str]:
+    """Time and memory of a step of 4,096 tokens against the length of its texts."""
+    rows, panels = [], defaultdict(lambda: defaultdict(list))
+    for length, way in product((256, 512, 1024, 2048, 4096), ("naive", "sdpa")):
+        for row in result(f"attention-{way}-{length}").get("rows", []):
+            ms = {"training, ms": 4096e3 / row["train_tok_s"], "evaluation, ms": 4096e3 / row["eval_tok_s"]}
+            rows.append({"length": length, "attention": way, **ms, "peak": row["peak"]})
+            panels["training, ms a step"][way].append((length, ms["training, ms"]))
+            panels["peak memory, MiB"][way].append((length, row["peak"] / 2**20))
+    if rows:
+        yield "### Attention against length"
+        yield table(rows)
+        plot.save(partial(draw_lengths, panels), Path("figures/lengths.png"))
+
+
+def draw_lengths(panels: dict[str, dict[str, list[tuple]]]) -> Figure:
+    """{title: {label: (tokens, value) pairs}}."""
+    drawn, [axes] = plot.grid(1, len(panels), 8, 3.5)
+    for place, (title, lines) in zip(axes, panels.items()):
+        for label, points in lines.items():
+            place.plot(*zip(*points), marker="o", label=label)
+        place.set(xscale="log", xlabel="tokens of a text", title=title, ylim=(0, None))
+        place.set_xticks([x for x, _ in points], [f"{x:,}" for x, _ in points])
+        place.minorticks_off()
+        place.grid()
+    axes[0].legend()
+    return drawn
+
+
+def memory() -> None:
+    if rows := result("memory").get("rows"):
+        plot.save(partial(draw_memory, rows), Path("figures/memory.png"))
+
+
+def draw_memory(rows: list[dict]) -> Figure:
+    bars = {"peak memory of a step, MiB": [row["peak"] / 2**20 for row in rows]}
+    bars["tokens/s"] = [row["train_tok_s"] for row in rows]
+    drawn, [axes] = plot.grid(1, 2, 10, 1 + 0.32 * len(rows))
+    for place, colour, (title, values) in zip(axes, plot.COLOURS, bars.items()):
+        shown = place.barh([row["row"] for row in rows], values, color=colour)
+        place.bar_label(shown, fmt="{:,.0f}", padding=3, fontsize=8)
+        place.set(title=title, xlim=(0, 1.25 * max(values)))
+        place.invert_yaxis()
+    return drawn
+
+
+def printed() -> Iterator[str]:
+    """What searches and benchmarks have printed: rows as JSON, or lines."""
+    for name in ("objective-*", "*-compare", "depth-pace", "memory*", "attention", "speed-*"):
+        for log in sorted(Path("logs").glob(f"{name}.txt")):
+            _, *lines = log.read_text().splitlines()
+            rows = json.loads(lines[-1])["rows"] if lines[-1].startswith("{") else []
+            yield f"### {log.stem}"
+            yield table(rows) if rows else "\n".join(["```", *lines, "```"])
+
+
+def report() -> None:
+    """Write OUT/tables.md and OUT/figures of all that has run."""
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    text = [f"{time.strftime('%Y-%m-%d')} | Python {platform.python_version()} | {machine}"]
+    for section in (depth, groups, tuning, epochs, lengths, printed):
+        text += section()
+    foreign()
+    memory()
+    with replacing(Path("tables.md"), "w") as file:
+        file.write("\n\n".join(text) + "\n")
