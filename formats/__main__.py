@@ -2,8 +2,10 @@
 
 python -m formats import TinyLlama-1.1B/ tiny.pt                     # a Hugging Face folder, or Meta's own
 python -m formats import stories260K.bin stories.pt --tokenizer tok512.bin              # llama2.c's
+python -m formats import SmolLM2-135M.gguf smol.pt                   # llama.cpp's, whatever its quantization
 python -m formats import ADAPTER both.pt --base base.pt              # PEFT's folder, or our own .pt
 python -m formats export out/RUN/ckpt.pt FOLDER                      # a Hugging Face folder
+python -m formats export out/RUN/ckpt.pt OUT.gguf                    # for llama.cpp
 python -m formats export out/RUN/ckpt.pt FOLDER_OR_PT --adapter      # the adapter, for PEFT or in a .pt
 """
 
@@ -15,7 +17,7 @@ import torch
 
 from checkpoint import load, model_config, save, show
 from common import UserError, bounded, exit_cleanly, parse, writable
-from formats import adapters, models
+from formats import adapters, gguf, models
 from formats.tokenizers import find_tokenizer
 
 
@@ -24,25 +26,28 @@ class FormatsConfig:
     """formats"""
 
     action: Literal["import", "export"]  # what to do
-    source: str  # import: a model's folder, a llama2.c .bin, or an adapter; export: a checkpoint
-    out: str  # import: the checkpoint to write; export: the folder, or for an adapter also a .pt
+    source: str  # import: a model's folder, a .gguf, llama2.c's .bin, or an adapter; export: a checkpoint
+    out: str  # import: the checkpoint to write; export: the folder, a .gguf, or of an adapter a .pt
     tokenizer: str | None = None  # import: tokenizer.model, .json or llama2.c's .bin (default: the folder's)
     block_size: int | None = bounded(None, 1, 2**24)  # import: longest context, tokens (default: its own)
     base: str | None = None  # import an adapter: the checkpoint of its base
     adapter: bool = False  # export the adapter only
-    overwrite: bool = False  # replace an existing .pt
+    overwrite: bool = False  # replace an existing .pt or .gguf
 
 
 def import_model(source: Path, tokenizer: str | None = None, block_size: int | None = None) -> dict:
     """A checkpoint made of `source`. Raises UserError when it is damaged, or a model that ours cannot be."""
-    if source.is_file() and source.suffix == ".bin":
+    own = None
+    if source.is_file() and source.suffix == ".gguf":
+        settings, weights, own = gguf.read_gguf(source)
+    elif source.is_file() and source.suffix == ".bin":
         settings, weights = models.read_llama2c(source)
     elif (source / "config.json").exists():
         settings, weights = models.read_hugging_face(source)
     elif (source / "params.json").exists():
         settings, weights = models.read_meta(source)
     else:
-        kinds = "a folder with config.json (Hugging Face) or params.json (Meta), or a .bin of llama2.c"
+        kinds = "a folder with config.json (Hugging Face) or params.json (Meta), a .gguf, or llama2.c's .bin"
         raise UserError(f"{source}: no such file or model: name {kinds}; an adapter needs --base BASE.pt")
     if block_size:
         settings["block_size"] = block_size
@@ -52,7 +57,7 @@ def import_model(source: Path, tokenizer: str | None = None, block_size: int | N
     for name, x in weights.items():
         if not all(bound.isfinite() for bound in x.aminmax()):  # which needs no memory, and passes nan on
             raise UserError(f"{source} is damaged: {name} holds numbers that are not finite")
-    data = find_tokenizer(source, tokenizer, c.vocab_size)
+    data = own if own and not tokenizer else find_tokenizer(source, tokenizer, c.vocab_size)
     return {"model": weights, "config": settings, "tokenizer": data, "source": str(source)}
 
 
@@ -65,6 +70,9 @@ def main() -> None:
         raise UserError(f"{config.action} does not use --{unused[0]}: leave it out")
     if config.adapter:
         adapters.export(source, out, config.overwrite)
+    elif config.action == "export" and out.suffix == ".gguf":
+        writable(out, config.overwrite)
+        gguf.write_gguf(source, out)
     elif config.action == "export":
         models.export(source, out)
     else:

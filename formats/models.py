@@ -179,23 +179,35 @@ def read_llama2c(path: Path) -> tuple[Settings, Weights]:
     return {name: x for name, x in asdict(c).items() if not name.endswith(("_groups", "_latent"))}, weights
 
 
-def export(path: Path, folder: Path) -> None:
-    """Write the Hugging Face folder of a checkpoint. Raises UserError for what it cannot hold."""
+def exported(path: Path, each: bool = False) -> tuple[ModelConfig, Weights, list[int], Tokenizer | None]:
+    """A checkpoint as an ordinary Llama: its config, weights, number of K/V heads of each layer (one for all,
+    unless `each` may have its own) and tokenizer. Raises UserError for what no ordinary Llama is."""
     checkpoint = load(path)
     c, weights = model_config(checkpoint), dict(checkpoint["model"])
     if checkpoint.get("lora"):
         raise UserError(f"{path} has an adapter: python checkpoint.py merge, or export with --adapter")
     if c.novel or c.gated:
         raise UserError("a --novel or --gated model cannot be exported: no other Llama has these layers")
-    if c.dim % c.n_head:
-        raise UserError(f"transformers needs a dim that n_head divides, and they are {c.dim} and {c.n_head}")
     load_weights(empty_model(c), weights, str(path))
     tokenizer = read_tokenizer(checkpoint["tokenizer"]) if checkpoint["tokenizer"] else None
     ours, c = c.kv_numbers_per_token, expand_latents(weights, c)
-    heads = expand_groups(weights, c)
-    permute_rows(weights, c.head_dim, ROTATED, to_pairs=False)
+    heads = expand_groups(weights, c, each)
     if c.tie_embeddings:
         del weights["output.weight"]
+    theirs, size = 2 * sum(heads) * c.head_dim, max(x.itemsize for x in weights.values())
+    if theirs != ours:
+        note(
+            f"its cache, of equal heads, takes {size * theirs:,} bytes a token there and {size * ours:,} here"
+        )
+    return c, weights, heads, tokenizer
+
+
+def export(path: Path, folder: Path) -> None:
+    """Write the Hugging Face folder of a checkpoint. Raises UserError for what it cannot hold."""
+    c, weights, (heads, *_), tokenizer = exported(path)
+    if c.dim % c.n_head:
+        raise UserError(f"transformers needs a dim that n_head divides, and they are {c.dim} and {c.n_head}")
+    permute_rows(weights, c.head_dim, ROTATED, to_pairs=False)
     dtype = max((x.dtype for x in weights.values()), key=lambda dtype: dtype.itemsize)
     config = config_of(c, heads, tokenizer, dtype)
     with new_folder(folder) as partial:
@@ -203,10 +215,6 @@ def export(path: Path, folder: Path) -> None:
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if tokenizer:
             write_tokenizer(tokenizer, partial)
-    theirs = 2 * c.n_layer * heads * c.head_dim
-    if theirs != ours:
-        cost = f"it takes {dtype.itemsize * theirs:,} bytes a token there"
-        note(f"its cache, expanded to {heads} equal heads: {cost} and {dtype.itemsize * ours:,} here")
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"wrote {folder}, {size:,} bytes, {heads} K/V heads of {c.n_head}")
 
@@ -242,23 +250,25 @@ def expand_latents(weights: Weights, c: ModelConfig) -> ModelConfig:
     return replace(c, k_groups=k_groups, v_groups=v_groups, k_latent=None, v_latent=None)
 
 
-def uniform_heads(c: ModelConfig) -> tuple[int, list[list[int]]]:
-    """The smallest number of equal K/V groups that represents the model, and each layer's order of heads.
+def uniform_heads(c: ModelConfig, each: bool) -> tuple[list[int], list[list[int]]]:
+    """The smallest number of equal K/V groups that represents each layer, or if not `each`, all of them; and
+    each layer's order of heads.
 
     Heads may change places if the columns of wo go with them. Heads with the same K and the same V group form
-    a class. All classes are cut into runs of one length: the greatest common divisor of all layers' classes.
+    a class. All classes are cut into runs of one length: the greatest common divisor of the classes' sizes.
     """
     classes = [list(zip(k, v)) for k, v in zip(c.k_groups, c.v_groups)]
-    run = math.gcd(*(size for layer in classes for size in Counter(layer).values()))
+    runs = [math.gcd(*Counter(layer).values()) for layer in classes]
+    runs = runs if each else [math.gcd(*runs)] * c.n_layer
     orders = [sorted(range(c.n_head), key=lambda head, of=of: of.index(of[head])) for of in classes]
-    return c.n_head // run, orders
+    return [c.n_head // run for run in runs], orders
 
 
-def expand_groups(weights: Weights, c: ModelConfig) -> int:
-    """Rewrite the attention weights, in the dict, for equal runs of heads; return the number of K/V heads."""
-    heads, orders = uniform_heads(c)
-    run = c.n_head // heads
+def expand_groups(weights: Weights, c: ModelConfig, each: bool) -> list[int]:
+    """Rewrite the attention weights, in the dict, for equal runs of heads; return each layer's number."""
+    heads, orders = uniform_heads(c, each)
     for layer, order in enumerate(orders):
+        run = c.n_head // heads[layer]
         k_heads = [c.k_groups[layer][head] for head in order[::run]]
         v_heads = [c.v_groups[layer][head] for head in order[::run]]
         for part, ids, dim in (("wq", order, 0), ("wo", order, 1), ("wk", k_heads, 0), ("wv", v_heads, 0)):

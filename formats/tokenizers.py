@@ -98,13 +98,19 @@ def sentencepiece_of_llama2c(data: bytes) -> bytes:
     require(len(pieces) >= 259, f"it has {len(pieces)} pieces, below the 3 + 256 of control tokens and bytes")
     pieces[:3] = [(0.0, "<unk>"), (0.0, "<s>"), (0.0, "</s>")]
     kinds = [UNKNOWN, CONTROL, CONTROL] + [BYTE] * 256 + [NORMAL] * (len(pieces) - 259)
-    model = b""
-    for (score, piece), kind in zip(pieces, kinds):
-        model += entry(1, entry(1, piece.encode()) + b"\x15" + struct.pack("<f", score) + entry(3, kind))
+    return sentencepiece_model([(*piece, kind) for piece, kind in zip(pieces, kinds)])
+
+
+def sentencepiece_model(pieces: list[tuple[float, str, int]], dummy_prefix: bool = True) -> bytes:
+    """A SentencePiece BPE model, a protocol buffer, of (score, text, kind); 0, 1, 2 are <unk>, <s>, </s>."""
+    model = []
+    for score, piece, kind in pieces:
+        fields = entry(1, piece.encode()) + b"\x15" + struct.pack("<f", score) + entry(3, kind)
+        model.append(entry(1, fields))
     trainer = entry(3, BPE) + entry(4, len(pieces)) + entry(35, 1)  # byte fallback
     trainer += entry(40, 0) + entry(41, 1) + entry(42, 2)  # <unk>, <s>, </s>
-    spaces = entry(3, 1) + entry(4, 0) + entry(5, 1)  # one before the text, all kept, escaped
-    return model + entry(2, trainer) + entry(3, entry(1, b"identity") + spaces)
+    spaces = entry(3, int(dummy_prefix)) + entry(4, 0) + entry(5, 1)  # before the text, all kept, escaped
+    return b"".join(model) + entry(2, trainer) + entry(3, entry(1, b"identity") + spaces)
 
 
 def entry(field: int, value: int | bytes) -> bytes:

@@ -47,6 +47,7 @@ GOOD = (  # commands that make good files in the folder {r}
     "train.py --init_from {r}/run/ckpt.pt --max_steps 2 --lora_r 2 --out_dir {r}/adapted",
     "formats export {r}/adapted/ckpt.pt {r}/peft --adapter",
     "formats export {r}/adapted/ckpt.pt {r}/own/adapter.pt --adapter",
+    "formats export {r}/run/ckpt.pt {r}/gguf/x.gguf",
     SEARCH + " --out {r}/log/x.json --log {r}/log/log.jsonl",
 )
 READERS = (  # files to damage; the command that reads {f}/{n} and may write to {o}; its result, if no text
@@ -65,6 +66,7 @@ READERS = (  # files to damage; the command that reads {f}/{n} and may write to 
      "formats import {f}/model.bin {o}/x.pt --tokenizer {f}/tok.bin", "{o}/x.pt"),
     ("peft/adapter_config.json peft/adapter_model.safetensors",
      "formats import {f} {o}/x.pt --base {r}/run/ckpt.pt", "{o}/x.pt"),
+    ("gguf/x.gguf", "formats import {f}/{n} {o}/x.pt", "{o}/x.pt"),
     ("own/adapter.pt", "formats import {f}/{n} {o}/x.pt --base {r}/run/ckpt.pt", "{o}/x.pt"),
 )  # fmt: skip
 

@@ -12,7 +12,17 @@ import sentencepiece as spm
 import torch
 from conftest import assert_close, quick, refused, sharp_model, to_hugging_face
 from corpus import Writer
-from foreign import change_json, export_of, formats, imported, logits, save_folder, their_model, write_llama2c
+from foreign import (
+    change_json,
+    checkpoint_of,
+    export_of,
+    formats,
+    imported,
+    logits,
+    save_folder,
+    their_model,
+    write_llama2c,
+)
 from fuzz import memory_now
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
@@ -20,6 +30,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from checkpoint import build_model, load, save
 from common import peak_memory_bytes
 from data.tokenizer import SETTINGS, read_tokenizer
+from formats.gguf import PARTED
 from formats.tokenizers import sentencepiece_of_llama2c
 from lora import TARGETS, LoRAConfig, adapt, adapters
 from model import ROPE_SCALING
@@ -399,3 +410,43 @@ def test_uneven_groups_and_extra_layers_have_no_peft_format(tmp_path, settings):
     refused(quick("-m formats", "export", tmp_path / "ours.pt", tmp_path / "folder", "--adapter"), ".pt")
     for source in ("folder", "ours.pt"):  # one is missing, one is no adapter
         refuse(tmp_path, source, tmp_path / source)
+
+
+APART = {"k_groups": [[0, 1, 2, 2], [0, 0, 0, 0]], "v_groups": [[0, 1, 1, 1], [0, 0, 0, 0]]}
+
+
+@pytest.mark.parametrize("settings, dtype", [
+    ({}, torch.float32), ({"n_kv_head": 2, "tie_embeddings": False}, torch.float16),
+    ({"n_kv_head": 1}, torch.bfloat16), (APART, torch.float32),
+    ({"k_groups": [[0, 1, 0, 1]] * 2, "v_groups": [[0] * 4] * 2}, torch.float32),
+])  # fmt: skip
+def test_a_gguf_file_comes_back_and_is_the_same_model_to_transformers(tmp_path, tiny_data, settings, dtype):
+    data, ours = (
+        (tiny_data / "tokenizer.model").read_bytes(),
+        sharp_model(vocab_size=400, **settings).to(dtype),
+    )
+    save(tmp_path / "ours.pt", checkpoint_of(ours, data))
+    formats("export", tmp_path / "ours.pt", tmp_path / "a.gguf")
+    back, tokenizer = imported(tmp_path / "a.gguf", tmp_path / "back.pt")
+    assert_close(logits(back), logits(ours.float()), TOLERANCE, "logits")
+    if "k_groups" not in settings:
+        assert all(torch.equal(x, ours.state_dict()[name]) for name, x in back.state_dict().items())
+    assert all(tokenizer.prompt(text) == read_tokenizer(data).prompt(text) for text in (*TEXTS, *CORPUS))
+    if settings == APART:  # of an architecture that transformers does not read
+        assert back.config.k_groups == [[0, 1, 2, 3], [0, 0, 0, 0]]
+    else:
+        theirs = LlamaForCausalLM.from_pretrained(tmp_path, gguf_file="a.gguf", dtype=torch.float32).eval()
+        assert_close(logits(theirs), logits(ours.float()), TOLERANCE, "transformers' logits")
+
+
+@pytest.mark.parametrize("part", PARTED)
+def test_a_byte_level_tokenizer_crosses_gguf(tmp_path, byte_level, part):
+    fields = json.loads(byte_level.to_str())
+    fields["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": PARTED[part]}
+    data = json.dumps(fields).encode()
+    save(tmp_path / "ours.pt", checkpoint_of(sharp_model(vocab_size=400), data))
+    formats("export", tmp_path / "ours.pt", tmp_path / "a.gguf")
+    _, tokenizer = imported(tmp_path / "a.gguf", tmp_path / "back.pt")
+    assert all(
+        tokenizer.prompt(text) == read_tokenizer(data).prompt(text) for text in (*TEXTS, "12345", *CORPUS)
+    )

@@ -1,0 +1,212 @@
+"""GGUF, the files of llama.cpp, in and out (pip install gguf): weights, dequantized if they must, tokenizers.
+
+llama.cpp's Llama rotates the pairs (2f, 2f + 1), as ours does, so no row changes its place. Its "deci" is a
+Llama whose layers may differ in their number of K/V heads; uneven groups are written as the smallest number
+in each layer that represents them exactly.
+"""
+
+import json
+import os
+import tempfile
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from common import UserError, checked, require
+from data.tokenizer import JsonTokenizer, Tokenizer, read_tokenizer
+from formats.files import Settings, Weights, reading
+from formats.models import exported
+from formats.tokenizers import BYTE, CONTROL, NORMAL, UNKNOWN, sentencepiece_model, with_special
+from model import ModelConfig
+
+NAMES = {  # ours: llama.cpp's; within a layer, and outside
+    "attention.wq": "attn_q", "attention.wk": "attn_k",
+    "attention.wv": "attn_v", "attention.wo": "attn_output",
+    "feed_forward.w1": "ffn_gate", "feed_forward.w2": "ffn_down", "feed_forward.w3": "ffn_up",
+    "attention_norm": "attn_norm", "ffn_norm": "ffn_norm",
+    "tok_embeddings": "token_embd", "norm": "output_norm", "output": "output",
+}  # fmt: skip
+LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+LLAMA3 = (  # the pattern of Llama 3's tokenizer.json
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+SPLIT = {"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated", "invert": False}
+PARTED = {  # llama.cpp's names of the ways to part a text before its pieces are joined
+    "gpt-2": [LEVEL],
+    "smollm": [{"type": "Digits", "individual_digits": True}, LEVEL],
+    "llama-bpe": [SPLIT, {**LEVEL, "use_regex": False}],
+}
+UNUSED = 5  # a kind of token
+
+
+def their_name(ours: str) -> str:
+    """layers.3.attention.wq.weight -> blk.3.attn_q.weight"""
+    *layer, part = ours.removesuffix(".weight").split(".", 2) if ours.startswith("layers.") else [ours[:-7]]
+    return ".".join([*(["blk", layer[1]] if layer else []), NAMES[part], "weight"])
+
+
+def read_gguf(path: Path) -> tuple[Settings, Weights, bytes | None]:
+    """Settings, weights and tokenizer of a file. Raises UserError when it is damaged, or a model that ours
+    cannot be."""
+    with reading(path, "GGUF file"):
+        from gguf import GGUFReader, dequantize
+
+        file = GGUFReader(path)
+        fields = {name: field.contents() for name, field in file.fields.items()}
+        settings = settings_of(fields, {tensor.name for tensor in file.tensors})
+        checked(ModelConfig, settings)
+        ours, weights = {}, {}
+        for part, n in product(NAMES, range(settings["n_layer"])):
+            name = f"layers.{n}.{part}.weight" if "." in part or part.endswith("_norm") else f"{part}.weight"
+            ours[their_name(name)] = name
+        for tensor in file.tensors:
+            plain = tensor.data.dtype.kind == "f"  # float32 and float16
+            x = tensor.data if plain else dequantize(tensor.data, tensor.tensor_type)
+            weights[ours.get(tensor.name, tensor.name)] = torch.from_numpy(x.copy())
+        weights.setdefault("output.weight", weights["tok_embeddings.weight"])
+        return settings, weights, tokenizer_of(fields)
+
+
+def one(value: int | list[int]) -> int:
+    """The number of a field that may have one for each layer, where all layers have the same."""
+    numbers = set(value) if isinstance(value, list) else {value}
+    require(len(numbers) == 1, "its layers differ in more than their K/V heads")
+    return numbers.pop()
+
+
+def settings_of(fields: dict, tensors: set[str]) -> Settings:
+    """A file's fields as those of ModelConfig. Raises UserError for what a Llama of ours cannot be."""
+    kind = fields["general.architecture"]
+    require(kind in ("llama", "deci"), f"its architecture is {kind}: only llama and deci are supported")
+    own = {name.removeprefix(f"{kind}."): value for name, value in fields.items()}
+    scaled = "rope_freqs.weight" in tensors or own.get("rope.scaling.type", "none") != "none"
+    require(not scaled, "its RoPE is scaled: import the model's Hugging Face folder instead")
+    require(not own.get("expert_count"), "it is a mixture of experts")
+    n_layer, n_head, dim = own["block_count"], one(own["attention.head_count"]), own["embedding_length"]
+    heads = own.get("attention.head_count_kv", n_head)
+    groups = {"n_kv_head": heads}
+    if isinstance(heads, list):
+        maps = [[head * n // n_head for head in range(n_head)] for n in heads]
+        groups = {"k_groups": maps, "v_groups": maps}
+    head_dim = own.get("attention.key_length", dim // n_head)
+    require(own.get("rope.dimension_count", head_dim) == head_dim, "it rotates a part of each head")
+    return {
+        "n_layer": n_layer, "n_head": n_head, **groups, "dim": dim, "head_dim": head_dim,
+        "hidden_dim": one(own["feed_forward_length"]), "block_size": own["context_length"],
+        "vocab_size": own.get("vocab_size", len(fields["tokenizer.ggml.tokens"])),
+        "norm_eps": own["attention.layer_norm_rms_epsilon"], "rope_theta": own.get("rope.freq_base", 10000.0),
+        "tie_embeddings": "output.weight" not in tensors,
+    }  # fmt: skip
+
+
+def tokenizer_of(fields: dict) -> bytes:
+    """The tokenizer in a file's fields, as bytes for the checkpoint. Raises UserError for an unknown kind."""
+    own = {name.removeprefix("tokenizer.ggml."): value for name, value in fields.items()}
+    tokens, kinds = own["tokens"], own["token_type"]
+    if own["model"] == "llama":
+        pieces = zip(own["scores"], tokens, kinds)
+        prefix = own.get("add_space_prefix", True)
+        tokenizer = read_tokenizer(sentencepiece_model(list(pieces), prefix))
+    else:
+        pre = own.get("pre", "default")
+        known = own["model"] == "gpt2" and pre in PARTED
+        require(known, f"its tokenizer is {own['model']}, {pre}: import with --tokenizer FILE")
+        control = {
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+        special = [
+            {"id": i, "content": tokens[i], **control} for i, kind in enumerate(kinds) if kind == CONTROL
+        ]
+        model = {
+            "type": "BPE",
+            "vocab": {token: i for i, token in enumerate(tokens)},
+            "merges": own["merges"],
+        }
+        parted = {"type": "Sequence", "pretokenizers": PARTED[pre]}
+        fields = {"version": "1.0", "added_tokens": special, "normalizer": None, "pre_tokenizer": parted}
+        fields |= {"post_processor": None, "decoder": LEVEL, "model": model}
+        tokenizer = read_tokenizer(json.dumps(fields, ensure_ascii=False).encode())
+    bos, eos = own.get("bos_token_id", -1), own.get("eos_token_id", -1)
+    add_bos = own.get("add_bos_token", own["model"] == "llama")
+    return with_special(tokenizer, bos, add_bos, [eos] * (eos >= 0)).data
+
+
+def write_gguf(path: Path, out: Path) -> None:
+    """Write a checkpoint as one file. Raises UserError for what llama.cpp cannot run."""
+    c, weights, heads, tokenizer = exported(path, each=True)
+    require(not c.rope_scaling, "RoPE is scaled: export a folder, and use llama.cpp's convert_hf_to_gguf.py")
+    require(
+        tokenizer is not None, f"{path} has no tokenizer, and llama.cpp needs one: import with --tokenizer"
+    )
+    try:
+        import gguf
+    except ImportError as error:
+        raise UserError(f"cannot write {out} without a library: pip install {error.name}") from None
+    uneven = len(set(heads)) > 1
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.resolve().parent) as folder:
+        writer = gguf.GGUFWriter(Path(folder, "file"), "deci" if uneven else "llama")
+        writer.add_block_count(c.n_layer)
+        writer.add_context_length(c.block_size)
+        writer.add_embedding_length(c.dim)
+        writer.add_feed_forward_length([c.hidden_dim] * c.n_layer if uneven else c.hidden_dim)
+        writer.add_head_count([c.n_head] * c.n_layer if uneven else c.n_head)
+        writer.add_head_count_kv(heads if uneven else heads[0])
+        for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
+            add(c.head_dim)
+        writer.add_layer_norm_rms_eps(c.norm_eps)
+        writer.add_rope_freq_base(c.rope_theta)
+        writer.add_vocab_size(c.vocab_size)
+        write_tokenizer(writer, tokenizer, c.vocab_size)
+        for name, x in weights.items():
+            x = x.float() if x.dim() == 1 else x
+            raw = gguf.GGMLQuantizationType.BF16 if x.dtype == torch.bfloat16 else None
+            data = x.contiguous().view(torch.uint8) if raw else x.contiguous()
+            writer.add_tensor(their_name(name), data.numpy(), raw_dtype=raw)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        os.replace(Path(folder, "file"), out)
+    print(f"wrote {out}, {out.stat().st_size:,} bytes, K/V heads of the layers: {' '.join(map(str, heads))}")
+
+
+def write_tokenizer(writer, tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Add a tokenizer's fields. Raises UserError for one that llama.cpp does not know."""
+    pieces = [tokenizer.pieces.get(i, f"[unused {i}]") for i in range(vocab_size)]
+    kinds = [UNUSED if i not in tokenizer.pieces else NORMAL for i in range(vocab_size)]
+    for i in tokenizer.silent:
+        kinds[i] = CONTROL
+    if isinstance(tokenizer, JsonTokenizer):
+        fields = json.loads(tokenizer.file)
+        parts = fields["pre_tokenizer"] or {}
+        parts = parts.get("pretokenizers", [parts])
+        names = [name for name, known in PARTED.items() if parts == known]
+        whole = names and fields["model"]["type"] == "BPE" and not fields.get("normalizer")
+        remedy = "export a folder, and use llama.cpp's convert_hf_to_gguf.py"
+        require(bool(whole), f"llama.cpp has no name for how this tokenizer parts a text: {remedy}")
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(names[0])
+        merges = fields["model"]["merges"]
+        writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
+    else:
+        sp = tokenizer.sp
+        for i in range(sp.vocab_size()):
+            kinds[i] = BYTE if sp.is_byte(i) else UNKNOWN if sp.is_unknown(i) else kinds[i]
+        writer.add_tokenizer_model("llama")
+        scores = [sp.get_score(i) for i in range(sp.vocab_size())]
+        writer.add_token_scores(scores + [0.0] * (vocab_size - len(scores)))
+        writer.add_add_space_prefix(tokenizer.dummy_prefix)
+    writer.add_token_list(pieces)
+    writer.add_token_types(kinds)
+    writer.add_add_bos_token(tokenizer.add_bos)
+    if tokenizer.bos >= 0:
+        writer.add_bos_token_id(tokenizer.bos)
+    if tokenizer.eos >= 0:
+        writer.add_eos_token_id(tokenizer.eos)
