@@ -14,6 +14,7 @@ T x T; a kernel that repeats one does more.
 
 import contextlib
 import io
+import math
 import sys
 import tempfile
 from collections.abc import Callable
@@ -134,9 +135,11 @@ def main() -> None:
     flags += f" --batch_size {config.batch_size} --device {config.device}"
     gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     here = ("naive", "sdpa", *["triton"] * gpu)
+    width = math.gcd(c.dim, c.hidden_dim, c.n_head * c.head_dim, *sum(c.kv_widths, ()))
+    ranks = [n for n in (1, 2, 4, 8) if width % n == 0]
     rows, writers, prompt = {}, {}, [1] * min(16, c.block_size // 2)
     with tempfile.TemporaryDirectory() as folder:
-        for backend, slices in tqdm(list(product(here, (1, 2))), desc="training", disable=None, leave=False):
+        for backend, slices in tqdm(list(product(here, ranks)), desc="training", disable=None, leave=False):
             name = f"{backend}, pretraining_tp {slices}"
             how = [*flags.split(), "--init_from", asked.init_from], backend, slices, f"{folder}/{name}"
             rows[name] = alone(name, finetune, *how)
