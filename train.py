@@ -63,7 +63,7 @@ class TrainConfig:
     batch_size: int = bounded(16, 1)  # sequences of one micro-batch, divided among the processes
     grad_accum: int = bounded(1, 1)  # micro-batches of one step
     max_steps: int = bounded(500, 1)  # optimizer steps
-    epochs: float | None = bounded(None, 0, 1e6)  # as many passes over the train split, not max_steps
+    epochs: float | None = bounded(None, 0, 1e6)  # passes over the train split, in place of max_steps
     lr: float | None = bounded(None, 0, 1e9)  # peak (default: muon .01, adamw .002, tuning .001, LoRA .005)
     min_lr: float = bounded(0.0, 0, 1e9)  # learning rate behind the last step
     warmup_steps: int = bounded(10, 0)  # steps over which the learning rate rises from 0
@@ -489,7 +489,7 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
     if config.resume:
         restore(checkpoint, optimizers, scaler)
         step, tokens, seconds = (checkpoint[key] for key in ("step", "tokens", "seconds"))
-        require(step <= last, f"the run is at step {step} already: give --max_steps that or more")
+        require(step <= last, f"the run is at step {step} already: give more --max_steps, or --epochs")
         saved = step
     constant = {"config": asdict(c), "train": asdict(config), "data": meta, "tokenizer": tokenizer.data}
     constant |= {"grouped": checkpoint["grouped"]} if "grouped" in checkpoint else {}

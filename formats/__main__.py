@@ -28,7 +28,7 @@ class FormatsConfig:
     action: Literal["import", "export"]  # what to do
     source: str  # import: a model's folder, a .gguf, llama2.c's .bin, or an adapter; export: a checkpoint
     out: str  # import: the checkpoint to write; export: the folder, a .gguf, or of an adapter a .pt
-    tokenizer: str | None = None  # import: tokenizer.model, .json or llama2.c's .bin (default: the folder's)
+    tokenizer: str | None = None  # import: tokenizer.model, .json or llama2.c's .bin (default: its own)
     block_size: int | None = bounded(None, 1, 2**24)  # import: longest context, tokens (default: its own)
     base: str | None = None  # import an adapter: the checkpoint of its base
     adapter: bool = False  # export the adapter only
@@ -37,9 +37,9 @@ class FormatsConfig:
 
 def import_model(source: Path, tokenizer: str | None = None, block_size: int | None = None) -> dict:
     """A checkpoint made of `source`. Raises UserError when it is damaged, or a model that ours cannot be."""
-    own = None
+    fields: dict = {}
     if source.is_file() and source.suffix == ".gguf":
-        settings, weights, own = gguf.read_gguf(source)
+        settings, weights, fields = gguf.read_gguf(source)
     elif source.is_file() and source.suffix == ".bin":
         settings, weights = models.read_llama2c(source)
     elif (source / "config.json").exists():
@@ -57,7 +57,8 @@ def import_model(source: Path, tokenizer: str | None = None, block_size: int | N
     for name, x in weights.items():
         if not all(bound.isfinite() for bound in x.aminmax()):  # which needs no memory, and passes nan on
             raise UserError(f"{source} is damaged: {name} holds numbers that are not finite")
-    data = own if own and not tokenizer else find_tokenizer(source, tokenizer, c.vocab_size)
+    own = fields and not tokenizer
+    data = gguf.tokenizer_of(source, fields) if own else find_tokenizer(source, tokenizer, c.vocab_size)
     return {"model": weights, "config": settings, "tokenizer": data, "source": str(source)}
 
 

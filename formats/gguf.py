@@ -7,17 +7,18 @@ in each layer that represents them exactly.
 
 import json
 import os
+import re
 import tempfile
-from itertools import product
 from pathlib import Path
 
 import torch
 
+from checkpoint import empty_model, load_weights
 from common import UserError, checked, require
 from data.tokenizer import JsonTokenizer, Tokenizer, read_tokenizer
 from formats.files import Settings, Weights, reading
 from formats.models import exported
-from formats.tokenizers import BYTE, CONTROL, NORMAL, UNKNOWN, sentencepiece_model, with_special
+from formats.tokenizers import ADDED, merges_of, sentencepiece_model, with_special
 from model import ModelConfig
 
 NAMES = {  # ours: llama.cpp's; within a layer, and outside
@@ -38,35 +39,33 @@ PARTED = {  # llama.cpp's names of the ways to part a text before its pieces are
     "smollm": [{"type": "Digits", "individual_digits": True}, LEVEL],
     "llama-bpe": [SPLIT, {**LEVEL, "use_regex": False}],
 }
-UNUSED = 5  # a kind of token
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of tokens
 
 
 def their_name(ours: str) -> str:
     """layers.3.attention.wq.weight -> blk.3.attn_q.weight"""
-    *layer, part = ours.removesuffix(".weight").split(".", 2) if ours.startswith("layers.") else [ours[:-7]]
-    return ".".join([*(["blk", layer[1]] if layer else []), NAMES[part], "weight"])
+    layer, part = re.fullmatch(r"(layers\.\d+\.)?(.+)\.weight", ours).groups()
+    return f"{(layer or '').replace('layers', 'blk')}{NAMES[part]}.weight"
 
 
-def read_gguf(path: Path) -> tuple[Settings, Weights, bytes | None]:
-    """Settings, weights and tokenizer of a file. Raises UserError when it is damaged, or a model that ours
+def read_gguf(path: Path) -> tuple[Settings, Weights, dict]:
+    """Settings, weights, and all fields of a file. Raises UserError when it is damaged, or a model that ours
     cannot be."""
     with reading(path, "GGUF file"):
         from gguf import GGUFReader, dequantize
 
-        file = GGUFReader(path)
+        file, weights = GGUFReader(path), {}
         fields = {name: field.contents() for name, field in file.fields.items()}
         settings = settings_of(fields, {tensor.name for tensor in file.tensors})
-        checked(ModelConfig, settings)
-        ours, weights = {}, {}
-        for part, n in product(NAMES, range(settings["n_layer"])):
-            name = f"layers.{n}.{part}.weight" if "." in part or part.endswith("_norm") else f"{part}.weight"
-            ours[their_name(name)] = name
+        model = empty_model(checked(ModelConfig, settings))
+        ours = {their_name(name): name for name in model.state_dict()}
         for tensor in file.tensors:
             plain = tensor.data.dtype.kind == "f"  # float32 and float16
             x = tensor.data if plain else dequantize(tensor.data, tensor.tensor_type)
             weights[ours.get(tensor.name, tensor.name)] = torch.from_numpy(x.copy())
         weights.setdefault("output.weight", weights["tok_embeddings.weight"])
-        return settings, weights, tokenizer_of(fields)
+        load_weights(model, weights, str(path))
+        return settings, weights, fields
 
 
 def one(value: int | list[int]) -> int:
@@ -101,40 +100,39 @@ def settings_of(fields: dict, tensors: set[str]) -> Settings:
     }  # fmt: skip
 
 
-def tokenizer_of(fields: dict) -> bytes:
+def tokenizer_of(path: Path, fields: dict) -> bytes:
     """The tokenizer in a file's fields, as bytes for the checkpoint. Raises UserError for an unknown kind."""
     own = {name.removeprefix("tokenizer.ggml."): value for name, value in fields.items()}
-    tokens, kinds = own["tokens"], own["token_type"]
-    if own["model"] == "llama":
-        pieces = zip(own["scores"], tokens, kinds)
-        prefix = own.get("add_space_prefix", True)
-        tokenizer = read_tokenizer(sentencepiece_model(list(pieces), prefix))
-    else:
-        pre = own.get("pre", "default")
-        known = own["model"] == "gpt2" and pre in PARTED
+    with reading(path, "tokenizer"):
+        sentencepiece, pre = own["model"] == "llama", own.get("pre", "default")
+        known = sentencepiece or (own["model"] == "gpt2" and pre in PARTED)
         require(known, f"its tokenizer is {own['model']}, {pre}: import with --tokenizer FILE")
-        control = {
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
-        special = [
-            {"id": i, "content": tokens[i], **control} for i, kind in enumerate(kinds) if kind == CONTROL
-        ]
-        model = {
-            "type": "BPE",
-            "vocab": {token: i for i, token in enumerate(tokens)},
-            "merges": own["merges"],
-        }
-        parted = {"type": "Sequence", "pretokenizers": PARTED[pre]}
-        fields = {"version": "1.0", "added_tokens": special, "normalizer": None, "pre_tokenizer": parted}
-        fields |= {"post_processor": None, "decoder": LEVEL, "model": model}
-        tokenizer = read_tokenizer(json.dumps(fields, ensure_ascii=False).encode())
-    bos, eos = own.get("bos_token_id", -1), own.get("eos_token_id", -1)
-    add_bos = own.get("add_bos_token", own["model"] == "llama")
-    return with_special(tokenizer, bos, add_bos, [eos] * (eos >= 0)).data
+        tokenizer = read_tokenizer(
+            sentencepiece_of(own) if sentencepiece else byte_level_of(own, PARTED[pre])
+        )
+        bos, eos = own.get("bos_token_id", tokenizer.bos), own.get("eos_token_id", tokenizer.eos)
+        add_bos = own.get("add_bos_token", sentencepiece or pre == "llama-bpe")
+        return with_special(tokenizer, bos, add_bos, [eos] * (eos >= 0)).data
+
+
+def sentencepiece_of(own: dict) -> bytes:
+    pieces = zip(own["scores"], own["tokens"], own["token_type"])
+    return sentencepiece_model(list(pieces), own.get("add_space_prefix", True))
+
+
+def byte_level_of(own: dict, parted: list[dict]) -> bytes:
+    """A tokenizer.json, whose added tokens are those that no merge makes."""
+    kinds = {token: kind for token, kind in enumerate(own["token_type"]) if kind in (CONTROL, USER_DEFINED)}
+    added = [{"id": i, "content": own["tokens"][i], **ADDED, "special": kinds[i] == CONTROL} for i in kinds]
+    model = {"type": "BPE", "ignore_merges": parted == PARTED["llama-bpe"], "merges": own["merges"]}
+    model["vocab"] = {token: i for i, token in enumerate(own["tokens"])}
+    fields = {"version": "1.0", "added_tokens": added, "normalizer": None, "post_processor": None}
+    fields |= {
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": parted},
+        "decoder": LEVEL,
+        "model": model,
+    }
+    return json.dumps(fields, ensure_ascii=False).encode()
 
 
 def write_gguf(path: Path, out: Path) -> None:
@@ -180,33 +178,36 @@ def write_gguf(path: Path, out: Path) -> None:
 def write_tokenizer(writer, tokenizer: Tokenizer, vocab_size: int) -> None:
     """Add a tokenizer's fields. Raises UserError for one that llama.cpp does not know."""
     pieces = [tokenizer.pieces.get(i, f"[unused {i}]") for i in range(vocab_size)]
-    kinds = [UNUSED if i not in tokenizer.pieces else NORMAL for i in range(vocab_size)]
-    for i in tokenizer.silent:
-        kinds[i] = CONTROL
+    kinds = dict.fromkeys(range(vocab_size), UNUSED) | dict.fromkeys(tokenizer.pieces, NORMAL)
+    kinds |= dict.fromkeys(tokenizer.silent, CONTROL)
+    remedy = "export a folder, and use llama.cpp's convert_hf_to_gguf.py"
+    require(tokenizer.eos >= 0, f"no token ends a text, and llama.cpp would take any for it: {remedy}")
     if isinstance(tokenizer, JsonTokenizer):
-        fields = json.loads(tokenizer.file)
-        parts = fields["pre_tokenizer"] or {}
+        fields = json.loads(tokenizer.backend.to_str())
+        model, parts = fields["model"], fields["pre_tokenizer"] or {}
         parts = parts.get("pretokenizers", [parts])
         names = [name for name, known in PARTED.items() if parts == known]
-        whole = names and fields["model"]["type"] == "BPE" and not fields.get("normalizer")
-        remedy = "export a folder, and use llama.cpp's convert_hf_to_gguf.py"
-        require(bool(whole), f"llama.cpp has no name for how this tokenizer parts a text: {remedy}")
+        names = names if model.get("ignore_merges") == (names == ["llama-bpe"]) else []
+        plain = model["type"] == "BPE" and not fields["normalizer"]
+        require(names != [] and plain, f"llama.cpp has no name for how this tokenizer parts a text: {remedy}")
+        kinds |= {token["id"]: USER_DEFINED for token in fields["added_tokens"] if not token["special"]}
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(names[0])
-        merges = fields["model"]["merges"]
-        writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
+        writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
     else:
-        sp = tokenizer.sp
+        sp, plain = tokenizer.sp, merges_of(tokenizer) is not None and tokenizer.is_exact()
+        require(plain, f"tokenizer.model is no plain BPE, or changes text: {remedy}")
         for i in range(sp.vocab_size()):
-            kinds[i] = BYTE if sp.is_byte(i) else UNKNOWN if sp.is_unknown(i) else kinds[i]
-        writer.add_tokenizer_model("llama")
+            special = (sp.is_byte(i), BYTE), (sp.is_unknown(i), UNKNOWN), (sp.is_unused(i), UNUSED)
+            kinds[i] = next((kind for true, kind in special if true), kinds[i])
         scores = [sp.get_score(i) for i in range(sp.vocab_size())]
+        writer.add_tokenizer_model("llama")
         writer.add_token_scores(scores + [0.0] * (vocab_size - len(scores)))
         writer.add_add_space_prefix(tokenizer.dummy_prefix)
+        writer.add_unk_token_id(sp.unk_id())
     writer.add_token_list(pieces)
-    writer.add_token_types(kinds)
+    writer.add_token_types([kinds[i] for i in range(vocab_size)])
     writer.add_add_bos_token(tokenizer.add_bos)
+    writer.add_eos_token_id(tokenizer.eos)
     if tokenizer.bos >= 0:
         writer.add_bos_token_id(tokenizer.bos)
-    if tokenizer.eos >= 0:
-        writer.add_eos_token_id(tokenizer.eos)

@@ -15,6 +15,7 @@ from data.tokenizer import SPACE, JsonTokenizer, Tokenizer, read_tokenizer
 from formats.files import read_json, reading
 
 NORMAL, UNKNOWN, CONTROL, BYTE, BPE = 1, 2, 3, 6, 2  # kinds in sentencepiece_model.proto
+ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 
 
 def find_tokenizer(source: Path, given: str | None, vocab_size: int) -> bytes | None:
@@ -170,7 +171,6 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict | None:
     if merges is None or not tokenizer.is_exact():
         return None
     special = sorted({*tokenizer.silent, sp.unk_id()})
-    control = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     prefix = [{"type": "Prepend", "prepend": SPACE}] if tokenizer.dummy_prefix else []
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if tokenizer.dummy_prefix else []
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
@@ -178,7 +178,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict | None:
     back = [back, {"type": "ByteFallback"}, {"type": "Fuse"}]
     return {
         "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [{"id": i, "content": tokenizer.pieces[i], **control} for i in special],
+        "added_tokens": [{"id": i, "content": tokenizer.pieces[i], **ADDED} for i in special],
         "normalizer": {"type": "Sequence", "normalizers": [*prefix, spaces]},
         "pre_tokenizer": None, "post_processor": bos_template(tokenizer),
         "decoder": {"type": "Sequence", "decoders": [*back, *strip]},

@@ -8,7 +8,7 @@ from common import UserError, exit_cleanly
 COMMANDS = {  # name: module and function, what it does
     "run": ("run.main", "every experiment of docs/results.md, to tables and figures"),
     "plot": ("plot.main", "loss curves, attention maps, similarity of heads, head groups, architecture"),
-    "score": ("score.main", "answers of a model: loss, BLEU, ROUGE, exact match, latency"),
+    "score": ("score.main", "answers of a model: loss, BLEU, chrF, ROUGE, F1 and more, latency"),
     "memory": ("bench.memory_main", "what each memory saver saves in training, and what it costs"),
     "decode": ("bench.decode_main", "milliseconds of a token by number of K/V heads"),
     "attention": ("attention.main", "attention backends and sliced products in a QLoRA run"),
@@ -37,14 +37,8 @@ def main() -> None:
     try:
         getattr(importlib.import_module(f"study.{module}"), function)()
     except ModuleNotFoundError as error:
-        if error.name not in (
-            "matplotlib",
-            "optuna",
-            "rapidfuzz",
-            "rouge_score",
-            "sacrebleu",
-            "transformers",
-        ):
+        extras = ["matplotlib", "optuna", "rapidfuzz", "rouge_score", "sacrebleu", "transformers"]
+        if error.name not in extras:
             raise
         raise UserError(f"{error}: pip install {error.name.replace('_', '-')}") from None
 

@@ -45,6 +45,7 @@ class AttentionConfig:
     """attention"""
 
     init_from: str | None = None  # the ckpt.pt to fine-tune
+    dataset: str | None = None  # on which data (default: its own)
 
 
 def multiply(x: torch.Tensor, weight: torch.Tensor, slices: int, columns: bool) -> torch.Tensor:
@@ -133,6 +134,7 @@ def main() -> None:
     c, device, steps = model_config(load(asked.init_from)), pick_device(config.device), 10 * config.steps
     flags = f"--max_steps {steps} --warmup_steps {steps // 10} --eval_every {steps} --lora_r 8 --quantize nf4"
     flags += f" --batch_size {config.batch_size} --device {config.device}"
+    flags += f" --dataset {asked.dataset}" if asked.dataset else ""
     gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     here = ("naive", "sdpa", *["triton"] * gpu)
     width = math.gcd(c.dim, c.hidden_dim, c.n_head * c.head_dim, *sum(c.kv_widths, ()))

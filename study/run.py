@@ -23,13 +23,14 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import build, load
-from common import UserError, held, parse, replacing
+from common import UserError, held, parse, replacing, require
 from data.corpora import GITHUB, download
 from study.tables import report
 
 ROOT = Path(__file__).resolve().parent.parent
 # A step a line: its name, then arguments of python, or of a function. Steps run in OUT, train.py writes into
-# OUT/NAME. A name with [seed] is a step for each entry of LOOPS["seed"], [seed]: <seed>. 0.78*160 is 125.
+# OUT/NAME. A name with [seed] is a step for each entry of LOOPS["seed"], [seed]: <seed>. Products such as
+# 0.78*160 are computed and rounded.
 STEPS = {
     "depth": """
 depth-pace: -m study pace <shapes> --batch_size 8 --steps 9 --json
@@ -82,7 +83,7 @@ memory-larger: -m study memory --steps 2 --batch_size 4 <110M> --json
 """,
     "attention": """
 base: <base>
-attention: -m study attention --init_from <ckpt> --steps 5 --json
+attention: -m study attention --init_from <ckpt> <own> --steps 5 --json
 attention-[backend]-[length]: -m study train --attention [backend] --block_size <length> --steps 3 --json
 """,
     "speed": """
@@ -104,7 +105,7 @@ speed-peers: -m study compare-speed speed.jsonl <small> --rounds 3
 }
 TRAIN, BEGIN, STEP = "train.py --n_layer", "-m study begin", "--max_steps"
 LOOPS = {
-    # at equal seconds: 8 layers make 0.78 of the steps of 6, and so on (`study pace`)
+    # at equal seconds, of the default shape on a CPU (`study pace`): 8 layers make 0.78 of the steps of 6
     "variant": {
         "6-plain": f"{TRAIN} 6 {STEP} 1", "6-novel": f"{TRAIN} 6 --novel {STEP} 1",
         "6-gated": f"{TRAIN} 6 --gated {STEP} 1", "6-scaled": f"{BEGIN} scaled --n_layer 6 {STEP} 1",
@@ -128,16 +129,18 @@ LOOPS = {
     },
     "share": {"3of4": "0.75", "2of3": f"{2 / 3}", "1of2": "0.5", "1of3": f"{1 / 3}", "1of4": "0.25"},
     "text": {  # Multi30k and DialogSum
-        "train.en": "<30k>/train.en.gz d79cfa999dd4c51d2cb42499b6796d5a882c3a8a961923c25a898c90f8bbd56f",
-        "train.de": "<30k>/train.de.gz 726e39b2fa9eb9ffb6dc763fb35a179f80fae06ffc5d28b6ace5faa883de28a6",
-        "val.en": "<30k>/val.en.gz 14f7d25ddd868909a9213e361768460edcacdd6ab9d1e77b92560dc10c10dc28",
-        "val.de": "<30k>/val.de.gz f0cba2f995189cf5770f29a8a9a537a3ad3f51657ad873405082ff6863a5e75a",
-        "test.en": "<30k>/test_2016_flickr.en.gz "
+        "multi30k-train.en": "<30k>/train.en.gz "
+        "d79cfa999dd4c51d2cb42499b6796d5a882c3a8a961923c25a898c90f8bbd56f",
+        "multi30k-train.de": "<30k>/train.de.gz "
+        "726e39b2fa9eb9ffb6dc763fb35a179f80fae06ffc5d28b6ace5faa883de28a6",
+        "multi30k-val.en": "<30k>/val.en.gz 14f7d25ddd868909a9213e361768460edcacdd6ab9d1e77b92560dc10c10dc28",
+        "multi30k-val.de": "<30k>/val.de.gz f0cba2f995189cf5770f29a8a9a537a3ad3f51657ad873405082ff6863a5e75a",
+        "multi30k-test.en": "<30k>/test_2016_flickr.en.gz "
         "611d361c6334bc7246101d48097c13cf5c4413c5befc793cc629934359d532d9",
-        "test.de": "<30k>/test_2016_flickr.de.gz "
+        "multi30k-test.de": "<30k>/test_2016_flickr.de.gz "
         "9204244e408ccb38d2a55cfcd344df15005fc42a07a6e55ca6c52b6ababb8cc8",
-        "dev": "<sum>.dev.jsonl 436721e0a3571eef7072964f80e042fb151d8c6178db1a688ce8f803bbf0a13f",
-        "test": "<sum>.test.jsonl 6de36eca7e7b9b10975fd5ea3f47391df172d8b3c15d03d84d763cbaab015fda",
+        "dialogsum-dev": "<sum>.dev.jsonl 436721e0a3571eef7072964f80e042fb151d8c6178db1a688ce8f803bbf0a13f",
+        "dialogsum-test": "<sum>.test.jsonl 6de36eca7e7b9b10975fd5ea3f47391df172d8b3c15d03d84d763cbaab015fda",
     },
     "task": {"docstrings": "", "multi30k": "", "dialogsum": "--batch_size 4"},
     "tuning": {
@@ -156,15 +159,16 @@ FLAGS = {  # what several steps share; refits take most of a search's time, henc
     " texts/dialogsum.test.jsonl --fields dialogue,summary dialogue,summary1",
     "<30k>": GITHUB + "multi30k/dataset/a3d2e0d26b56f3846f66a952536ffed4e401d05a/data/task1/raw",
     "<sum>": GITHUB + "cylnlp/dialogsum/848cc8c05e0a04def79326539de827f1b28786a0/DialogSum_Data/dialogsum",
-    "<base>": "train.py --n_layer 6 --max_steps 500",
-    "<depth>": "--batch_size 8 --compile --eval_every 40 --eval_tokens 16384",
+    "<base>": f"{TRAIN} 6 --max_steps 500 <shape> <own>",
+    r"([\d.]+)\*(\d+)": lambda product: str(round(float(product[1]) * int(product[2]))),
+    "<depth>": "<shape> <own> --batch_size 8 --compile --eval_every 40 --eval_tokens 16384",
     "<shapes>": " ".join(
-        f'"--n_layer {n}{kind}"' for n in (6, 8, 5, 7) for kind in ("", " --novel", " --gated")
+        f'"--n_layer {n}{kind} <shape>"' for n in (6, 8, 5, 7) for kind in ("", " --novel", " --gated")
     ),
     "<test>": "--split test --max_tokens 65536 --json",
     "<forgot>": "--split test --max_tokens 16384 --context 256 --json",
     "<score>": "--max_new_tokens 48 --limit 200 --json",
-    "<heal>": "--teacher <ckpt> --lora_r 8 --max_steps 20 --warmup_steps 4 --eval_tokens 0",
+    "<heal>": "--teacher <ckpt> <own> --lora_r 8 --max_steps 20 --warmup_steps 4 --eval_tokens 0",
     "<search>": "search_groups.py <ckpt> <own> <size> --overwrite --calibration_tokens 32768",
     "<size>": "--max_evals 40 --search_tokens 16384",
     "<models>": " ".join(
@@ -182,11 +186,10 @@ FLAGS = {  # what several steps share; refits take most of a search's time, henc
     "a6a5545a42277ebf0eea9584a44a765891f2f492/data",
 }
 TINY = "--dim 64 --n_head 4 --block_size 128"
-BEGINNING = r"(train.py|begin \w+) (?!--init_from)"  # of training from nothing
 FAST = {  # patterns, and what --fast puts there
-    BEGINNING: rf"\1 {TINY} ", "study (memory|train)": rf"study \1 {TINY}",
+    "<shape>": TINY, "<tune>": "--max_steps 10 --warmup_steps 1", "study (memory|train)": rf"study \1 {TINY}",
     "--dim (288|768) .* (768|32000)": TINY, "--block_size 1024": "--block_size 256",
-    r'"(--n_layer 6)': rf'"\1 {TINY}', r' "--n_layer [578][^"]*"': "", r" depth-long-(?!6|5-plain)\S+": "",
+    r' "--n_layer [578][^"]*"': "", r" depth-long-(?!6|5-plain)\S+": "",
     r"(--max_steps \d+)\d": r"\1", r"--warmup_steps \d+": "--warmup_steps 1", "--epochs 24": "--epochs 1",
     "_every 40": "_every 3", r" --(steps|rounds) \d+": r" --\1 1", "_evals 40": "_evals 14",
     "--limit 200": "--limit 8", "16384|32768|65536": "4096", "330000": "40000", r"(--shares \S+).*": r"\1",
@@ -204,12 +207,12 @@ class StudyConfig:
 
     out: str = "out/study"  # the folder of everything that it makes
     parts: list[str] | None = None  # any of depth groups tuning memory attention speed foreign (default: all)
-    only: str = ""  # a regular expression: just the steps whose names have it
+    only: str = ""  # a regular expression: `base`, and the steps whose names have it; others must be done
     fast: bool = False  # tiny models and few steps, to check that everything works; into OUT-fast
-    ckpt: str | None = None  # the model to group and to tune, in place of a trained default one
-    dataset: str | None = None  # its prepared text, or the text to train on
+    ckpt: str | None = None  # the model to group and to tune, in place of a default one; needs --dataset
+    dataset: str = ""  # text prepared with the tokenizer of --ckpt, or to train on (default: stdlib)
     shape: str = ""  # flags of train.py for models trained from nothing, in quotes
-    tune: str = "--max_steps 100 --warmup_steps 10"  # flags of train.py for tuning, in quotes
+    tune: str = "--max_steps 100 --warmup_steps 10"  # flags of train.py for `tuning`, not for its few-*
 
 
 def write_texts(ckpt: str, folder: str, tokens: str) -> None:
@@ -237,17 +240,25 @@ def steps(config: StudyConfig) -> dict[str, str]:
         pairs = product(text.split("\n"), kept)
         lines = [line.replace(f"[{loop}]", key).replace(f"<{loop}>", entries[key]) for line, key in pairs]
         text = "\n".join(dict.fromkeys(lines))  # a step without this loop stays one
-    ckpt, data = (str(Path(name or "").resolve()) for name in (config.ckpt, config.dataset))
-    data = data if Path(data, "meta.json").exists() else config.dataset  # steps run in another folder
-    own = f"--dataset {data}" if config.dataset else ""
-    flags = {"^base: .*\n": ""} if config.ckpt else {}
-    flags |= {"<ckpt>": ckpt if config.ckpt else "base/ckpt.pt", "<tune>": config.tune, "<own>": own}
-    flags |= {"<prose>": own or "--dataset stdlib", BEGINNING: rf"\1 {config.shape} {own} "}
-    flags[r"([\d.]+)\*(\d+)"] = lambda product: str(round(float(product[1]) * int(product[2])))
-    for pattern, new in [*FLAGS.items(), *flags.items(), *(FAST.items() if config.fast else ())]:
-        text = re.sub(pattern, new, text, flags=re.MULTILINE)
+    # steps run in another folder; what the user gave is not to be read as a pattern, hence no re.sub
+    data = str(
+        Path(config.dataset).resolve() if Path(config.dataset, "meta.json").exists() else config.dataset
+    )
+    own, path = f"--dataset {shlex.quote(data)}" * (data != ""), str(Path(config.ckpt or "").resolve())
+    given = {
+        "<shape>": config.shape,
+        "<tune>": config.tune,
+        "<own>": own,
+        "<prose>": own or "--dataset stdlib",
+    }
+    given["<ckpt>"] = shlex.quote(path) if config.ckpt else "base/ckpt.pt"
+    for pattern, new in [*FLAGS.items(), *(FAST.items() if config.fast else ())]:
+        text = re.sub(pattern, new, text)
+    for name, new in given.items():
+        text = text.replace(name, new)
     todo = dict(" ".join(line.split()).split(": ", 1) for line in text.split("\n") if line)
-    return {name: line for name, line in todo.items() if re.search(config.only, name)}
+    kept = [name for name in todo if name == "base" or re.search(config.only, name)]
+    return {name: todo[name] for name in kept if name != "base" or not config.ckpt}
 
 
 def run(name: str, line: str) -> None:
@@ -281,7 +292,14 @@ def main() -> None:
     out = Path(config.out + "-fast" * config.fast)
     if unknown := set(config.parts or ()) - set(STEPS):
         raise UserError(f"--parts {min(unknown)} is none of the parts: {' '.join(STEPS)}")
-    todo = steps(config)
+    require(
+        not config.ckpt or config.dataset != "", "--ckpt needs --dataset, text prepared with its tokenizer"
+    )
+    try:
+        todo = steps(config)
+    except re.error as error:
+        raise UserError(f"--only {config.only}: no regular expression ({error})") from None
+    require(bool(todo), f"--only {config.only}: no step of these parts has it in its name")
     with held(out):
         os.chdir(out)
         try:

@@ -21,7 +21,7 @@ from study.bench import records, table
 KINDS = ("plain", "novel", "gated", "scaled", "torch")
 MERGES = ("random-mean", "neighbour-mean", "best-mean", "neighbour-closed", "ours")
 SHARES = ("3of4", "2of3", "1of2", "1of3", "1of4")
-SCORES = (
+SCORES = [
     "loss",
     "choice",
     "bleu",
@@ -33,7 +33,7 @@ SCORES = (
     "f1",
     "edit",
     "exact_match",
-)
+]
 
 
 def result(name: str) -> dict:
@@ -53,32 +53,32 @@ def spread(values: list[float]) -> str:
     return f"{mean(values):.5g}{error}"
 
 
-def gathered(pattern: str) -> dict[tuple, dict]:
-    """{parts of the names: {what: the values of all seeds}} of the logs PART-PARTS-SEED-WHAT: what a run's
-    own log says last, what the step has printed, and `own`, the perplexity on the text of before."""
-    found: dict = defaultdict(lambda: defaultdict(list))
+def gathered(pattern: str) -> dict[tuple, dict[str, dict]]:
+    """{parts of the name: {seed: what is known}} of the logs PART-PARTS-SEED-WHAT: what the run's own log
+    says last, what the step has printed, and `own`, the perplexity on the text of before."""
+    found: dict = defaultdict(dict)
     for log in sorted(Path("logs").glob(pattern)):
-        name = log.stem.rpartition("-")[0]
-        said, own = result(log.stem), result(f"{name}-own").get("blocks", math.nan)
-        for what, value in {**trained(Path(name)), **said, **said.get("ckpt", {}), "own": own}.items():
-            found[tuple(name.split("-")[1:-1])][what].append(value)
+        name, said = log.stem.rpartition("-")[0], result(log.stem)
+        known = {**trained(Path(name)), **said, **said.get("ckpt", {})}
+        _, *parts, seed = name.split("-")
+        found[tuple(parts)][seed] = {**known, "own": result(f"{name}-own").get("blocks", math.nan)}
     return found
 
 
 def depth() -> Iterator[str]:
     """A row for each budget and variant; ms for 64 tokens are those of the models of the long run."""
     found, rows = gathered("depth-*-test.txt"), []
-    times = {row["ckpt"]: row for row in result("depth-latency-compiled").get("rows", [])}
-    times = times or {row["ckpt"]: row for row in result("depth-latency-eager").get("rows", [])}
+    times = result("depth-latency-compiled") or result("depth-latency-eager")
     for (budget, layers, kind), runs in found.items():
-        row = {"budget": budget, "layers": int(layers), "variant": kind, "parameters": runs["params"][0]}
-        row |= {"steps": runs["step"][0], "training, s": spread(runs["seconds"])}
-        row |= {"test perplexity": spread(runs["blocks"])}
-        plain = found[budget, layers, "plain"]["blocks"]
-        if len(plain) == len(runs["blocks"]):  # the same seeds
-            row["by plain's"] = spread([a / b for a, b in zip(runs["blocks"], plain)])
-        for key in ("p5", "median", "p95"):
-            row |= {f"ms, {key}": time[key] for ckpt, time in times.items() if f"-{layers}-{kind}-" in ckpt}
+        first, plain = next(iter(runs.values())), found.get((budget, layers, "plain"), {})
+        row = {"budget": budget, "layers": int(layers), "variant": kind, "parameters": first["params"]}
+        row |= {"steps": first["step"], "training, s": spread([run["seconds"] for run in runs.values()])}
+        row |= {"test perplexity": spread([run["blocks"] for run in runs.values()])}
+        ratios = [runs[seed]["blocks"] / plain[seed]["blocks"] for seed in runs if seed in plain]
+        row |= {"by plain's": spread(ratios)} if ratios else {}
+        for time_of in times.get("rows", []):
+            if f"-{layers}-{kind}-" in time_of["ckpt"]:
+                row |= {f"ms, {key}": time_of[key] for key in ("p5", "median", "p95")}
         rows.append(row)
     if rows:
         yield "### Fewer, richer layers"
@@ -93,10 +93,10 @@ def draw_depth(found: dict[tuple, dict]) -> Figure:
     for (budget, layers, kind), runs in found.items():
         place, colour = axes[budgets.index(budget)], plot.COLOURS[KINDS.index(kind)]
         x = int(layers) + 0.06 * (KINDS.index(kind) - 2)
-        place.plot([x] * len(runs["blocks"]), runs["blocks"], "o", color=colour, label=kind)
+        place.plot([x] * len(runs), [run["blocks"] for run in runs.values()], "o", color=colour, label=kind)
         place.set(xlabel="layers", ylabel="test perplexity", title=f"{budget} runs, a point for each seed")
         if budget == budgets[0]:
-            name = f"depth-{budget}-{layers}-{kind}-0"
+            name = f"depth-{budget}-{layers}-{kind}-{min(runs)}"
             axes[-1].plot(*plot.curve(name, "tokens")[:2], color=colour, lw=0.4 * int(layers) - 1.4)
     axes[-1].set(xlabel="tokens", ylabel="val loss, nats a token", title=f"{budgets[0]}; thick: more layers")
     labels = {text: mark for mark, text in zip(*axes[0].get_legend_handles_labels())}
@@ -106,23 +106,24 @@ def draw_depth(found: dict[tuple, dict]) -> Figure:
 
 def groups() -> Iterator[str]:
     """Perplexity of each merge by the original's, before and after both were healed."""
-    shares = [share for share in SHARES if result(f"after-ours-{share}")]
+    base = {when: result(f"{when}-base") for when in ("before", "after")}
+    done = {key: result("-".join(key)) for key in product(base, MERGES, SHARES)}
+    ratio = {
+        key: said["blocks"] / base[key[0]]["blocks"] for key, said in done.items() if said and base[key[0]]
+    }
+    shares = [share for share in SHARES if all((*key, share) in ratio for key in product(base, MERGES))]
     if not shares:
         return
-
-    def ratio(when: str, merge: str, share: str) -> float:
-        return result(f"{when}-{merge}-{share}")["blocks"] / result(f"{when}-base")["blocks"]
-
-    whole = result("before-base")["kv_bytes_per_token"]
-    sizes = [result(f"before-ours-{share}")["kv_bytes_per_token"] for share in shares]
+    whole = base["before"]["kv_bytes_per_token"]
+    sizes = [done["before", "ours", share]["kv_bytes_per_token"] for share in shares]
     rows, panels = [], {}
     for merge in MERGES:
         rows.append({"bytes a token of the cache": merge})
         for share, size in zip(shares, sizes):
-            before, after = (ratio(when, merge, share) for when in ("before", "after"))
+            before, after = (ratio[when, merge, share] for when in base)
             rows[-1][f"{size:,} ({size / whole:.3f})"] = f"{before:.3f} -> {after:.3f}"
-    for when in ("before", "after"):
-        lines = {merge: [ratio(when, merge, share) for share in shares] for merge in MERGES}
+    for when in base:
+        lines = {merge: [ratio[when, merge, share] for share in shares] for merge in MERGES}
         panels[f"{when} healing"] = [size / whole for size in sizes], lines
     yield "### Uneven groups"
     yield table(rows)
@@ -162,13 +163,18 @@ def tuning() -> Iterator[str]:
     """The scores of each task and way of tuning, what was forgotten, and answers of the first adapters."""
     rows, found = [], gathered("tuning-*-score.txt")
     for task in dict.fromkeys(task for task, _ in found):
-        before = result(f"tuning-{task}-before").get("ckpt", {})
-        rows.append({"task": task, "tuned": "no", **{key: before.get(key, math.nan) for key in SCORES}})
+        before = result(f"tuning-{task}-before")
+        row = {"task": task, "tuned": "no", "examples": before.get("examples", 0)}
+        rows.append(row | {key: before.get("ckpt", {}).get(key, math.nan) for key in SCORES})
         rows[-1]["own text, ppl"] = result("tuning-before-own").get("blocks", math.nan)
-        for way, runs in [(way, runs) for (other, way), runs in found.items() if other == task]:
-            rows.append({"task": task, "tuned": way, **{key: spread(runs[key]) for key in SCORES}})
-            rows[-1] |= {"own text, ppl": spread(runs["own"]), "trainable": runs["trainable"][0]}
-            rows[-1] |= {"training, s": spread(runs["seconds"]), "latency, s": spread(runs["latency_p50"])}
+        for way, runs in [
+            (way, list(runs.values())) for (other, way), runs in found.items() if other == task
+        ]:
+            rows.append({"task": task, "tuned": way, "examples": runs[0]["examples"]})
+            names = {**dict.fromkeys(SCORES), "own": "own text, ppl", "seconds": "training, s"}
+            names |= {"latency_p50": "latency, s"}
+            rows[-1] |= {new or key: spread([run[key] for run in runs]) for key, new in names.items()}
+            rows[-1]["trainable"] = runs[0]["trainable"]
     if rows:
         yield "### Tuning"
         yield table(rows)
@@ -186,7 +192,7 @@ def epochs() -> Iterator[str]:
         if result(f"few-{way}-own"):
             at, val, own = plot.curve(f"few-{way}", "epochs")
             row = {"tuned": way, "least val loss": min(val), "at epoch": at[val.index(min(val))]}
-            row |= {"last val loss": val[-1], "last training loss": own[-2]}
+            row |= {"last val loss": val[-1], "last training loss": [x for x in own if x == x][-1]}
             rows.append({**row, "own text, ppl": result(f"few-{way}-own")["blocks"]})
     if rows:
         yield "### Few examples, many epochs"

@@ -4,9 +4,9 @@
     python -m study pace "--n_layer 6" "--n_layer 6 --novel"     # ms of a compiled step, in turns
 
 The novel layer multiplies what attention adds to the stream by SILU'(0) = 1/2 and by its own weights, whose
-deviation is 0.02 and whose width D: at first by 0.01 sqrt(D), a 18th where D is 32. `scaled` gives a plain
+deviation is 0.02 and whose width D: at first by 0.01 sqrt(D), an 18th where D is 32. `scaled` gives a plain
 block so small a beginning by its wo, and `torch` gives the novel layer the first weights of nn.Linear, of
-deviation 1 / sqrt(3 D), with which it multiplies by 0.29.
+deviation 1 / sqrt(3 D), with which it multiplies by 0.29; its bias begins as zero in both.
 """
 
 import math
@@ -36,13 +36,14 @@ def change(model: Llama, how: str) -> None:
             raise UserError("torch is how the novel layer may begin: give --novel")
         else:
             attention.novel.reset_parameters()
+            attention.novel.bias.zero_()
 
 
 def begin_main() -> None:
     how = sys.argv.pop(1) if len(sys.argv) > 1 else ""
     if how not in ("scaled", "torch"):
         raise UserError(f"begin {how}: give scaled or torch, then flags of train.py")
-    train.main(partial(change, how=how))
+    train.main(None if "--resume" in sys.argv else partial(change, how=how))
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Models, tokenizers and adapters in and out, against transformers, sentencepiece, llama2.c and peft."""
 
 import io
+import itertools
 import json
 import sys
 from dataclasses import asdict
@@ -31,7 +32,7 @@ from checkpoint import build_model, load, save
 from common import peak_memory_bytes
 from data.tokenizer import SETTINGS, read_tokenizer
 from formats.gguf import PARTED
-from formats.tokenizers import sentencepiece_of_llama2c
+from formats.tokenizers import sentencepiece_of_llama2c, with_special
 from lora import TARGETS, LoRAConfig, adapt, adapters
 from model import ROPE_SCALING
 
@@ -441,12 +442,26 @@ def test_a_gguf_file_comes_back_and_is_the_same_model_to_transformers(tmp_path, 
 
 @pytest.mark.parametrize("part", PARTED)
 def test_a_byte_level_tokenizer_crosses_gguf(tmp_path, byte_level, part):
+    byte_level.add_tokens(["    "])  # one that is no special token
     fields = json.loads(byte_level.to_str())
     fields["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": PARTED[part]}
-    data = json.dumps(fields).encode()
-    save(tmp_path / "ours.pt", checkpoint_of(sharp_model(vocab_size=400), data))
+    fields["model"]["ignore_merges"] = part == "llama-bpe"
+    ours = with_special(read_tokenizer(json.dumps(fields).encode()), 1, True, [2])
+    save(tmp_path / "ours.pt", checkpoint_of(sharp_model(vocab_size=404), ours.data))
     formats("export", tmp_path / "ours.pt", tmp_path / "a.gguf")
-    _, tokenizer = imported(tmp_path / "a.gguf", tmp_path / "back.pt")
-    assert all(
-        tokenizer.prompt(text) == read_tokenizer(data).prompt(text) for text in (*TEXTS, "12345", *CORPUS)
-    )
+    _, back = imported(tmp_path / "a.gguf", tmp_path / "back.pt")
+    assert back.special == ours.special
+    assert all(back.prompt(text) == ours.prompt(text) for text in (*TEXTS, "12345", "a    b", *CORPUS))
+
+
+def test_llama_cpp_writes_the_same_greedy_text(tmp_path, tiny_data):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python, which compiles it")
+    data, ours = (tiny_data / "tokenizer.model").read_bytes(), sharp_model(vocab_size=400, **APART)
+    save(tmp_path / "ours.pt", checkpoint_of(ours, data))
+    formats("export", tmp_path / "ours.pt", tmp_path / "a.gguf")
+    theirs = llama_cpp.Llama(str(tmp_path / "a.gguf"), n_ctx=64, n_threads=1, verbose=False)
+    for text in TEXTS[1:]:
+        prompt = read_tokenizer(data).prompt(text)
+        assert theirs.tokenize(text.encode()) == prompt
+        written = itertools.islice(theirs.generate(prompt, temp=0.0, repeat_penalty=1.0), 20)
+        assert ours.generate([prompt], 20) == [list(written)]

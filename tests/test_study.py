@@ -143,6 +143,7 @@ def test_tables_hold_what_the_logs_say(tmp_path, monkeypatch):
         Path("logs", f"{name}.txt").write_text("...\nnote: ...\n" + json.dumps(printed))
 
     Path("logs").mkdir()
+    assert [*run.LOOPS["merge"], *run.LOOPS["share"]] == [*tables.MERGES, *tables.SHARES]
     both = [f"depth-short-5-{kind}-{seed}" for kind in ("plain", "novel") for seed in "01"]
     for name, perplexity in zip([*both, "tuning-few-full-0"], (10.0, 20.0, 11.0, 18.0, 0.0)):
         written(f"{name}-test", blocks=perplexity)
@@ -154,7 +155,7 @@ def test_tables_hold_what_the_logs_say(tmp_path, monkeypatch):
         records = first, {**last, "step": 3}
         Path(name, "log.jsonl").write_text("\n".join(map(json.dumps, records)))
     scores = dict.fromkeys([*tables.SCORES, "latency_p50"], 5.0)
-    written("tuning-few-full-0-score", ckpt=scores)
+    written("tuning-few-full-0-score", ckpt=scores, examples=8)
     written("tuning-few-full-0-own", blocks=40.0)
     for way, rate in (("naive", 2048.0), ("sdpa", 4096.0)):
         written(f"attention-{way}-512", rows=[{"train_tok_s": rate, "eval_tok_s": 1.0, "peak": 2**21}])
@@ -166,7 +167,7 @@ def test_tables_hold_what_the_logs_say(tmp_path, monkeypatch):
     text = Path("tables.md").read_text()
     assert "| short | 5 | plain | 9 | 3 | 60 ± 0 | 15 ± 5 | 1 ± 0 |" in text
     assert "| short | 5 | novel | 9 | 3 | 60 ± 0 | 14.5 ± 3.5 | 1 ± 0.1 |" in text
-    assert f"| few | full |{' 5 |' * len(tables.SCORES)} 40 | 7 | 60 | 5 |" in text
+    assert f"| few | full | 8 |{' 5 |' * len(tables.SCORES)} 40 | 60 | 5 | 7 |" in text
     assert "| 512 | naive | 2,000" in text and "| 512 | sdpa | 1,000" in text
     assert all(Path(f"figures/{name}-dark.png").exists() for name in ("groups", "depth", "lengths"))
     assert text.count(" | 2.000 -> 1.500 |") == len(run.LOOPS["merge"])
