@@ -167,7 +167,7 @@ FLAGS = {  # what several steps share; refits take most of a search's time, henc
     ),
     "<test>": "--split test --max_tokens 65536 --json",
     "<forgot>": "--split test --max_tokens 16384 --context 256 --json",
-    "<score>": "--max_new_tokens 48 --limit 200 --json",
+    "<score>": "--max_new_tokens 48 --limit 100 --json",
     "<heal>": "--teacher <ckpt> <own> --lora_r 8 --max_steps 20 --warmup_steps 4 --eval_tokens 0",
     "<search>": "search_groups.py <ckpt> <own> <size> --overwrite --calibration_tokens 32768",
     "<size>": "--max_evals 40 --search_tokens 16384",
@@ -192,7 +192,7 @@ FAST = {  # patterns, and what --fast puts there
     r' "--n_layer [578][^"]*"': "", r" depth-long-(?!6|5-plain)\S+": "",
     r"(--max_steps \d+)\d": r"\1", r"--warmup_steps \d+": "--warmup_steps 1", "--epochs 24": "--epochs 1",
     "_every 40": "_every 3", r" --(steps|rounds) \d+": r" --\1 1", "_evals 40": "_evals 14",
-    "--limit 200": "--limit 8", "16384|32768|65536": "4096", "330000": "40000", r"(--shares \S+).*": r"\1",
+    "--limit 100": "--limit 8", "16384|32768|65536": "4096", "330000": "40000", r"(--shares \S+).*": r"\1",
     " --compile": " --no-compile", r" ours-(?!1of2)\S+": "",
 }  # fmt: skip
 FAST_LOOPS = {  # how kept keys begin
