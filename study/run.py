@@ -161,7 +161,7 @@ FLAGS = {  # what several steps share; refits take most of a search's time, henc
     "<sum>": GITHUB + "cylnlp/dialogsum/848cc8c05e0a04def79326539de827f1b28786a0/DialogSum_Data/dialogsum",
     "<base>": f"{TRAIN} 6 --max_steps 500 <shape> <own>",
     r"([\d.]+)\*(\d+)": lambda product: str(round(float(product[1]) * int(product[2]))),
-    "<depth>": "<shape> <own> --batch_size 8 --compile --eval_every 40 --eval_tokens 16384",
+    "<depth>": "--batch_size 8 --compile --eval_every 40 --eval_tokens 16384 <shape> <own>",
     "<shapes>": " ".join(
         f'"--n_layer {n}{kind} <shape>"' for n in (6, 8, 5, 7) for kind in ("", " --novel", " --gated")
     ),

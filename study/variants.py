@@ -20,9 +20,10 @@ from statistics import median
 import torch
 
 import train
-from common import UserError, parse, pick_device, pick_dtype
+from common import UserError, parse, pick, pick_device, pick_dtype
 from model import Llama, ModelConfig
 from study.bench import BenchConfig, configs, in_turns, show
+from train import TrainConfig
 
 
 @torch.no_grad()
@@ -50,20 +51,21 @@ def begin_main() -> None:
 class PaceConfig:
     """pace"""
 
-    shapes: list[str]  # the model flags of each variant, in quotes
+    shapes: list[str]  # flags of train.py for each variant, in quotes
 
 
 def compiled_step(shape: str, config: BenchConfig) -> Callable:
-    """A step of train.py's default optimizers on random tokens, compiled where train.py would compile it."""
+    """A step of train.py's optimizers on random tokens, compiled where train.py would compile it."""
     sys.argv = ["pace", *shlex.split(shape)]
-    c, device = ModelConfig(**parse(__doc__, ModelConfig)), pick_device(config.device)
-    model, own = Llama(c).to(device).train(), train.TrainConfig()
+    flags, device = parse(__doc__, ModelConfig, TrainConfig), pick_device(config.device)
+    c, own = (cls(**pick(cls, flags)) for cls in (ModelConfig, TrainConfig))
+    model, rows = Llama(c).to(device).train(), flags.get("batch_size", config.batch_size)
     if train.compiling_pays(own, math.inf, device):
         for layer in model.layers:
             layer.compile()
     dtype, optimizers = pick_dtype("auto", device), train.make_optimizers(model, own)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    text = torch.randint(c.vocab_size, (config.batch_size, c.block_size + 1), device=device)
+    text = torch.randint(c.vocab_size, (rows, c.block_size + 1), device=device)
     batch = text[:, :-1].contiguous(), text[:, 1:].contiguous()
     return partial(train.train_step, model, [batch], optimizers, 1e-4, dtype, scaler)
 

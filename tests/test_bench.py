@@ -11,9 +11,11 @@ from conftest import assert_close, quick, refused, sharp_model, small_run
 
 from common import UserError
 from lora import TARGETS, LoRAConfig, adapt, adapters
+from model import Llama, ModelConfig, rope_angles
 from study.attention import kernel_rows, multiply, prepare, slice_model
 from study.bench import ROWS as ROWS_OF_MEMORY
 from study.compare_groups import ROWS
+from study.variants import change
 
 SHAPE = ["--n_layer", 1, "--n_head", 4, "--dim", 32, "--vocab_size", 64, "--block_size", 40]
 
@@ -108,3 +110,25 @@ def test_comparisons_have_their_rows(tiny_run, tiny_data, tmp_path):
     run = [*small_run(tiny_data, tmp_path / "run"), "--max_steps", 2]
     done = quick("study", "time-to-loss", "transformers", "-", *run)
     assert done.returncode == 0 and "val perplexity" in done.stdout, done.stderr
+
+
+def test_a_scaled_block_begins_as_small_as_a_novel_one():
+    def spread_of(how: str) -> float:
+        torch.manual_seed(0)
+        c = ModelConfig(n_layer=8, n_head=8, novel=how in ("novel", "torch"))
+        model, x = Llama(c), torch.randn(4, 32, c.dim)
+        if how in ("scaled", "torch"):
+            change(model, how)
+        angles = rope_angles(c, torch.arange(32))
+        return torch.stack([layer.attention(x, *angles).std() for layer in model.layers]).mean().item()
+
+    found = {how: spread_of(how) for how in ("plain", "novel", "scaled", "torch")}
+    assert found["scaled"] == pytest.approx(found["novel"], rel=0.1)
+    assert found["plain"] == pytest.approx(18 * found["novel"], rel=0.1)
+    assert found["torch"] == pytest.approx(0.29 * found["plain"], rel=0.1)
+
+
+def test_pace_times_variants_in_turns():
+    shape = " ".join(map(str, SHAPE))
+    rows = table("pace", f"{shape} --no-compile", f"{shape} --dim 512 --no-compile", "--steps", 3)
+    assert rows[0]["ratio"] == 1.0 and rows[1]["ratio"] < 1, "256 times the products"
