@@ -88,22 +88,19 @@ def depth() -> Iterator[str]:
 
 def draw_depth(found: dict[tuple, dict]) -> Figure:
     """Test perplexity by layers, a point for each seed, for both budgets; and curves of the first seed."""
-    budgets = list(dict.fromkeys(budget for budget, _, _ in found))
+    budgets = list(dict.fromkeys(budget for budget, *_ in found))
+    ticks = sorted({int(layers) for _, layers, _ in found})
     drawn, [axes] = plot.grid(1, len(budgets) + 1, 4 * len(budgets) + 4, 4)
     for (budget, layers, kind), runs in sorted(found.items(), key=lambda item: KINDS.index(item[0][-1])):
         place, colour = axes[budgets.index(budget)], plot.COLOURS[KINDS.index(kind)]
         x = int(layers) + 0.06 * (KINDS.index(kind) - 2)
         place.plot([x] * len(runs), [run["blocks"] for run in runs.values()], "o", color=colour, label=kind)
-        place.set(xlabel="layers", ylabel="test perplexity", title=f"{budget} runs, a point for each seed")
+        place.set(xlabel="layers", ylabel="test perplexity", xticks=ticks, title=f"{budget}, a point a seed")
         if budget == budgets[0]:
             name = f"depth-{budget}-{layers}-{kind}-{min(runs)}"
             at, val, _ = plot.curve(name, "tokens")  # the last is of all of val, the others of a part
             axes[-1].plot(at[:-1], val[:-1], color=colour, lw=0.4 * int(layers) - 1.4)
-    for place in axes[:-1]:
-        place.set_xticks(sorted({int(layers) for _, layers, _ in found}))
-    axes[-1].set(
-        xlabel="tokens", ylabel="loss on a part of val", title=f"{budgets[0]}, first seed; thick: more layers"
-    )
+    axes[-1].set(xlabel="tokens", ylabel="loss on a part of val", title=f"{budgets[0]}; thick: more layers")
     labels = {text: mark for mark, text in zip(*axes[0].get_legend_handles_labels())}
     axes[0].legend(labels.values(), labels.keys())
     return drawn
@@ -233,11 +230,6 @@ def draw_lengths(panels: dict[str, dict[str, list[tuple]]]) -> Figure:
     return drawn
 
 
-def memory() -> None:
-    if rows := result("memory").get("rows"):
-        plot.save(partial(draw_memory, rows), Path("figures/memory.png"))
-
-
 def draw_memory(rows: list[dict]) -> Figure:
     bars = {"peak memory of a step, MiB": [row["peak"] / 2**20 for row in rows]}
     bars["tokens/s"] = [row["train_tok_s"] for row in rows]
@@ -267,6 +259,7 @@ def report() -> None:
     for section in (depth, groups, tuning, epochs, lengths, printed):
         text += section()
     foreign()
-    memory()
+    if rows := result("memory").get("rows"):
+        plot.save(partial(draw_memory, rows), Path("figures/memory.png"))
     with replacing(Path("tables.md"), "w") as file:
         file.write("\n\n".join(text) + "\n")
