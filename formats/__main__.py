@@ -57,8 +57,10 @@ def import_model(source: Path, tokenizer: str | None = None, block_size: int | N
     for name, x in weights.items():
         if not all(bound.isfinite() for bound in x.aminmax()):  # which needs no memory, and passes nan on
             raise UserError(f"{source} is damaged: {name} holds numbers that are not finite")
-    own = fields and not tokenizer
-    data = gguf.tokenizer_of(source, fields) if own else find_tokenizer(source, tokenizer, c.vocab_size)
+    if fields and not tokenizer:
+        data = gguf.tokenizer_of(source, fields)
+    else:
+        data = find_tokenizer(source, tokenizer, c.vocab_size)
     return {"model": weights, "config": settings, "tokenizer": data, "source": str(source)}
 
 

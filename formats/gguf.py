@@ -6,19 +6,16 @@ in each layer that represents them exactly.
 """
 
 import json
-import os
-import re
-import tempfile
 from pathlib import Path
 
 import torch
 
 from checkpoint import empty_model, load_weights
-from common import UserError, checked, require
+from common import UserError, checked, replacing, require
 from data.tokenizer import JsonTokenizer, Tokenizer, read_tokenizer
 from formats.files import Settings, Weights, reading
-from formats.models import exported
-from formats.tokenizers import ADDED, merges_of, sentencepiece_model, with_special
+from formats.models import exported, their_name
+from formats.tokenizers import ADDED, Kind, merges_of, sentencepiece_model, with_special
 from model import ModelConfig
 
 NAMES = {  # ours: llama.cpp's; within a layer, and outside
@@ -39,13 +36,6 @@ PARTED = {  # llama.cpp's names of the ways to part a text before its pieces are
     "smollm": [{"type": "Digits", "individual_digits": True}, LEVEL],
     "llama-bpe": [SPLIT, {**LEVEL, "use_regex": False}],
 }
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of tokens
-
-
-def their_name(ours: str) -> str:
-    """layers.3.attention.wq.weight -> blk.3.attn_q.weight"""
-    layer, part = re.fullmatch(r"(layers\.\d+\.)?(.+)\.weight", ours).groups()
-    return f"{(layer or '').replace('layers', 'blk')}{NAMES[part]}.weight"
 
 
 def read_gguf(path: Path) -> tuple[Settings, Weights, dict]:
@@ -58,11 +48,11 @@ def read_gguf(path: Path) -> tuple[Settings, Weights, dict]:
         fields = {name: field.contents() for name, field in file.fields.items()}
         settings = settings_of(fields, {tensor.name for tensor in file.tensors})
         model = empty_model(checked(ModelConfig, settings))
-        ours = {their_name(name): name for name in model.state_dict()}
+        ours = {their_name(name, NAMES, "blk"): name for name in model.state_dict()}
         for tensor in file.tensors:
             plain = tensor.data.dtype.kind == "f"  # float32 and float16
-            x = tensor.data if plain else dequantize(tensor.data, tensor.tensor_type)
-            weights[ours.get(tensor.name, tensor.name)] = torch.from_numpy(x.copy())
+            x = tensor.data.copy() if plain else dequantize(tensor.data, tensor.tensor_type)
+            weights[ours.get(tensor.name, tensor.name)] = torch.from_numpy(x)
         weights.setdefault("output.weight", weights["tok_embeddings.weight"])
         load_weights(model, weights, str(path))
         return settings, weights, fields
@@ -107,9 +97,8 @@ def tokenizer_of(path: Path, fields: dict) -> bytes:
         sentencepiece, pre = own["model"] == "llama", own.get("pre", "default")
         known = sentencepiece or (own["model"] == "gpt2" and pre in PARTED)
         require(known, f"its tokenizer is {own['model']}, {pre}: import with --tokenizer FILE")
-        tokenizer = read_tokenizer(
-            sentencepiece_of(own) if sentencepiece else byte_level_of(own, PARTED[pre])
-        )
+        data = sentencepiece_of(own) if sentencepiece else byte_level_of(own, PARTED[pre])
+        tokenizer = read_tokenizer(data)
         bos, eos = own.get("bos_token_id", tokenizer.bos), own.get("eos_token_id", tokenizer.eos)
         add_bos = own.get("add_bos_token", sentencepiece or pre == "llama-bpe")
         return with_special(tokenizer, bos, add_bos, [eos] * (eos >= 0)).data
@@ -122,34 +111,33 @@ def sentencepiece_of(own: dict) -> bytes:
 
 def byte_level_of(own: dict, parted: list[dict]) -> bytes:
     """A tokenizer.json, whose added tokens are those that no merge makes."""
-    kinds = {token: kind for token, kind in enumerate(own["token_type"]) if kind in (CONTROL, USER_DEFINED)}
-    added = [{"id": i, "content": own["tokens"][i], **ADDED, "special": kinds[i] == CONTROL} for i in kinds]
+    kinds = {
+        token: kind
+        for token, kind in enumerate(own["token_type"])
+        if kind in (Kind.CONTROL, Kind.USER_DEFINED)
+    }
+    added = [
+        {"id": i, "content": own["tokens"][i], **ADDED, "special": kinds[i] == Kind.CONTROL} for i in kinds
+    ]
     model = {"type": "BPE", "ignore_merges": parted == PARTED["llama-bpe"], "merges": own["merges"]}
     model["vocab"] = {token: i for i, token in enumerate(own["tokens"])}
     fields = {"version": "1.0", "added_tokens": added, "normalizer": None, "post_processor": None}
-    fields |= {
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": parted},
-        "decoder": LEVEL,
-        "model": model,
-    }
-    return json.dumps(fields, ensure_ascii=False).encode()
+    fields |= {"pre_tokenizer": {"type": "Sequence", "pretokenizers": parted}, "decoder": LEVEL}
+    return json.dumps({**fields, "model": model}, ensure_ascii=False).encode()
 
 
 def write_gguf(path: Path, out: Path) -> None:
     """Write a checkpoint as one file. Raises UserError for what llama.cpp cannot run."""
     c, weights, heads, tokenizer = exported(path, each=True)
     require(not c.rope_scaling, "RoPE is scaled: export a folder, and use llama.cpp's convert_hf_to_gguf.py")
-    require(
-        tokenizer is not None, f"{path} has no tokenizer, and llama.cpp needs one: import with --tokenizer"
-    )
+    require(tokenizer is not None, f"{path} has no tokenizer, which llama.cpp needs: import with --tokenizer")
     try:
         import gguf
     except ImportError as error:
         raise UserError(f"cannot write {out} without a library: pip install {error.name}") from None
     uneven = len(set(heads)) > 1
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.resolve().parent) as folder:
-        writer = gguf.GGUFWriter(Path(folder, "file"), "deci" if uneven else "llama")
+    with replacing(out, "wb") as file:
+        writer = gguf.GGUFWriter(file.name, "deci" if uneven else "llama")
         writer.add_block_count(c.n_layer)
         writer.add_context_length(c.block_size)
         writer.add_embedding_length(c.dim)
@@ -166,20 +154,19 @@ def write_gguf(path: Path, out: Path) -> None:
             x = x.float() if x.dim() == 1 else x
             raw = gguf.GGMLQuantizationType.BF16 if x.dtype == torch.bfloat16 else None
             data = x.contiguous().view(torch.uint8) if raw else x.contiguous()
-            writer.add_tensor(their_name(name), data.numpy(), raw_dtype=raw)
+            writer.add_tensor(their_name(name, NAMES, "blk"), data.numpy(), raw_dtype=raw)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        os.replace(Path(folder, "file"), out)
     print(f"wrote {out}, {out.stat().st_size:,} bytes, K/V heads of the layers: {' '.join(map(str, heads))}")
 
 
 def write_tokenizer(writer, tokenizer: Tokenizer, vocab_size: int) -> None:
     """Add a tokenizer's fields. Raises UserError for one that llama.cpp does not know."""
     pieces = [tokenizer.pieces.get(i, f"[unused {i}]") for i in range(vocab_size)]
-    kinds = dict.fromkeys(range(vocab_size), UNUSED) | dict.fromkeys(tokenizer.pieces, NORMAL)
-    kinds |= dict.fromkeys(tokenizer.silent, CONTROL)
+    kinds = dict.fromkeys(range(vocab_size), Kind.UNUSED) | dict.fromkeys(tokenizer.pieces, Kind.NORMAL)
+    kinds |= dict.fromkeys(tokenizer.silent, Kind.CONTROL)
     remedy = "export a folder, and use llama.cpp's convert_hf_to_gguf.py"
     require(tokenizer.eos >= 0, f"no token ends a text, and llama.cpp would take any for it: {remedy}")
     if isinstance(tokenizer, JsonTokenizer):
@@ -190,7 +177,7 @@ def write_tokenizer(writer, tokenizer: Tokenizer, vocab_size: int) -> None:
         names = names if model.get("ignore_merges") == (names == ["llama-bpe"]) else []
         plain = model["type"] == "BPE" and not fields["normalizer"]
         require(names != [] and plain, f"llama.cpp has no name for how this tokenizer parts a text: {remedy}")
-        kinds |= {token["id"]: USER_DEFINED for token in fields["added_tokens"] if not token["special"]}
+        kinds |= {token["id"]: Kind.USER_DEFINED for token in fields["added_tokens"] if not token["special"]}
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(names[0])
         writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
@@ -198,7 +185,11 @@ def write_tokenizer(writer, tokenizer: Tokenizer, vocab_size: int) -> None:
         sp, plain = tokenizer.sp, merges_of(tokenizer) is not None and tokenizer.is_exact()
         require(plain, f"tokenizer.model is no plain BPE, or changes text: {remedy}")
         for i in range(sp.vocab_size()):
-            special = (sp.is_byte(i), BYTE), (sp.is_unknown(i), UNKNOWN), (sp.is_unused(i), UNUSED)
+            special = (
+                (sp.is_byte(i), Kind.BYTE),
+                (sp.is_unknown(i), Kind.UNKNOWN),
+                (sp.is_unused(i), Kind.UNUSED),
+            )
             kinds[i] = next((kind for true, kind in special if true), kinds[i])
         scores = [sp.get_score(i) for i in range(sp.vocab_size())]
         writer.add_tokenizer_model("llama")

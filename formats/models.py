@@ -54,10 +54,10 @@ LLAMA2C_ORDER = ("tok_embeddings", "attention_norm", "wq", "wk", "wv", "wo", "ff
 LLAMA2C_ORDER += ("norm", "cos", "sin", "output")
 
 
-def their_name(ours: str) -> str:
+def their_name(ours: str, names: dict[str, str] = NAMES, layers: str = "model.layers") -> str:
     """layers.3.attention.wq.weight -> model.layers.3.self_attn.q_proj.weight"""
     layer, part = re.fullmatch(r"(layers\.\d+\.)?(.+)\.weight", ours).groups()
-    return f"{'model.' + layer if layer else ''}{NAMES[part]}.weight"
+    return f"{(layer or '').replace('layers', layers)}{names[part]}.weight"
 
 
 def permute_rows(weights: Weights, head_dim: int, names: tuple[str, ...], to_pairs: bool) -> None:
@@ -196,9 +196,8 @@ def exported(path: Path, each: bool = False) -> tuple[ModelConfig, Weights, list
         del weights["output.weight"]
     theirs, size = 2 * sum(heads) * c.head_dim, max(x.itemsize for x in weights.values())
     if theirs != ours:
-        note(
-            f"its cache, of equal heads, takes {size * theirs:,} bytes a token there and {size * ours:,} here"
-        )
+        cost = f"{size * theirs:,} bytes a token there and {size * ours:,} here"
+        note(f"its cache, of equal heads, takes {cost}")
     return c, weights, heads, tokenizer
 
 

@@ -8,14 +8,21 @@ import base64
 import json
 import re
 import struct
+from enum import IntEnum
 from pathlib import Path
 
 from common import UserError, note, require
 from data.tokenizer import SPACE, JsonTokenizer, Tokenizer, read_tokenizer
 from formats.files import read_json, reading
 
-NORMAL, UNKNOWN, CONTROL, BYTE, BPE = 1, 2, 3, 6, 2  # kinds in sentencepiece_model.proto
+BPE = 2  # a kind of model in sentencepiece_model.proto
 ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+
+
+class Kind(IntEnum):
+    """Of a piece, in sentencepiece_model.proto and in GGUF."""
+
+    NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 
 def find_tokenizer(source: Path, given: str | None, vocab_size: int) -> bytes | None:
@@ -98,7 +105,8 @@ def sentencepiece_of_llama2c(data: bytes) -> bytes:
         place += 8 + length
     require(len(pieces) >= 259, f"it has {len(pieces)} pieces, below the 3 + 256 of control tokens and bytes")
     pieces[:3] = [(0.0, "<unk>"), (0.0, "<s>"), (0.0, "</s>")]
-    kinds = [UNKNOWN, CONTROL, CONTROL] + [BYTE] * 256 + [NORMAL] * (len(pieces) - 259)
+    kinds = [Kind.UNKNOWN, Kind.CONTROL, Kind.CONTROL] + [Kind.BYTE] * 256
+    kinds += [Kind.NORMAL] * (len(pieces) - 259)
     return sentencepiece_model([(*piece, kind) for piece, kind in zip(pieces, kinds)])
 
 

@@ -130,16 +130,31 @@ def reset_peak_memory(device: torch.device) -> int:
     return peak_memory_bytes(device)
 
 
+def ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """What `in_turns` returns -> the median, over the rounds, of the first run's time by each one's."""
+    first = next(iter(seconds.values()))
+    return {name: median(a / b for a, b in zip(first, own)) for name, own in seconds.items()}
+
+
+def random_step(model: nn.Module, train: TrainConfig, shape: tuple[int, int], dtype: torch.dtype, parts=1):
+    """A train_step on `shape` = (B, T) random tokens in `parts` micro-batches, blocks compiled where train.py
+    would compile a long run's; its optimizers, and its batches."""
+    device = next(model.parameters()).device
+    if compiling_pays(train, math.inf, device):
+        for part in model.layers if isinstance(model, Llama) else [model]:
+            part.compile()
+    optimizers = make_optimizers(model.train(), train)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    text = torch.randint(model.config.vocab_size, (shape[0], shape[1] + 1), device=device)
+    batches = [(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()) for rows in text.chunk(parts)]
+    return partial(train_step, model, batches, optimizers, 1e-4, dtype, scaler), optimizers, batches
+
+
 def train_speed(model: nn.Module, config: BenchConfig, dtype: torch.dtype, compiled=None, parts=1) -> dict:
     """AdamW's bytes, the peak, and tokens a second of training in `parts` micro-batches and of evaluation."""
     c, device = model.config, pick_device(config.device)
-    if compiling_pays(TrainConfig(compile=compiled), math.inf, device):
-        for part in model.layers if isinstance(model, Llama) else [model]:
-            part.compile()
-    optimizers = make_optimizers(model.to(device).train(), TrainConfig(optimizer="adamw"))
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    text = torch.randint(c.vocab_size, (config.batch_size, c.block_size + 1), device=device)
-    batches = [(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()) for rows in text.chunk(parts)]
+    how, shape = TrainConfig(optimizer="adamw", compile=compiled), (config.batch_size, c.block_size)
+    step, optimizers, batches = random_step(model.to(device), how, shape, dtype, parts)
 
     @torch.no_grad()
     @autocast(device, dtype)
@@ -147,7 +162,6 @@ def train_speed(model: nn.Module, config: BenchConfig, dtype: torch.dtype, compi
         return sum(model(*batch).item() for batch in batches)
 
     reset_peak_memory(device)
-    step = partial(train_step, model, batches, optimizers, 1e-4, dtype, scaler)
     seconds = in_turns({"train_tok_s": step, "eval_tok_s": evaluate}, config.steps, warm_up=2)
     states = [x for optimizer in optimizers for state in optimizer.state.values() for x in state.values()]
     sizes = {"optimizer": sum(x.nbytes for x in states if x.dim()), "peak": peak_memory_bytes(device)}
@@ -222,10 +236,10 @@ def decode_main() -> None:
         step = partial(model.compiled_step or model, prompt[:, :1], cache=caches[name])
         runs[name] = lambda step=step: step().sum().item()  # waits for a GPU
     seconds = in_turns(runs, config.steps)
+    ratio = ratios(seconds)
     for name, own in seconds.items():
         size = sum(x.nbytes for x in (*caches[name].keys, *caches[name].values))
-        ratio = median(first / one for first, one in zip(next(iter(seconds.values())), own))
-        rows.append({"model": name, "cache_bytes": size, "ms": 1000 * median(own), "ratio": ratio})
+        rows.append({"model": name, "cache_bytes": size, "ms": 1000 * median(own), "ratio": ratio[name]})
     show(config, rows)
 
 

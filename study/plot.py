@@ -87,11 +87,11 @@ def draw_loss(runs: list[str], x: str, train: bool = False) -> Figure:
     """A curve for each FOLDER or NAME=FOLDER, with `train` two."""
     figure, [[axes]] = grid(1, 1)
     for run, colour in zip(runs, itertools.cycle(COLOURS)):
-        name, folder = ("", run) if Path(run).is_dir() else run.rpartition("=")[::2]
-        at, val, own = curve(folder, x)
-        axes.plot(at, val, marker="o", markersize=3, color=colour, label=name or Path(folder).name)
+        name, folder = (Path(run).name, run) if Path(run).is_dir() else run.rpartition("=")[::2]
+        name, (at, val, own) = name or Path(folder).name, curve(folder, x)
+        axes.plot(at, val, marker="o", markersize=3, color=colour, label=name)
         if train:
-            axes.plot(at, own, "--", color=colour, label=f"{name or Path(folder).name}, training")
+            axes.plot(at, own, "--", color=colour, label=f"{name}, training")
     axes.set(xlabel=x, ylabel="loss, nats a token" if train else "loss on the val split, nats a token")
     axes.grid()
     axes.legend()

@@ -182,8 +182,8 @@ FLAGS = {  # what several steps share; refits take most of a search's time, henc
     "<stories260K-tok512.bin>": "037cb335abb25d1fa9e8ecae30ed2a3a8ace9302862ebcdc05d51a6bbb10c312",
     "<aidreams260K.bin>": "aa722d252ace805c9ff2264dce993df6843c8cec3d1a930d03e4c487f3db9028",
     "<aidreams260K-tok512.bin>": "3817c307fffc9637c908ca3430a028db0c46b5700392e0d19b2133d246f54bcb",
-    "<aidreams260K>": "https://raw.githubusercontent.com/mc9625/ai-dreamer-esp32-s3_matrix/"
-    "a6a5545a42277ebf0eea9584a44a765891f2f492/data",
+    "<aidreams260K>": GITHUB
+    + "mc9625/ai-dreamer-esp32-s3_matrix/a6a5545a42277ebf0eea9584a44a765891f2f492/data",
 }
 TINY = "--dim 64 --n_head 4 --block_size 128"
 FAST = {  # patterns, and what --fast puts there
@@ -240,25 +240,22 @@ def steps(config: StudyConfig) -> dict[str, str]:
         pairs = product(text.split("\n"), kept)
         lines = [line.replace(f"[{loop}]", key).replace(f"<{loop}>", entries[key]) for line, key in pairs]
         text = "\n".join(dict.fromkeys(lines))  # a step without this loop stays one
-    # steps run in another folder; what the user gave is not to be read as a pattern, hence no re.sub
-    data = str(
-        Path(config.dataset).resolve() if Path(config.dataset, "meta.json").exists() else config.dataset
-    )
-    own, path = f"--dataset {shlex.quote(data)}" * (data != ""), str(Path(config.ckpt or "").resolve())
-    given = {
-        "<shape>": config.shape,
-        "<tune>": config.tune,
-        "<own>": own,
-        "<prose>": own or "--dataset stdlib",
-    }
-    given["<ckpt>"] = shlex.quote(path) if config.ckpt else "base/ckpt.pt"
+    data, ckpt = config.dataset, "base/ckpt.pt"
+    if data and Path(data, "meta.json").exists():
+        data = str(Path(data).resolve())  # steps run in another folder
+    if config.ckpt:
+        ckpt = shlex.quote(str(Path(config.ckpt).resolve()))
+    own = f"--dataset {shlex.quote(data)}" if data else ""
+    given = {"<shape>": config.shape, "<tune>": config.tune, "<own>": own, "<ckpt>": ckpt}
+    given["<prose>"] = own or "--dataset stdlib"
     for pattern, new in [*FLAGS.items(), *(FAST.items() if config.fast else ())]:
         text = re.sub(pattern, new, text)
-    for name, new in given.items():
+    for name, new in given.items():  # which is not to be read as a pattern
         text = text.replace(name, new)
     todo = dict(" ".join(line.split()).split(": ", 1) for line in text.split("\n") if line)
-    kept = [name for name in todo if name == "base" or re.search(config.only, name)]
-    return {name: todo[name] for name in kept if name != "base" or not config.ckpt}
+    if config.ckpt:
+        todo.pop("base", None)
+    return {name: line for name, line in todo.items() if name == "base" or re.search(config.only, name)}
 
 
 def run(name: str, line: str) -> None:
@@ -270,8 +267,10 @@ def run(name: str, line: str) -> None:
         return
     if words[0] == "download":
         download(*words[1:3], Path(words[3]))
-    elif words[0] in ("write_texts", "first_lines"):
-        globals()[words[0]](*words[1:])
+    elif words[0] == "write_texts":
+        write_texts(*words[1:])
+    elif words[0] == "first_lines":
+        first_lines(*words[1:])
     else:
         if words[0] == "train.py" or words[2:3] == ["begin"]:
             words += ["--out_dir", name] + ["--resume"] * Path(name, "ckpt.pt").exists()

@@ -21,19 +21,9 @@ from study.bench import records, table
 KINDS = ("plain", "novel", "gated", "scaled", "torch")
 MERGES = ("random-mean", "neighbour-mean", "best-mean", "neighbour-closed", "ours")
 SHARES = ("3of4", "2of3", "1of2", "1of3", "1of4")
-SCORES = [
-    "loss",
-    "choice",
-    "bleu",
-    "bleu1",
-    "chrf",
-    "rouge1",
-    "rouge2",
-    "rougeL",
-    "f1",
-    "edit",
-    "exact_match",
-]
+SCORES = (
+    "loss", "choice", "bleu", "bleu1", "chrf", "rouge1", "rouge2", "rougeL", "f1", "edit", "exact_match",
+)  # fmt: skip
 
 
 def result(name: str) -> dict:
@@ -110,9 +100,8 @@ def groups() -> Iterator[str]:
     """Perplexity of each merge by the original's, before and after both were healed."""
     base = {when: result(f"{when}-base") for when in ("before", "after")}
     done = {key: result("-".join(key)) for key in product(base, MERGES, SHARES)}
-    ratio = {
-        key: said["blocks"] / base[key[0]]["blocks"] for key, said in done.items() if said and base[key[0]]
-    }
+    done = {key: said for key, said in done.items() if said and base[key[0]]}
+    ratio = {key: said["blocks"] / base[key[0]]["blocks"] for key, said in done.items()}
     shares = [share for share in SHARES if all((*key, share) in ratio for key in product(base, MERGES))]
     if not shares:
         return
@@ -163,20 +152,19 @@ def foreign() -> None:
 
 def tuning() -> Iterator[str]:
     """The scores of each task and way of tuning, what was forgotten, and answers of the first adapters."""
-    rows, found = [], gathered("tuning-*-score.txt")
-    for task in dict.fromkeys(task for task, _ in found):
-        before = result(f"tuning-{task}-before")
-        row = {"task": task, "tuned": "no", "examples": before.get("examples", 0)}
-        rows.append(row | {key: before.get("ckpt", {}).get(key, math.nan) for key in SCORES})
-        rows[-1]["own text, ppl"] = result("tuning-before-own").get("blocks", math.nan)
-        for way, runs in [
-            (way, list(runs.values())) for (other, way), runs in found.items() if other == task
-        ]:
-            rows.append({"task": task, "tuned": way, "examples": runs[0]["examples"]})
-            names = {**dict.fromkeys(SCORES), "own": "own text, ppl", "seconds": "training, s"}
-            names |= {"latency_p50": "latency, s"}
-            rows[-1] |= {new or key: spread([run[key] for run in runs]) for key, new in names.items()}
-            rows[-1]["trainable"] = runs[0]["trainable"]
+    rows: list[dict] = []
+    names = {key: key for key in SCORES} | {"own": "own text, ppl"}
+    names |= {"seconds": "training, s", "latency_p50": "latency, s"}
+    for (task, way), seeds in gathered("tuning-*-score.txt").items():
+        if not rows or rows[-1]["task"] != task:
+            before, own = result(f"tuning-{task}-before"), result("tuning-before-own")
+            scores = {key: before.get("ckpt", {}).get(key, math.nan) for key in SCORES}
+            rows.append({"task": task, "tuned": "no", "examples": before.get("examples", 0), **scores})
+            rows[-1]["own text, ppl"] = own.get("blocks", math.nan)
+        runs = list(seeds.values())
+        rows.append({"task": task, "tuned": way, "examples": runs[0]["examples"]})
+        rows[-1] |= {new: spread([run[key] for run in runs]) for key, new in names.items()}
+        rows[-1]["trainable"] = runs[0]["trainable"]
     if rows:
         yield "### Tuning"
         yield table(rows)
@@ -190,12 +178,13 @@ def tuning() -> Iterator[str]:
 def epochs() -> Iterator[str]:
     """What many passes over few examples do to the loss on others, and to the text of before."""
     rows = []
-    for way in ("full", "lora8", "qlora8"):
-        if result(f"few-{way}-own"):
-            at, val, own = plot.curve(f"few-{way}", "epochs")
-            row = {"tuned": way, "least val loss": min(val), "at epoch": at[val.index(min(val))]}
-            row |= {"last val loss": val[-1], "last training loss": [x for x in own if x == x][-1]}
-            rows.append({**row, "own text, ppl": result(f"few-{way}-own")["blocks"]})
+    for log in sorted(Path("logs").glob("few-*-own.txt")):
+        name = log.stem.removesuffix("-own")
+        at, val, own = plot.curve(name, "epochs")
+        least = val.index(min(val))
+        row = {"tuned": name.removeprefix("few-"), "least val loss": val[least], "at epoch": at[least]}
+        row |= {"last val loss": val[-1], "last training loss": [x for x in own if x == x][-1]}
+        rows.append({**row, "own text, ppl": result(log.stem)["blocks"]})
     if rows:
         yield "### Few examples, many epochs"
         yield table(rows)

@@ -22,7 +22,7 @@ import torch
 import train
 from common import UserError, parse, pick, pick_device, pick_dtype
 from model import Llama, ModelConfig
-from study.bench import BenchConfig, configs, in_turns, show
+from study.bench import BenchConfig, configs, in_turns, random_step, ratios, show
 from train import TrainConfig
 
 
@@ -54,30 +54,20 @@ class PaceConfig:
     shapes: list[str]  # flags of train.py for each variant, in quotes
 
 
-def compiled_step(shape: str, config: BenchConfig) -> Callable:
-    """A step of train.py's optimizers on random tokens, compiled where train.py would compile it."""
+def step_of(shape: str, config: BenchConfig) -> Callable:
+    """A step of train.py with these flags, on random tokens."""
     sys.argv = ["pace", *shlex.split(shape)]
     flags, device = parse(__doc__, ModelConfig, TrainConfig), pick_device(config.device)
     c, own = (cls(**pick(cls, flags)) for cls in (ModelConfig, TrainConfig))
-    model, rows = Llama(c).to(device).train(), flags.get("batch_size", config.batch_size)
-    if train.compiling_pays(own, math.inf, device):
-        for layer in model.layers:
-            layer.compile()
-    dtype, optimizers = pick_dtype("auto", device), train.make_optimizers(model, own)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    text = torch.randint(c.vocab_size, (rows, c.block_size + 1), device=device)
-    batch = text[:, :-1].contiguous(), text[:, 1:].contiguous()
-    return partial(train.train_step, model, [batch], optimizers, 1e-4, dtype, scaler)
+    size = flags.get("batch_size", config.batch_size), c.block_size
+    return random_step(Llama(c).to(device), own, size, pick_dtype("auto", device))[0]
 
 
 def pace_main() -> None:
     """ratio: the median of the first variant's time by this one's."""
     asked, config = configs(__doc__, PaceConfig, BenchConfig)
-    seconds = in_turns(
-        {shape: compiled_step(shape, config) for shape in asked.shapes}, config.steps, warm_up=3
-    )
-    first, rows = next(iter(seconds.values())), []
-    for shape, own in seconds.items():
-        ratio = median(a / b for a, b in zip(first, own))
-        rows.append({"variant": shape, "ms": 1000 * median(own), "ratio": ratio})
-    show(config, rows)
+    runs = {shape: step_of(shape, config) for shape in asked.shapes}
+    seconds = in_turns(runs, config.steps, warm_up=3)
+    ms = {shape: 1000 * median(own) for shape, own in seconds.items()}
+    ratio = ratios(seconds)
+    show(config, [{"variant": shape, "ms": ms[shape], "ratio": ratio[shape]} for shape in runs])

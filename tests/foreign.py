@@ -67,9 +67,9 @@ def checkpoint_of(model, tokenizer=None):
     return {"model": model.state_dict(), "config": asdict(model.config), "tokenizer": tokenizer}
 
 
-def export_of(model, folder, tokenizer=None):
+def export_of(model, folder, tokenizer=None, out="out"):
     save(folder / "ours.pt", checkpoint_of(model, tokenizer))
-    return formats("export", folder / "ours.pt", folder / "out")
+    return formats("export", folder / "ours.pt", folder / out)
 
 
 def write_llama2c(folder, model, sp, spaces=None):

@@ -13,17 +13,7 @@ import sentencepiece as spm
 import torch
 from conftest import assert_close, quick, refused, sharp_model, to_hugging_face
 from corpus import Writer
-from foreign import (
-    change_json,
-    checkpoint_of,
-    export_of,
-    formats,
-    imported,
-    logits,
-    save_folder,
-    their_model,
-    write_llama2c,
-)
+from foreign import change_json, export_of, formats, imported, logits, save_folder, their_model, write_llama2c
 from fuzz import memory_now
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
@@ -422,12 +412,9 @@ APART = {"k_groups": [[0, 1, 2, 2], [0, 0, 0, 0]], "v_groups": [[0, 1, 1, 1], [0
     ({"k_groups": [[0, 1, 0, 1]] * 2, "v_groups": [[0] * 4] * 2}, torch.float32),
 ])  # fmt: skip
 def test_a_gguf_file_comes_back_and_is_the_same_model_to_transformers(tmp_path, tiny_data, settings, dtype):
-    data, ours = (
-        (tiny_data / "tokenizer.model").read_bytes(),
-        sharp_model(vocab_size=400, **settings).to(dtype),
-    )
-    save(tmp_path / "ours.pt", checkpoint_of(ours, data))
-    formats("export", tmp_path / "ours.pt", tmp_path / "a.gguf")
+    data = (tiny_data / "tokenizer.model").read_bytes()
+    ours = sharp_model(vocab_size=400, **settings).to(dtype)
+    export_of(ours, tmp_path, data, "a.gguf")
     back, tokenizer = imported(tmp_path / "a.gguf", tmp_path / "back.pt")
     assert_close(logits(back), logits(ours.float()), TOLERANCE, "logits")
     if "k_groups" not in settings:
@@ -447,8 +434,7 @@ def test_a_byte_level_tokenizer_crosses_gguf(tmp_path, byte_level, part):
     fields["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": PARTED[part]}
     fields["model"]["ignore_merges"] = part == "llama-bpe"
     ours = with_special(read_tokenizer(json.dumps(fields).encode()), 1, True, [2])
-    save(tmp_path / "ours.pt", checkpoint_of(sharp_model(vocab_size=404), ours.data))
-    formats("export", tmp_path / "ours.pt", tmp_path / "a.gguf")
+    export_of(sharp_model(vocab_size=404), tmp_path, ours.data, "a.gguf")
     _, back = imported(tmp_path / "a.gguf", tmp_path / "back.pt")
     assert back.special == ours.special
     assert all(back.prompt(text) == ours.prompt(text) for text in (*TEXTS, "12345", "a    b", *CORPUS))
@@ -457,8 +443,7 @@ def test_a_byte_level_tokenizer_crosses_gguf(tmp_path, byte_level, part):
 def test_llama_cpp_writes_the_same_greedy_text(tmp_path, tiny_data):
     llama_cpp = pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python, which compiles it")
     data, ours = (tiny_data / "tokenizer.model").read_bytes(), sharp_model(vocab_size=400, **APART)
-    save(tmp_path / "ours.pt", checkpoint_of(ours, data))
-    formats("export", tmp_path / "ours.pt", tmp_path / "a.gguf")
+    export_of(ours, tmp_path, data, "a.gguf")
     theirs = llama_cpp.Llama(str(tmp_path / "a.gguf"), n_ctx=64, n_threads=1, verbose=False)
     for text in TEXTS[1:]:
         prompt = read_tokenizer(data).prompt(text)
