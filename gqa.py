@@ -216,8 +216,7 @@ def latent_sizes(model: Llama, found: Directions, tokens: torch.Tensor, share: f
         values[slot] = np.interp(range(1, max(x) + 1), x, [of_slot[step] for step in x])
     total = int(share * sum(whole.values()) / unit + 1e-9)
     require(total >= len(whole), f"--kv_budget {share} is below {unit} numbers of each layer's K and V")
-    counts = knapsack(list(values.values()))[1][total]
-    return {slot: step * unit for slot, step in zip(whole, counts)}
+    return {slot: unit * n for slot, n in zip(whole, knapsack(list(values.values()))[1][total])}
 
 
 # ---- which heads ----
@@ -392,7 +391,7 @@ def merge(model: Llama, groups: tuple[Maps, Maps], stats: list[Statistics], how:
 
 @dataclass
 class MergeConfig:
-    """What grouping and the search for groups have in common."""
+    """What grouping and the search have in common."""
 
     ckpt: str  # the checkpoint; an adapter is merged first
     out: str | None = None  # the checkpoint, or the group file, to write

@@ -96,8 +96,9 @@ def objective(text: str, loss: float, groups: float, kv_bytes: float) -> float:
         return result
     except Exception as error:  # of the parser, of a missing name or operator, of the arithmetic
         reason = f"{type(error).__name__} {error}"[:80]
-        names = f"use {', '.join(NAMES)}, + - * / **"
-        raise UserError(f"--objective {text[:80]!r} fails ({reason}): {names}") from None
+        raise UserError(
+            f"--objective {text[:80]!r} fails ({reason}): use {', '.join(NAMES)}, + - * / **"
+        ) from None
 
 
 # ---- measuring ----
@@ -153,7 +154,7 @@ def open_log(path: Path, header: dict) -> tuple[IO, dict[str, dict]]:
         found = {key((record["k_groups"], record["v_groups"])): record for record in records}
         other = [name for name, value in header.items() if first[name] != value]
     except BlockingIOError:
-        raise UserError(f"{path} is in use by another search: wait for it, or give another --log") from None
+        raise UserError(f"{path} is in use by another search: wait, or give another --log") from None
     except Exception:
         raise UserError(f"{path} is damaged or no log of search_groups.py: give another --log") from None
     if other:
@@ -232,7 +233,7 @@ class Search:
 
 
 def predict(search: Search) -> dict[Slot, np.ndarray]:
-    """For each slot the KL divergence that 1, 2, ... groups in it alone cause, without an evaluation."""
+    """For each slot the KL divergence that 1, 2, ... groups in it alone cause."""
     model, heads, values = search.model, search.heads, {}
     found = sensitivity(model, search.blocks)
     for slot, n in heads.items():
@@ -299,6 +300,8 @@ def contenders(search: Search) -> list[tuple[str, tuple[Maps, Maps]]]:
     model, joint = search.model, search.config.joint
     best = sorted(search.seen, key=search.value)[:3]
     found = [(f"found ({record['note']})", (record["k_groups"], record["v_groups"])) for record in best]
+    if search.config.method == "random":  # is a baseline itself
+        return found
     total = search.total or int(2 * best[0]["groups"]) // (1 + joint)
     even = even_counts(search.heads, total)
     found.append(("best groups, spread evenly", search.maps(even)))

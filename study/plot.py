@@ -4,6 +4,7 @@
     python -m study plot attention ckpt.pt --text "def add(a, b):"          # attention weights of every head
     python -m study plot similarity ckpt.pt                                 # which heads could share one
     python -m study plot groups ckpt.pt grouped.pt                          # which heads do share one
+    python -m study plot together a.json b.json     # how often two heads share one, in what searches found
     python -m study plot architecture ckpt.pt                               # a diagram with the model's sizes
 
 In `loss`, seconds include compilation and exclude evaluation. A run's last point is the whole val split, the
@@ -11,6 +12,7 @@ earlier ones are a part of it (`--eval_tokens`). `similarity` is 1 where two hea
 """
 
 import itertools
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,8 +42,8 @@ PALE = [tuple(0.4 + 0.6 * np.array(to_rgb(colour))) for colour in COLOURS]  # un
 class PlotConfig:
     """figure"""
 
-    action: Literal["loss", "attention", "similarity", "groups", "architecture"]  # what to draw
-    paths: list[str]  # loss: folders of runs, or NAME=FOLDER; all others: checkpoints
+    action: Literal["loss", "attention", "similarity", "groups", "together", "architecture"]  # what to draw
+    paths: list[str]  # loss: folders of runs, or NAME=FOLDER; together: group files; all others: checkpoints
     out: str | None = None  # .png, .svg or .pdf (default: ACTION.png); beside it a dark one, ACTION-dark.png
     x: Literal["seconds", "tokens", "step", "epochs"] = "seconds"  # loss: the horizontal axis
     train: bool = False  # loss: dashed, the training loss, too: each point the mean since the last
@@ -170,6 +172,24 @@ def draw_groups(models: dict[str, ModelConfig]) -> Figure:
     return figure
 
 
+def draw_together(paths: list[str]) -> Figure:
+    """A map of the K and one of the V heads for each layer: the share of the files in which two share one."""
+    found = []
+    try:
+        for path in paths:
+            record = json.loads(Path(path).read_text())
+            maps = np.array([record["k_groups"], record["v_groups"]])  # (2, layers, H)
+            found.append(maps[..., None] == maps[..., None, :])
+        shares = np.mean(found, axis=0)
+    except Exception:  # of a file that is damaged, or of a model of another shape than the last
+        raise UserError(
+            f"{path} has no groups, or of another shape: give files of search_groups.py"
+        ) from None
+    figure, axes = squares(shares, ["K", "V"], [f"layer {i}" for i in range(shares.shape[1])])
+    figure.colorbar(axes[0][0].images[0], ax=axes, label=f"share of {len(paths)} groupings", shrink=0.8)
+    return figure
+
+
 def box(axes, x: float, y: float, text: str, colour: str | tuple, above: float | None = None) -> None:
     """A box centred on (x, y), with an arrow to the box centred on (x, above)."""
     ink = axes.title.get_color()
@@ -212,7 +232,7 @@ def draw_architecture(c: ModelConfig) -> Figure:
 def main() -> None:
     config = PlotConfig(**parse(__doc__, PlotConfig))
     out, first = Path(config.out or f"{config.action}.png"), config.paths[0]
-    if config.action not in ("loss", "groups") and len(config.paths) > 1:
+    if config.action not in ("loss", "groups", "together") and len(config.paths) > 1:
         raise UserError(f"{config.action} is of one checkpoint, not of {len(config.paths)}: give one")
     if out.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"--out {out}: give a name that ends in .png, .svg or .pdf")
@@ -221,6 +241,7 @@ def main() -> None:
         "attention": lambda: draw_attention(first, config.text),
         "similarity": lambda: draw_similarity(first),
         "groups": lambda: draw_groups({path: model_config(load(path)) for path in config.paths}),
+        "together": lambda: draw_together(config.paths),
         "architecture": lambda: draw_architecture(model_config(load(first))),
     }[config.action]
     save(draw, out)

@@ -48,6 +48,7 @@ before-base: eval_ppl.py <ckpt> <own> <test>
 heal-base: train.py --init_from <ckpt> <heal>
 after-base: eval_ppl.py heal-base/ckpt.pt <own> <test>
 search-[share]: <search> --kv_budget <share> --refit output --out groups-[share].json --log search.jsonl
+again-[share]: <search> --kv_budget <share> --refit output --seed 1 --out again-[share].json --log again.jsonl
 merge-[merge]-[share]: gqa.py <ckpt> <own> <merge> --calibration_tokens 65536 --eval_tokens 2048
     --out [merge]-[share].pt --overwrite
 before-[merge]-[share]: eval_ppl.py [merge]-[share].pt <own> <test>
@@ -56,9 +57,25 @@ after-[merge]-[share]: eval_ppl.py heal-[merge]-[share]/ckpt.pt <own> <test>
 objective-random: <search> --objective ppl*groups**2 --method random --joint --refit none --out random.json
 objective-ours: <search> --objective ppl*groups**2 --refit output --out ours.json --log search.jsonl
 figure-heads: -m study plot groups <ours> --out figures/heads.png
+figure-together: -m study plot together <found> --out figures/together.png
 figure-similarity: -m study plot similarity <ckpt> --out figures/similarity.png
 figure-attention: -m study plot attention <ckpt> --out figures/attention.png
 figure-architecture: -m study plot architecture ours-1of2.pt --out figures/architecture.png
+""",
+    "published": """
+base: <base>
+published-random-[twin]: search_groups.py <ckpt> <own> <twothirds> --method random --joint <mean>
+    --max_evals 150 --seed [twin] --out published-random-[twin].json
+published-ours: search_groups.py <ckpt> <own> <twothirds> --max_evals 40 --refit none
+    --out published-ours.json
+published-[recipe]-merge: gqa.py <ckpt> <own> <recipe> --eval_tokens 2048
+    --out published-[recipe].pt --overwrite
+published-[recipe]-before-[protocol]: eval_ppl.py published-[recipe].pt <own> <protocol>
+published-[recipe]-heal: train.py --init_from published-[recipe].pt <own> <lora>
+published-[recipe]-after-[protocol]: eval_ppl.py published-[recipe]-heal/ckpt.pt <own> <protocol>
+published-[recipe]-first: gqa.py published-original-heal/ckpt.pt <own> <recipe> --eval_tokens 2048
+    --out first-[recipe].pt --overwrite
+published-[recipe]-first-[protocol]: eval_ppl.py first-[recipe].pt <own> <protocol>
 """,
     "tuning": """
 base: <base>
@@ -128,6 +145,19 @@ LOOPS = {
         "ours": "--groups groups-[share].json",
     },
     "share": {"3of4": "0.75", "2of3": f"{2 / 3}", "1of2": "0.5", "1of3": f"{1 / 3}", "1of4": "0.25"},
+    "recipe": {
+        "original": "--kv_budget 1 <mean>",
+        "random-0": "--groups published-random-0.json <mean>",
+        "random-1": "--groups published-random-1.json <mean>",
+        "neighbour": "<2of3> --joint --grouping neighbour <mean>",
+        "ours": "--groups published-ours.json --refit output", "latent": "<2of3> --latent --refit output",
+        "mqa-mean": "--n_kv_head 1 <mean>", "mqa-ours": "--n_kv_head 1 --refit output",
+    },
+    # the mean over blocks of exp(loss); then by a window of 1,024 tokens that moves 512
+    "protocol": {
+        "block_mean": "--method block_mean --context 128 <p>",
+        "sliding": "--method sliding --context 1024 <p>",
+    },
     "text": {  # Multi30k and DialogSum
         "multi30k-train.en": "<30k>/train.en.gz "
         "d79cfa999dd4c51d2cb42499b6796d5a882c3a8a961923c25a898c90f8bbd56f",
@@ -170,11 +200,18 @@ FLAGS = {  # what several steps share; refits take most of a search's time, henc
     "<score>": "--max_new_tokens 48 --limit 100 --json",
     "<heal>": "--teacher <ckpt> <own> --lora_r 8 --max_steps 20 --warmup_steps 4 --eval_tokens 0",
     "<search>": "search_groups.py <ckpt> <own> <size> --overwrite --calibration_tokens 32768",
+    "<twothirds>": "<2of3> --search_tokens 2048 --overwrite",
+    "<2of3>": f"--kv_budget {2 / 3}",
+    "<mean>": "--merge mean --refit none --calibration_tokens 4096",  # which a mean does not read
+    "<p>": "--split test --max_tokens 16384 --json",
+    "<lora>": "--lora_r 8 --lora_alpha 1 --optimizer adamw --lr 0.0005 --weight_decay 0 --warmup_steps 1"
+    " --block_size 128 --batch_size 4 --grad_accum 4 --max_steps 30 --eval_tokens 0",
     "<size>": "--max_evals 40 --search_tokens 16384",
     "<models>": " ".join(
         f"depth-long-{variant}-0/ckpt.pt" for loop in ("variant", "other") for variant in LOOPS[loop]
     ),
     "<ours>": " ".join(f"ours-{share}.pt" for share in LOOPS["share"]),
+    "<found>": " ".join(f"{seed}-{share}.json" for seed in ("groups", "again") for share in LOOPS["share"]),
     "<small>": "--n_layer 6 --dim 288 --n_head 6 --hidden_dim 768",
     "<110M>": "--n_layer 12 --dim 768 --n_head 12 --hidden_dim 2048 --vocab_size 32000",
     "<stories260K>": "https://huggingface.co/karpathy/tinyllamas/resolve/main/stories260K",
@@ -191,13 +228,13 @@ FAST = {  # patterns, and what --fast puts there
     "--dim (288|768) .* (768|32000)": TINY, "--block_size 1024": "--block_size 256",
     r' "--n_layer [578][^"]*"': "", r" depth-long-(?!6|5-plain)\S+": "",
     r"(--max_steps \d+)\d": r"\1", r"--warmup_steps \d+": "--warmup_steps 1", "--epochs 24": "--epochs 1",
-    "_every 40": "_every 3", r" --(steps|rounds) \d+": r" --\1 1", "_evals 40": "_evals 14",
+    "_every 40": "_every 3", r" --(steps|rounds) \d+": r" --\1 1", "_evals (40|150)": "_evals 14",
     "--limit 100": "--limit 8", "16384|32768|65536": "4096", "330000": "40000", r"(--shares \S+).*": r"\1",
-    " --compile": " --no-compile", r" ours-(?!1of2)\S+": "",
+    " --compile": " --no-compile", r" (ours|groups|again)-(?!1of2)\S+": "",
 }  # fmt: skip
 FAST_LOOPS = {  # how kept keys begin
     "variant": "6", "other": "5-plain", "seed": "0", "twin": "0", "way": "eager", "share": "1of2",
-    "task": ("docstrings", "multi30k"), "length": "256",
+    "task": ("docstrings", "multi30k"), "length": "256", "recipe": ("original", "random-0", "ours"),
 }  # fmt: skip
 
 
@@ -206,7 +243,7 @@ class StudyConfig:
     """study"""
 
     out: str = "out/study"  # the folder of everything that it makes
-    parts: list[str] | None = None  # any of depth groups tuning memory attention speed foreign (default: all)
+    parts: list[str] | None = None  # depth groups published tuning memory attention speed foreign (all)
     only: str = ""  # a regular expression: `base`, and the steps whose names have it; others must be done
     fast: bool = False  # tiny models and few steps, to check that everything works; into OUT-fast
     ckpt: str | None = None  # the model to group and to tune, in place of a default one; needs --dataset

@@ -5,7 +5,7 @@ import math
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -20,6 +20,9 @@ from study.bench import records, table
 
 KINDS = ("plain", "novel", "gated", "scaled", "torch")
 MERGES = ("random-mean", "neighbour-mean", "best-mean", "neighbour-closed", "ours")
+RECIPES = (
+    "original", "random-0", "random-1", "neighbour", "ours", "latent", "mqa-mean", "mqa-ours",
+)  # fmt: skip
 SHARES = ("3of4", "2of3", "1of2", "1of3", "1of4")
 SCORES = (
     "loss", "choice", "bleu", "bleu1", "chrf", "rouge1", "rouge2", "rougeL", "f1", "edit", "exact_match",
@@ -138,6 +141,27 @@ def draw_ratios(panels: dict[str, tuple[list[float], dict[str, list[float]]]]) -
     return drawn
 
 
+def published() -> Iterator[str]:
+    """Both published perplexities of each recipe, and by the original's: merged, then healed, and merged
+    after the original was healed."""
+    done = [recipe for recipe in RECIPES if result(f"published-{recipe}-after-sliding")]
+    if "original" not in done:
+        return
+    rows, bars = [], defaultdict(list)
+    for recipe in done:
+        size = result(f"published-{recipe}-before-block_mean")["kv_bytes_per_token"]
+        rows.append({"recipe": recipe, "bytes a token of the cache": size})
+        for when, way in product(("before", "after", "first"), ("block_mean", "sliding")):
+            base = result(f"published-original-{when.replace('first', 'after')}-{way}")[way]
+            if said := result(f"published-{recipe}-{when}-{way}"):
+                rows[-1][f"{when}, {way}"] = f"{said[way]:.2f} ({said[way] / base:.3f})"
+                bars[f"{when} healing: {way}, ratio to the original's"].append(said[way] / base)
+    yield "### The published recipe"
+    yield table(rows)
+    panels = {title: ratios for title, ratios in bars.items() if "sliding" in title and "first" not in title}
+    plot.save(partial(draw_bars, done, panels, "{:.3f}"), Path("figures/published.png"))
+
+
 def foreign() -> None:
     """The tables of compare-groups as a figure."""
     panels = {}
@@ -219,13 +243,12 @@ def draw_lengths(panels: dict[str, dict[str, list[tuple]]]) -> Figure:
     return drawn
 
 
-def draw_memory(rows: list[dict]) -> Figure:
-    bars = {"peak memory of a step, MiB": [row["peak"] / 2**20 for row in rows]}
-    bars["tokens/s"] = [row["train_tok_s"] for row in rows]
-    drawn, [axes] = plot.grid(1, 2, 10, 1 + 0.32 * len(rows))
+def draw_bars(labels: Sequence[str], bars: dict[str, list[float]], form: str) -> Figure:
+    """A panel of bars, one for each label, for each title."""
+    drawn, [axes] = plot.grid(1, len(bars), 10, 1 + 0.32 * len(labels))
     for place, colour, (title, values) in zip(axes, plot.COLOURS, bars.items()):
-        shown = place.barh([row["row"] for row in rows], values, color=colour)
-        place.bar_label(shown, fmt="{:,.0f}", padding=3, fontsize=8)
+        shown = place.barh(labels, values, color=colour)
+        place.bar_label(shown, fmt=form, padding=3, fontsize=8)
         place.set(title=title, xlim=(0, 1.25 * max(values)))
         place.invert_yaxis()
     return drawn
@@ -245,10 +268,13 @@ def report() -> None:
     """Write OUT/tables.md and OUT/figures of all that has run."""
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     text = [f"{time.strftime('%Y-%m-%d')} | Python {platform.python_version()} | {machine}"]
-    for section in (depth, groups, tuning, epochs, lengths, printed):
+    for section in (depth, groups, published, tuning, epochs, lengths, printed):
         text += section()
     foreign()
     if rows := result("memory").get("rows"):
-        plot.save(partial(draw_memory, rows), Path("figures/memory.png"))
+        bars = {"peak memory of a step, MiB": [row["peak"] / 2**20 for row in rows]}
+        bars["tokens/s"] = [row["train_tok_s"] for row in rows]
+        names = [row["row"] for row in rows]
+        plot.save(partial(draw_bars, names, bars, "{:,.0f}"), Path("figures/memory.png"))
     with replacing(Path("tables.md"), "w") as file:
         file.write("\n\n".join(text) + "\n")

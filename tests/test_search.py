@@ -80,7 +80,16 @@ def test_what_is_reported_was_read_neither_by_the_search_nor_by_the_choice(tiny_
     model, seen, reported = build_model(load(tiny_run)), {}, {}
     for name, splits in marked.items():
         data = variant(tiny_data, tmp_path / name, **splits)
-        flags = ["--max_evals", 8, "--method", "random", "--merge", "mean", "--dataset", data]
+        flags = [
+            "--max_evals",
+            3,
+            "--method",
+            "random",
+            "--merge",
+            "mean",
+            "--dataset",
+            data,
+        ]  # all are judged
         found, evaluations = search(tiny_run, data / "out.json", *HALF, *flags)
         seen[name] = [record["loss"] for record in evaluations]
         reported[name] = {str(row["k_groups"] + row["v_groups"]): row["loss"] for row in found["judged"]}

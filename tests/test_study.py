@@ -21,7 +21,7 @@ from common import IGNORE, UserError
 from data.instruct import encode_answer, encode_prompt
 from study import run, score, tables
 from study.__main__ import COMMANDS
-from study.plot import attention_weights
+from study.plot import attention_weights, draw_together
 
 
 @pytest.mark.parametrize("settings", [{}, {"n_kv_head": 2}])
@@ -41,6 +41,19 @@ def test_every_figure_is_drawn(tiny_run, tmp_path):
             picture = Image.open(tmp_path / f"{name}.png").convert("RGB")
             assert picture.getpixel((0, 0)) == paper
             assert len(picture.resize((64, 64)).getcolors(4096)) > 20, "it is nearly empty"
+
+
+def test_heads_that_share_are_counted(tmp_path):
+    found = {"a": ([[0, 0, 1]], [[0, 1, 2]]), "b": ([[0, 1, 1]], [[0, 0, 0]])}
+    for name, (k, v) in found.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"k_groups": k, "v_groups": v}))
+    figure = draw_together([tmp_path / "a.json", tmp_path / "b.json"])
+    k, v = (axes.images[0].get_array() for axes in figure.axes[:2])
+    assert np.array_equal(k, [[1, 0.5, 0], [0.5, 1, 0.5], [0, 0.5, 1]])
+    assert np.array_equal(v, (np.ones((3, 3)) + np.eye(3)) / 2)
+    (tmp_path / "b.json").write_text('{"k_groups": [[0, 1]], "v_groups": [[0, 1]]}')
+    done = quick("study", "plot", "together", tmp_path / "a.json", tmp_path / "b.json")
+    assert done.returncode == 2 and "b.json" in done.stderr
 
 
 def test_what_models_answer_is_kept_and_scored(tiny_run, tmp_path):
@@ -144,6 +157,7 @@ def test_tables_hold_what_the_logs_say(tmp_path, monkeypatch):
 
     Path("logs").mkdir()
     assert [*run.LOOPS["merge"], *run.LOOPS["share"]] == [*tables.MERGES, *tables.SHARES]
+    assert tuple(run.LOOPS["recipe"]) == tables.RECIPES
     both = [f"depth-short-5-{kind}-{seed}" for kind in ("plain", "novel") for seed in "01"]
     for name, perplexity in zip([*both, "tuning-few-full-0"], (10.0, 20.0, 11.0, 18.0, 0.0)):
         written(f"{name}-test", blocks=perplexity)
@@ -163,11 +177,21 @@ def test_tables_hold_what_the_logs_say(tmp_path, monkeypatch):
         written(f"{when}-base", blocks=original, kv_bytes_per_token=64)
         for merge in run.LOOPS["merge"]:
             written(f"{when}-{merge}-1of2", blocks=grouped, kv_bytes_per_token=32)
+    for recipe in run.LOOPS["recipe"]:
+        for when, ppl in (("before", 20.0), ("after", 15.0), ("first", 18.0)):
+            ppl /= 2 if recipe == "original" else 1
+            written(f"published-{recipe}-{when}-block_mean", block_mean=ppl, kv_bytes_per_token=32)
+            written(f"published-{recipe}-{when}-sliding", sliding=ppl - 5)
     tables.report()
     text = Path("tables.md").read_text()
     assert "| short | 5 | plain | 9 | 3 | 60 ± 0 | 15 ± 5 | 1 ± 0 |" in text
     assert "| short | 5 | novel | 9 | 3 | 60 ± 0 | 14.5 ± 3.5 | 1 ± 0.1 |" in text
     assert f"| few | full | 8 |{' 5 |' * len(tables.SCORES)} 40 | 60 | 5 | 7 |" in text
     assert "| 512 | naive | 2,000" in text and "| 512 | sdpa | 1,000" in text
-    assert all(Path(f"figures/{name}-dark.png").exists() for name in ("groups", "depth", "lengths"))
+    healed = (
+        "32 | 20.00 (2.000) | 15.00 (3.000) | 15.00 (2.000) | 10.00 (4.000) | 18.00 (2.400) | 13.00 (5.200)"
+    )
+    assert text.count(f"| {healed} |") == len(tables.RECIPES) - 1
+    drawn = ("groups", "depth", "lengths", "published")
+    assert all(Path(f"figures/{name}-dark.png").exists() for name in drawn)
     assert text.count(" | 2.000 -> 1.500 |") == len(run.LOOPS["merge"])
