@@ -122,25 +122,20 @@ def load_weights(model: Llama, weights: dict[str, torch.Tensor], where: str = "t
     return model
 
 
-def build_model(checkpoint: dict, device: str | torch.device = "cpu", dtype=None) -> Llama:
+def build_model(checkpoint: dict, device: str | torch.device = "cpu") -> Llama:
     """The model of a loaded checkpoint, in eval mode. Its weights are the mapped file's unless another device
-    or `dtype` is asked for; weights of several dtypes become float32."""
+    is asked for; weights of several dtypes become float32."""
     model = empty_model(model_config(checkpoint), lora_config(checkpoint))
     load_weights(model, checkpoint["model"])
     if len({p.dtype for p in model.parameters()}) > 1:
-        dtype = dtype or torch.float32
-    return model.to(device, dtype).eval()
+        model.float()
+    return model.to(device).eval()
 
 
-def build(
-    checkpoint: dict, device: str | torch.device = "cpu", kv_bits: int | None = None
-) -> tuple[Llama, Tokenizer]:  # fmt: skip
-    """The model, in eval mode, and the tokenizer of a loaded checkpoint; another number format of its cache
-    than its own, if `kv_bits` is given."""
-    tokenizer = read_tokenizer(checkpoint["tokenizer"])
-    if kv_bits:
-        checkpoint = {**checkpoint, "config": {**checkpoint["config"], "kv_bits": kv_bits}}
-    return build_model(checkpoint, device), tokenizer
+def build(checkpoint: dict, device="cpu", kv_bits: int | None = None) -> tuple[Llama, Tokenizer]:
+    """The model, in eval mode, and the tokenizer of a loaded checkpoint; `kv_bits` replaces its cache's."""
+    config = checkpoint["config"] | ({"kv_bits": kv_bits} if kv_bits else {})
+    return build_model({**checkpoint, "config": config}, device), read_tokenizer(checkpoint["tokenizer"])
 
 
 def without_training_state(checkpoint: dict) -> dict:
@@ -226,9 +221,8 @@ def main() -> None:
         show(config.ckpt)
         return
     require(config.out, "merge needs a name: give --out OUT.pt, the checkpoint to write")
-    checkpoint = load(config.ckpt)
     writable(Path(config.out), config.overwrite)
-    save(Path(config.out), merged(checkpoint))
+    save(Path(config.out), merged(load(config.ckpt)))
     show(config.out)
 
 

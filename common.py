@@ -107,12 +107,12 @@ def add_flags(parser: Parser, cls: type) -> None:
         kind, positional = kinds[field.name], field.default is dataclasses.MISSING
         if isinstance(kind, types.UnionType):  # `int | None`: None means "derive it", and cannot be typed
             kind = typing.get_args(kind)[0]
+        if typing.get_origin(kind) is list:
+            kind, options["nargs"] = typing.get_args(kind)[0], "+"
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is typing.Literal:
             options["choices"] = typing.get_args(kind)
-        elif typing.get_origin(kind) is list:
-            options |= {"type": typing.get_args(kind)[0], "nargs": "+"}
         else:
             options["type"] = kind
         if field.metadata == POSITIONAL:

@@ -66,11 +66,10 @@ def window_nll(
     """
     assert 1 <= stride <= context and not model.training, f"stride {stride}, context {context}"
     device, last, windows, scored = model.tok_embeddings.weight.device, len(tokens) - 1, [], 0
-    for start in range(0, last, stride):
-        if scored < last:
-            end = min(start + context, last)
-            windows.append((start, end, end - scored))
-            scored = end
+    for start in range(0, max(1, last - context + stride), stride):
+        end = min(start + context, last)
+        windows.append((start, end, end - scored))
+        scored = end
     batch_size = max(1, min(batch_size, MOST_LOGITS // (context * model.config.vocab_size)))
     batches, losses = range(0, len(windows), batch_size), []
     for first in tqdm(batches, desc="evaluating", disable=quiet or None, leave=False):

@@ -313,13 +313,16 @@ def fused(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: Tensor | No
     return flash_attention(q, k, v, k_of, v_of)[0]
 
 
-def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def why_not(model: Llama) -> str | None:
     """Why the kernels cannot run here, in words; None if they can."""
-    if head_dim not in HEAD_DIMS or dtype == torch.float64:
-        return f"it takes head_dim {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}, not {head_dim}, and no float64"
+    weight, c = model.tok_embeddings.weight, model.config
+    if any(c.k_latent) or any(c.v_latent):
+        return "it knows no latent keys and values"
+    if c.head_dim not in HEAD_DIMS or weight.dtype == torch.float64:
+        return f"it takes head_dim {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}, not {c.head_dim}, and no float64"
     if INTERPRETED.value:
         return None
-    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
+    if not weight.is_cuda or torch.version.hip or torch.cuda.get_device_capability(weight.device) < (8, 0):
         return "it needs an NVIDIA GPU of compute capability 8.0 or more (or TRITON_INTERPRET=1, slowly)"
     compiler = triton.knobs.build.cc or which("gcc") or which("clang")
     return None if compiler else "Triton needs a C compiler: install gcc"
@@ -327,11 +330,7 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
 
 def use_kernels(model: Llama) -> None:
     """Let the model's attention run in these kernels; where they cannot, print the reason and leave sdpa."""
-    weight, c = model.tok_embeddings.weight, model.config
-    reason = why_not(weight.device, weight.dtype, c.head_dim)
-    if any(c.k_latent) or any(c.v_latent):
-        reason = "it knows no latent keys and values"
-    if reason:
+    if reason := why_not(model):
         note(f"no triton attention: {reason}; sdpa takes its place")
         return
     for layer in model.layers:

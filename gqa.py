@@ -5,10 +5,6 @@
     python gqa.py ckpt.pt --out latent.pt --kv_budget 0.5 --latent   # latents of any width instead of groups
     python gqa.py ckpt.pt --out mean.pt --n_kv_head 4 --merge mean --grouping neighbour --refit none
 
-    stats = statistics(model, blocks)                                # one pass over calibration text
-    groups = choose(model, stats, counts)                            # which heads share one
-    small = refit(merge(model, groups, stats), model, blocks)        # then heal it: train.py --teacher
-
 An attention layer has two symmetries, under which its weights change and its function does not:
 
     values  W_v^h may be multiplied by any invertible S, if W_o^h is multiplied by its inverse
@@ -162,11 +158,9 @@ def merge_values(
 
 def all_directions(model: Llama, stats: list[Statistics]) -> Directions:
     """Of each layer's K and V."""
-    found = {}
-    for layer, of_layer in zip(model.layers, stats):
-        for kind in "kv":
-            found[layer.attention.layer, kind] = directions(*weighted_rows(layer.attention, kind, of_layer))
-    return found
+    layers = [layer.attention for layer in model.layers]
+    slots = product(range(len(layers)), "kv")
+    return {(i, kind): directions(*weighted_rows(layers[i], kind, stats[i])) for i, kind in slots}
 
 
 def latent(found: tuple[torch.Tensor, ...], size: int) -> tuple[list, ...]:
@@ -183,7 +177,7 @@ def latent(found: tuple[torch.Tensor, ...], size: int) -> tuple[list, ...]:
 def to_latents(model: Llama, found: Directions, sizes: Counts) -> Llama:
     """The model with latent keys and values of these sizes, numbers in the cache, in place of heads."""
     c, weights, D = model.config, model.state_dict(), model.config.head_dim
-    k_latent, v_latent = [list(ranks) for ranks in c.k_latent], list(c.v_latent)
+    k_latent, v_latent = list(c.k_latent), list(c.v_latent)
     for (layer, kind), size in sizes.items():
         attention, name = model.layers[layer].attention, f"layers.{layer}.attention."
         ranks, z, mix = latent(found[layer, kind], size)
@@ -258,14 +252,6 @@ class Costs:
             kept = torch.einsum("ns,fnst,nt->fn", u, grams, u) / u.square().sum(-1)
             lost = grams.diagonal(dim1=-2, dim2=-1).sum(-1) - kept
         return lost.sum(0).clamp(min=0)
-
-    def similarity(self) -> np.ndarray:
-        """(n, n): 1 where two heads share one at no cost, 0 where one of them is lost."""
-        sizes = self.gram.diagonal(dim1=-2, dim2=-1).real.unflatten(-1, (self.n, -1)).sum((0, 2)).numpy()
-        (a, b), alike = np.tril_indices(self.n, -1), np.eye(self.n)
-        least = np.maximum(np.minimum(sizes[a], sizes[b]), TINY)
-        alike[a, b] = alike[b, a] = 1 - self(np.stack((a, b), 1)) / least
-        return alike
 
 
 def slot_costs(model: Llama, stats: list[Statistics], slot: Slot):
@@ -423,7 +409,8 @@ class GroupConfig(MergeConfig):
         super().__post_init__()
         if [self.groups, self.kv_budget, self.n_kv_head].count(None) != 2:
             raise UserError("which groups? give one of --kv_budget 0.5, --n_kv_head N and --groups FILE.json")
-        if self.latent and (self.kv_budget is None or self.joint or self.grouping != "best"):
+        of_groups = self.joint or self.grouping != "best" or self.merge != "closed"
+        if self.latent and (self.kv_budget is None or of_groups):
             raise UserError("--latent takes --kv_budget, and has no groups: drop the other flags of groups")
         if self.groups and (self.joint or self.grouping != "best"):
             raise UserError(f"--groups {self.groups} says which heads share: drop --joint and --grouping")
@@ -433,7 +420,6 @@ def open_model(path: str, device: str) -> tuple[dict, Llama]:
     """A checkpoint and its model, adapter merged, float32 or wider, in eval mode, on the device of that name
     (an Apple GPU has no float64: on the CPU)."""
     place, checkpoint = pick_device(device), load(path)
-    require(checkpoint["tokenizer"], f"{path} has no tokenizer: import it with --tokenizer")
     model = plain(build_model(checkpoint))
     latents = model.config.v_latent + model.config.k_latent
     require(not any(latents), f"{path} has latent keys or values: start from its original")
@@ -517,6 +503,7 @@ def main() -> None:
     ratio = f"perplexity {before:.4f} -> {after:.4f}, x {after / before:.4f}"
     print(f"{ratio} | {len(val) - 1:,} tokens of {name}")
     heal = f"--init_from {out} --teacher {config.ckpt} --max_steps 40 --warmup_steps 5"
+    heal += f" --dataset {config.dataset}" if config.dataset else ""
     print(f"--- next:\npython train.py {heal} --out_dir {out.with_suffix('')}-healed")
 
 

@@ -10,9 +10,9 @@ training the product can be added to W (`plain`). In QLoRA (arXiv 2305.14314) W 
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn as nn
@@ -22,8 +22,8 @@ from common import UserError, bounded
 from model import Llama, widen
 from nf4 import NF4Linear, linear_of
 
-TARGETS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "output")
-ATTENTION = TARGETS[:4]
+Target = Literal["wq", "wk", "wv", "wo", "w1", "w2", "w3", "output"]
+TARGETS = get_args(Target)
 
 
 @dataclass
@@ -33,13 +33,11 @@ class LoRAConfig:
     lora_r: int = bounded(0, 0, 2**20)  # rank of the adapter; 8 is usual, 0 trains the whole model
     lora_alpha: float = bounded(16.0, 1e-9, 1e9)  # the product is scaled by lora_alpha / lora_r
     lora_dropout: float = bounded(0.0, 0, 0.99)  # on the adapter's input
-    lora_targets: list[str] | None = None  # any of wq wk wv wo w1 w2 w3 output (default: wq wk wv wo)
+    lora_targets: list[Target] | None = None  # the layers that get an adapter (default: wq wk wv wo)
     quantize: Literal["none", "nf4"] = "none"  # how the frozen matrices of the blocks are stored
 
     def __post_init__(self):
-        self.lora_targets = list(dict.fromkeys(self.lora_targets or ATTENTION))
-        if unknown := set(self.lora_targets) - set(TARGETS):
-            raise UserError(f"--lora_targets {min(unknown)}: no such layer; take any of {' '.join(TARGETS)}")
+        self.lora_targets = list(dict.fromkeys(self.lora_targets or TARGETS[:4]))
         if self.quantize != "none" and not self.lora_r:
             raise UserError("--quantize freezes the model: give --lora_r 8, so that an adapter learns")
 
@@ -47,9 +45,8 @@ class LoRAConfig:
 class LoRALinear(nn.Module):
     """A frozen linear layer and a low-rank product beside it, which begins as zero."""
 
-    def __init__(self, linear: nn.Linear | NF4Linear, r: int = 8, alpha: float = 16.0, dropout: float = 0.0):
+    def __init__(self, linear: nn.Linear | NF4Linear, r: int, alpha: float, dropout: float):
         super().__init__()
-        assert getattr(linear, "bias", None) is None, "a Llama's matrices have no bias"
         self.linear, self.scale = linear.requires_grad_(False), alpha / r
         weight = linear.codes if isinstance(linear, NF4Linear) else linear.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)  # float32 beside a bfloat16 base, too
@@ -81,27 +78,17 @@ def replace(model: nn.Module, names: Iterable[str], kinds: type | tuple, make: C
                 setattr(parent, name, make(layer))
 
 
-def apply_lora(model: Llama, r=8, alpha=16.0, dropout=0.0, targets: Sequence[str] = ATTENTION) -> None:
-    """Give each layer of these names an adapter, and freeze everything else."""
-    assert not adapters(model), "the model has an adapter already"
-    assert set(targets) <= set(TARGETS), f"{targets}: no such layers"
-    replace(model, targets, (nn.Linear, NF4Linear), lambda layer: LoRALinear(layer, r, alpha, dropout))
-    for name, p in model.named_parameters():
-        p.requires_grad_(name.endswith(("lora_A", "lora_B")))
-
-
-def quantize_blocks(model: Llama) -> None:
-    """Store the matrices of the blocks in NF4, one after the other; all others stay as they are."""
-    assert not adapters(model), "quantize first: what has an adapter would be passed over"
-    replace(model.layers, TARGETS[:7], nn.Linear, NF4Linear.from_linear)
-
-
 def adapt(model: Llama, config: LoRAConfig) -> Llama:
-    """The model, changed as the settings say."""
+    """The model, changed as the settings say: the blocks' matrices in NF4, one after the other, and an
+    adapter beside each layer of these names, all else frozen."""
+    assert not adapters(model), "the model has an adapter already"
     if config.quantize == "nf4":
-        quantize_blocks(model)
+        replace(model.layers, TARGETS[:7], nn.Linear, NF4Linear.from_linear)
     if config.lora_r:
-        apply_lora(model, config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_targets)
+        how = config.lora_r, config.lora_alpha, config.lora_dropout
+        replace(model, config.lora_targets, (nn.Linear, NF4Linear), lambda layer: LoRALinear(layer, *how))
+        for name, p in model.named_parameters():
+            p.requires_grad_(name.endswith(("lora_A", "lora_B")))
     return model
 
 

@@ -47,7 +47,7 @@ class ModelConfig:
     dim: int = bounded(256, 1, MOST)  # model width
     head_dim: int | None = bounded(None, 2, MOST)  # width of one head, even (default: dim / n_head)
     hidden_dim: int | None = bounded(None, 1, MOST)  # feed-forward width (default: 8/3 dim, rounded up to 32)
-    block_size: int = bounded(256, 1, 2**24)  # longest context, tokens
+    block_size: int = bounded(256, 2, 2**24)  # longest context, tokens
     vocab_size: int = bounded(4096, 1, MOST)  # tokens in the vocabulary
     rope_theta: float = bounded(10000.0, 1e-6, 1e30)  # base of the rotary wavelengths
     # Llama 3's stretching of long wavelengths, see ROPE_SCALING
@@ -71,7 +71,7 @@ class ModelConfig:
         require(self.head_dim or dim % H == 0, f"n_head {H} does not divide dim {dim}: {remedy}")
         self.head_dim = self.head_dim or dim // H
         remedy = "RoPE turns pairs, so give an even --head_dim, or change --dim or --n_head"
-        require(self.head_dim >= 2 and self.head_dim % 2 == 0, f"head_dim is {self.head_dim}: {remedy}")
+        require(self.head_dim % 2 == 0, f"head_dim is {self.head_dim}: {remedy}")
         self.hidden_dim = self.hidden_dim or 32 * math.ceil(8 * dim / 3 / 32)
         if scaling := self.rope_scaling:
             sound = set(scaling) == set(ROPE_SCALING) and all(0 < x < math.inf for x in scaling.values())
@@ -79,9 +79,8 @@ class ModelConfig:
             require(sound, f"rope_scaling is {scaling}: give {', '.join(ROPE_SCALING)}, low below high")
         G = self.n_kv_head = self.n_kv_head or H
         require(H % G == 0, f"n_kv_head {G} does not divide n_head {H}: give --n_kv_head a divisor of {H}")
-        uniform = [h * G // H for h in range(H)]
-        self.k_groups = self.k_groups or [list(uniform) for _ in range(self.n_layer)]
-        self.v_groups = self.v_groups or [list(uniform) for _ in range(self.n_layer)]
+        uniform = [[h * G // H for h in range(H)]] * self.n_layer
+        self.k_groups, self.v_groups = self.k_groups or uniform, self.v_groups or uniform
         for name, groups in (("k_groups", self.k_groups), ("v_groups", self.v_groups)):
             require(len(groups) == self.n_layer, f"{name} has {len(groups)} lists, n_layer is {self.n_layer}")
             for of_head in groups:
@@ -89,7 +88,7 @@ class ModelConfig:
                 require(dense, f"{name} has {of_head}: give {H} group numbers that skip none from 0 on")
         self.k_latent = [r if any(r) else [] for r in self.k_latent or [[]] * self.n_layer]
         self.v_latent = self.v_latent or [0] * self.n_layer
-        sizes = {len(ranks) for ranks in self.k_latent} | {0}
+        sizes = {len(ranks) for ranks in self.k_latent}
         sound = len(self.k_latent) == len(self.v_latent) == self.n_layer and sizes <= {0, self.head_dim // 2}
         sound = sound and all(0 <= r <= H * self.head_dim for r in chain(*self.k_latent, self.v_latent))
         require(sound, "k_latent or v_latent is of another model")
@@ -220,7 +219,8 @@ def pack(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """What `pack` has rounded, float32."""
-    codes, scale = packed[..., :-2].view(torch.int8), packed[..., -2:].contiguous().view(torch.bfloat16)
+    codes, scale = packed[..., :-2].view(torch.int8), packed[..., -2:]
+    scale = scale.clone(memory_format=torch.contiguous_format).view(torch.bfloat16)  # aligned anew
     if bits == 4:
         codes = torch.stack((codes >> 4, codes << 4 >> 4), dim=-1).flatten(-2)  # shifts keep the sign
     return codes * scale.float()

@@ -109,7 +109,6 @@ class NF4Linear(nn.Module):
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> "NF4Linear":
         """The layer's weight, rounded to NF4."""
-        assert linear.bias is None, "a Llama's matrices have no bias"
         with torch.device("meta"):
             layer = cls(linear.in_features, linear.out_features)
         if not linear.weight.is_meta:  # else there are only names and shapes to take over

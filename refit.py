@@ -24,8 +24,6 @@ SLICE = 64 if torch.cuda.is_available() else 8  # rows of text computed at a tim
 QUERIES = 64  # sampled in each row of text, evenly spaced, to observe attention
 STEPS = 20  # of L-BFGS
 MOST_WEIGHTS = 2**28  # attention weights held of a layer, 1 GiB; beyond it fewer rows serve
-
-
 SENSED = 4096  # tokens of `sensitivity`
 TINY = 1e-30
 

@@ -53,9 +53,9 @@ def main() -> None:
         raise UserError("--prompt is text to continue, --instruction a task to answer: give one of them")
     device = pick_device(config.device)
     model, tokenizer = build(load(config.ckpt), device, config.kv_bits)
-    text, shown = config.prompt, config.prompt
+    text = config.prompt
     if config.instruction or config.input:
-        text, shown = prompt_text({"instruction": config.instruction, "input": config.input}), ""
+        text = prompt_text({"instruction": config.instruction, "input": config.input})
     prompt = tokenizer.prompt(text)
     if config.compile:
         if missing := compiler_missing(device):
@@ -69,7 +69,7 @@ def main() -> None:
         )  # fmt: skip
         if config.num_samples > 1:
             print(f"--- sample {number + 1}, seed {config.seed + number}")
-        ids, waiting = list(prompt), shown  # printed with the first token, when no error can come before it
+        ids, waiting = list(prompt), config.prompt  # waits for the first token: an error may come before it
         for piece in readable(ids, (row[0] for row in steps), tokenizer):
             print(waiting + piece, end="", flush=True)
             waiting = ""

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoint import picture
-from common import UserError, bounded, exit_cleanly, parse, replacing, require, writable
+from common import UserError, bounded, exit_cleanly, parse, replacing, require, sha256_of, writable
 from eval_ppl import MOST_LOGITS, perplexity
 from gqa import (
     Counts, MergeConfig, Slot, as_maps, budget, choose, even_counts, head_counts, merge, merged_config,
@@ -45,7 +45,6 @@ from partition import best_partitions, knapsack
 from refit import STEPS, divergence, refit, sensitivity, statistics
 
 NAMES = ("ppl", "loss", "groups", "kv_bytes")  # what an objective may name
-NUMBERS = ("loss", "kl", "groups", "kv_bytes")  # of an evaluation
 OPERATORS = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
     ast.Pow: operator.pow, ast.USub: operator.neg,
@@ -127,19 +126,8 @@ class Judge:
         return loss / self.count, max(0.0, divergence / self.count)
 
 
-def digest(arrays) -> str:
-    sha = hashlib.sha256()
-    for array in arrays:
-        sha.update(np.ascontiguousarray(array).data)
-    return sha.hexdigest()
-
-
-def key(maps: tuple[Maps, Maps]) -> str:
-    return json.dumps(maps)
-
-
 def open_log(path: Path, header: dict) -> tuple[IO, dict[str, dict]]:
-    """The JSONL of a search, which it alone has open, and the evaluations in it, by `key`. Raises UserError
+    """The JSONL of a search, which it alone has open, and its evaluations, by their maps. Raises UserError
     if another search has it, or if its first line is another header."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a+", buffering=1)  # noqa: SIM115
@@ -149,9 +137,9 @@ def open_log(path: Path, header: dict) -> tuple[IO, dict[str, dict]]:
         text = file.read()
         lines = [line for line in text.splitlines() if line.endswith("}")] if text else [json.dumps(header)]
         first, *records = map(json.loads, lines)
-        numbers = [record[name] for record in records for name in NUMBERS]
+        numbers = [record[name] for record in records for name in ("loss", "kl", "groups", "kv_bytes")]
         require(all(map(math.isfinite, numbers)) and all(r["note"] for r in records), "a damaged record")
-        found = {key((record["k_groups"], record["v_groups"])): record for record in records}
+        found = {str((record["k_groups"], record["v_groups"])): record for record in records}
         other = [name for name, value in header.items() if first[name] != value]
     except BlockingIOError:
         raise UserError(f"{path} is in use by another search: wait, or give another --log") from None
@@ -185,8 +173,8 @@ class Search:
             what = f"search_tokens is {config.search_tokens}, a third of val {third}"
             raise UserError(f"{what}: give --search_tokens {least} or more, and three times as much val text")
         texts = [val[start : start + part + 1] for start in (0, part, 2 * part)]
-        weights = (x.cpu().numpy() for _, x in sorted(model.state_dict().items()))
-        header = {"model": digest(weights), "text": digest([blocks.cpu().numpy(), *texts])}
+        text = b"".join(part.tobytes() for part in (blocks.cpu().numpy(), *texts))
+        header = {"model": sha256_of(Path(config.ckpt)), "text": hashlib.sha256(text).hexdigest()}
         header |= {"refit": config.refit, "merge": config.merge}
         self.log, self.records = open_log(Path(config.log), header)
         self.judge, self.choice, self.report = (Judge(model, text) for text in texts)
@@ -219,11 +207,12 @@ class Search:
 
     def measure(self, maps: tuple[Maps, Maps], note: str) -> dict:
         """Evaluate a grouping, unless the log has it."""
-        if key(maps) not in self.records:
+        record = self.records.get(str(maps))
+        if record is None:
             loss, kl = self.judge(self.grouped(maps, 2))  # refitting takes most of the time
-            self.records[key(maps)] = {"note": note, "loss": loss, "kl": kl, **self.described(maps)}
-            print(json.dumps(self.records[key(maps)]), file=self.log)
-        record = self.records[key(maps)]
+            record = {"note": note, "loss": loss, "kl": kl, **self.described(maps)}
+            self.records[str(maps)] = record
+            print(json.dumps(record), file=self.log)
         if record not in self.seen:
             self.seen.append(record)
         self.evals += 1
@@ -316,11 +305,11 @@ def chosen(search: Search) -> list[dict]:
     """The contenders, best first on the text of `choice`; their loss and KL are those on that of `report`."""
     rows = {}
     for name, maps in tqdm(contenders(search), desc="judging", disable=None, leave=False):
-        if key(maps) not in rows:
+        if str(maps) not in rows:
             small, sizes = search.grouped(maps), search.described(maps)
             value = search.value({**sizes, "loss": search.choice(small)[0]})
             loss, kl = search.report(small)
-            rows[key(maps)] = {"name": name, "loss": loss, "kl": kl, "choice": value, **sizes}
+            rows[str(maps)] = {"name": name, "loss": loss, "kl": kl, "choice": value, **sizes}
     return sorted(rows.values(), key=lambda row: row["choice"])
 
 

@@ -109,7 +109,7 @@ def settle(flags: dict, checkpoint: dict) -> tuple[ModelConfig, LoRAConfig, Trai
     c = model_config(checkpoint, **shape) if checkpoint else ModelConfig(**shape)
     lora = lora_config(checkpoint) if adapted else LoRAConfig(**adapter)
     if resume:
-        return c, lora, checked(TrainConfig, {**pick(TrainConfig, old), "overwrite": False, **run})
+        return c, lora, checked(TrainConfig, {**pick(TrainConfig, old), **run})
     if adapter and not lora.lora_r:
         raise UserError(f"--{min(adapter)} is of an adapter: give --lora_r 8, or drop it")
     if lora.lora_r and not checkpoint:
@@ -313,7 +313,7 @@ class Log:
     def __init__(self, path: Path, resumed_at: int | None):
         self.path, kept = path, []
         if resumed_at is not None and path.exists():
-            whole_lines = (line for line in path.read_text().splitlines() if line.endswith("}"))
+            whole_lines = path.read_text().split("\n")[:-1]  # a run that was killed may leave half a line
             kept = [record for record in map(json.loads, whole_lines) if record["step"] <= resumed_at]
         self.evaluated = {record["step"] for record in kept if "val_loss" in record}
         if rank() == 0:
@@ -366,11 +366,12 @@ def restore(checkpoint: dict, optimizers: list[torch.optim.Optimizer], scaler: t
                 require(sound, f"state of parameter {i}")
                 own["state"][i] = {name: shard(x, p) for name, x in moments[i].items()}
             optimizer.load_state_dict(own)
-        require(all(0 <= checkpoint[key] < math.inf for key in ("step", "tokens", "seconds")), "position")
+        for key, kind in {"step": int, "tokens": int, "seconds": float}.items():
+            require(is_a(checkpoint[key], kind) and 0 <= checkpoint[key] < math.inf, key)
         if scaler.is_enabled() and checkpoint["scaler"]:  # the run may have had another --dtype until now
             scaler.load_state_dict(checkpoint["scaler"])
     except Exception as error:
-        raise UserError(f"damaged training state ({error!s:.120}): start from it with --init_from") from None
+        raise UserError(f"no sound training state ({error!s:.120}): start from it with --init_from") from None
 
 
 def catch_signals() -> list[int]:
@@ -442,9 +443,6 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
     own if it is resumed, or from {}, nothing."""
 
     # ---- settings
-    kinds = {"step": int, "tokens": int, "seconds": float, "train": dict, "optimizers": list, "scaler": dict}
-    if flags.get("resume") and not all(is_a(checkpoint.get(key), kind) for key, kind in kinds.items()):
-        raise UserError(f"{path} has no training state: start a new run from it with --init_from")
     c, lora, config = settle(flags, checkpoint)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)

@@ -29,7 +29,7 @@ from checkpoint import build, load, model_config
 from common import UserError, parse
 from data.tokenizer import read_tokenizer
 from eval_ppl import split_tokens
-from gqa import Costs, calibration_blocks, open_model, statistics
+from gqa import TINY, Costs, calibration_blocks, open_model, statistics
 from model import Llama, ModelConfig, scores
 from study.bench import records
 
@@ -143,13 +143,22 @@ def draw_attention(ckpt: str | Path, text: str) -> Figure:
     return figure
 
 
+def similarity(cost: Costs) -> np.ndarray:
+    """(n, n): 1 where two heads share one at no cost, 0 where one of them is lost."""
+    sizes = cost.gram.diagonal(dim1=-2, dim2=-1).real.unflatten(-1, (cost.n, -1)).sum((0, 2)).numpy()
+    (a, b), alike = np.tril_indices(cost.n, -1), np.eye(cost.n)
+    least = np.maximum(np.minimum(sizes[a], sizes[b]), TINY)
+    alike[a, b] = alike[b, a] = 1 - cost(np.stack((a, b), 1)) / least
+    return alike
+
+
 def draw_similarity(ckpt: str | Path) -> Figure:
     """A map of the K heads and one of the V heads for each layer."""
     checkpoint, model = open_model(str(ckpt), "cpu")
     text, _ = split_tokens(checkpoint, read_tokenizer(checkpoint["tokenizer"]), None, "train")
     found = statistics(model, calibration_blocks(text, model, 65536, 0))
     layers = [(layer.attention, seen) for layer, seen in zip(model.layers, found)]
-    maps = [[Costs(attention, kind, seen).similarity() for attention, seen in layers] for kind in "kv"]
+    maps = [[similarity(Costs(attention, kind, seen)) for attention, seen in layers] for kind in "kv"]
     figure, axes = squares(maps, ["K", "V"], [f"layer {i}" for i in range(len(layers))])
     figure.colorbar(axes[0][0].images[0], ax=axes, label="similarity of two heads", shrink=0.8)
     return figure

@@ -55,7 +55,7 @@ train.py --init_from run/ckpt.pt --max_steps 1 --out_dir new
     --dataset other                          other has another tokenizer
     --quantize nf4                           --lora_r
     --lora_alpha 3                           --lora_r
-    --lora_r 2 --lora_targets wq w9          --lora_targets w9
+    --lora_r 2 --lora_targets wq w9          --lora_targets
     --init_from lora.pt --lora_r 8           --lora_r
 data/prepare.py --out new mine
     --tokenizer run/ckpt.pt                  --text
@@ -83,6 +83,7 @@ gqa.py run/ckpt.pt --out new.pt --calibration_tokens 1024
     --seed 1                                 --kv_budget
     --n_kv_head 5                            --n_kv_head
     --n_kv_head 2 --latent                   --kv_budget
+    --kv_budget 0.5 --latent --merge mean    --latent
     --kv_budget 0.01 --latent                --kv_budget
     --groups torn.json                       torn.json
     --groups tasks.json                      tasks.json

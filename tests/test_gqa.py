@@ -21,6 +21,7 @@ from gqa import Costs, choose, head_counts, merge, statistics
 from lora import LoRAConfig, adapt, adapters
 from model import ROPE_SCALING, Llama, ModelConfig, rope_angles, scores
 from refit import refit, refit_attention
+from study.plot import similarity
 
 SHAPES = {
     "mha": {},
@@ -76,7 +77,7 @@ def test_heads_equal_up_to_the_symmetries_merge_at_no_cost(shape):
     maps = choose(model, stats, head_counts(source))
     assert maps == (c.k_groups, c.v_groups), "the planted groups are not found"
     for layer, (kind, groups) in product(range(2), zip("kv", maps)):
-        alike = Costs(model.layers[layer].attention, kind, stats[layer]).similarity()
+        alike = similarity(Costs(model.layers[layer].attention, kind, stats[layer]))
         same = np.equal.outer(groups[layer], groups[layer])
         assert np.allclose(alike[same], 1, atol=1e-9) and np.allclose(alike, alike.T)
         assert (alike[~same] >= -1e-9).all() and (alike[~same] < 0.99).all()

@@ -12,7 +12,7 @@ from foreign import checkpoint_of
 
 import lora
 from checkpoint import build_model, load, merged
-from lora import TARGETS, LoRAConfig, LoRALinear, adapt, adapters, apply_lora
+from lora import TARGETS, LoRAConfig, LoRALinear, adapt, adapters
 from model import Llama, ModelConfig
 from nf4 import NF4, NF4Linear, dequantize, dynamic_values, quantize
 
@@ -24,9 +24,7 @@ TARGET_SETS = [TARGETS[:4], TARGETS, *((name,) for name in TARGETS)]
 def adapted(targets=TARGETS[:4], r=3, alpha=5.0, quantized=False, **settings):
     """A model with an adapter whose B is not zero, as after training."""
     model, generator = sharp_model(**settings), torch.Generator().manual_seed(3)
-    if quantized:
-        lora.quantize_blocks(model)
-    apply_lora(model, r, alpha, targets=targets)
+    adapt(model, LoRAConfig(r, alpha, 0.0, list(targets), "nf4" if quantized else "none"))
     for layer in adapters(model):
         layer.lora_B.data.copy_(0.2 * torch.randn(layer.lora_B.shape, generator=generator))
     return model
@@ -62,7 +60,7 @@ def test_outputs_and_gradients_equal_peft(targets, shape):
 def test_a_new_adapter_changes_nothing_and_has_the_published_defaults():
     model = sharp_model()
     before = model(TOKENS)
-    apply_lora(model)
+    adapt(model, LoRAConfig(8))
     assert torch.equal(model(TOKENS), before)
     names = {name for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
     assert names == {f"layers.{i}.attention.{name}" for i in range(2) for name in ("wq", "wk", "wv", "wo")}
@@ -102,9 +100,8 @@ def test_settings_reach_whole_names_once():
     model.layers[0].feed_forward.w22 = nn.Linear(4, 4)  # a name that begins with a target's
     layers = adapters(adapt(model, LoRAConfig(2, 6.0, 0.3, ["w2", "w2"])))
     assert [(layer.scale, layer.dropout.p, layer.lora_A.shape[0]) for layer in layers] == [(3.0, 0.3, 2)] * 2
-    for change, words in ((apply_lora, "already"), (lora.quantize_blocks, "first")):
-        with pytest.raises(AssertionError, match=words):
-            change(model)
+    with pytest.raises(AssertionError, match="already"):
+        adapt(model, LoRAConfig(2))
 
 
 def tuned(base, out, *flags):
@@ -194,7 +191,7 @@ def test_a_weight_takes_4_127_bits_and_loses_9_5_percent():
     back = dequantize(*quantize(w), w.shape)
     assert 0.08 < (back - w).norm() / w.norm() < 0.11 and not back[0, :64].any()  # published: 9.5%
     model = Llama(c := ModelConfig(n_layer=2, dim=512, n_head=8, vocab_size=64))
-    lora.quantize_blocks(model)
+    lora.replace(model.layers, TARGETS, nn.Linear, NF4Linear.from_linear)
     layers = [layer for layer in model.modules() if isinstance(layer, NF4Linear)]
     count = sum(layer.num_weights for layer in layers)
     size = sum(x.nbytes for layer in layers for x in layer.buffers())

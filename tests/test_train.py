@@ -182,7 +182,7 @@ def test_resume_after_kill_equals_uninterrupted(tiny_data, tiny_run, tmp_path, h
     process.kill()  # SIGKILL: nothing is saved on the way out
     assert process.wait() == -signal.SIGKILL, process.stdout.read()
     with open(killed / "log.jsonl", "a") as log:
-        log.write('{"step": 12, "lo')  # half a line
+        log.write('{"step": 12, "model": {"dim": 8}')  # half a line, which ends like a whole one
     train_py(tiny_data, killed, *flags, "--resume")
     assert conftest.content(straight / "ckpt.pt") == conftest.content(killed / "ckpt.pt")
     assert all(logged(straight, key) == logged(killed, key) for key in ("loss", "val_loss", "lr", "tokens"))
