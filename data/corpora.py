@@ -164,13 +164,13 @@ def built_in(name: str, files: list[Path]) -> dict[str, list]:
     return {split: [whole_file(file)] for split, file in zip(SPLITS, files)}
 
 
-def download(url: str, checksum: str, folder: Path) -> Path:
+def download(url: str, checksum: str, folder: str | Path) -> Path:
     """Fetch `url` into `folder`, continuing a broken download if the server can, and verify it; one that is
     there is used. Raises UserError if it cannot be had, or has another sha256."""
-    path, part = (folder / (url.split("/")[-1] + end) for end in ("", ".part"))
+    path, part = (Path(folder, url.split("/")[-1] + end) for end in ("", ".part"))
     if path.exists():
         return path
-    folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     have = part.stat().st_size if part.exists() else 0
     request = Request(url, headers={"Range": f"bytes={have}-", "User-Agent": "herd"})
     try:
@@ -181,9 +181,8 @@ def download(url: str, checksum: str, folder: Path) -> Path:
             require(not response.length, f"{response.length} bytes are missing")
     except Exception as error:
         if getattr(error, "code", 0) != 416:  # which means that nothing is left to send
-            raise UserError(
-                f"cannot download {url}: {error}; try again to continue, or give --from"
-            ) from None
+            remedy = "try again to continue, or give --from"
+            raise UserError(f"cannot download {url}: {error}; {remedy}") from None
     if sha256_of(part) != checksum:
         part.unlink()
         raise UserError(f"{url} has another sha256 than {checksum}; try again, or use --from")

@@ -16,14 +16,11 @@ from data.tokenizer import Record, Tokenizer, prompt_text
 FIELDS = ("instruction", "input", "output")
 
 
-def encode_prompt(record: Record, tokenizer: Tokenizer) -> list[int]:
-    return tokenizer.prompt(prompt_text(record))
-
-
-def encode_answer(record: Record, tokenizer: Tokenizer) -> list[int]:
-    """The answer's tokens and the one that ends it, encoded apart from the prompt, as a model writes them."""
-    require(bool(tokenizer.stop), "this tokenizer has no token that ends an answer: take one that has")
-    return [*tokenizer.encode(record["output"]), tokenizer.stop[0]]
+def encoded(record: Record, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Prompt, and answer with the token that ends it: apart, as a model reads one and writes the other."""
+    require(tokenizer.stop, "this tokenizer has no token that ends an answer: take one that has")
+    answer = [*tokenizer.encode(record["output"]), tokenizer.stop[0]]
+    return tokenizer.prompt(prompt_text(record)), answer
 
 
 def read_lines(path: Path) -> list[str]:

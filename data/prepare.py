@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script find
 
 from common import POSITIONAL, UserError, bounded, exit_cleanly, held, parse, require, sha256_of
 from data import corpora
-from data.instruct import encode_answer, read_files
+from data.instruct import encoded, read_files
 from data.loader import BUILT_IN, DATA, SPLITS
 from data.tokenizer import SETTINGS, Record, Tokenizer, prompt_text, read_tokenizer
 
@@ -112,9 +112,10 @@ def write_split(split: list, tokenizer: Tokenizer, path: Path, seen: dict[bytes,
                 counts["empty" if empty else "repeated"] += 1
                 continue
             seen[key] = path.stem
-            ids, end = tokenizer.prompt(text), [tokenizer.eos][: tokenizer.eos >= 0]
-            if record:
-                end = encode_answer(record, tokenizer)
+            if not record:
+                ids, end = tokenizer.prompt(text), [tokenizer.eos][: tokenizer.eos >= 0]
+            else:
+                ids, end = encoded(record, tokenizer)
                 mask.write(bytes(len(ids)) + b"\1" * len(end))
                 kept.write(line.encode() + b"\n")
                 counts.update(answer_tokens=len(end), bytes=len(record["output"].encode()))

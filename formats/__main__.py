@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from checkpoint import load, model_config, save, show
+from checkpoint import empty_model, load, load_weights, model_config, save, show
 from common import UserError, bounded, exit_cleanly, parse, writable
 from formats import adapters, gguf, models
 from formats.tokenizers import find_tokenizer
@@ -35,7 +35,7 @@ class FormatsConfig:
     overwrite: bool = False  # replace an existing .pt or .gguf
 
 
-def import_model(source: Path, tokenizer: str | None = None, block_size: int | None = None) -> dict:
+def import_model(source: Path, tokenizer: str | None, block_size: int | None) -> dict:
     """A checkpoint made of `source`. Raises UserError when it is damaged, or a model that ours cannot be."""
     fields: dict = {}
     if source.is_file() and source.suffix == ".gguf":
@@ -52,6 +52,9 @@ def import_model(source: Path, tokenizer: str | None = None, block_size: int | N
     if block_size:
         settings["block_size"] = block_size
     c = model_config({"config": settings})
+    if c.tie_embeddings and "tok_embeddings.weight" in weights:
+        weights.setdefault("output.weight", weights["tok_embeddings.weight"])
+    load_weights(empty_model(c), weights, str(source))
     if c.tie_embeddings and not torch.equal(weights["output.weight"], weights["tok_embeddings.weight"]):
         raise UserError(f"{source} contradicts itself: its embeddings are tied, and its output differs")
     for name, x in weights.items():

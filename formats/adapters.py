@@ -6,7 +6,7 @@ their lora_B, stand in Hugging Face's order.
 import json
 import math
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -32,9 +32,9 @@ ROTATED = ("wq.lora_B", "wk.lora_B")
 
 def check_order(c: ModelConfig) -> None:
     """Raise UserError for a model whose heads Hugging Face's format would lay out otherwise."""
-    even = [[head * c.n_kv_head // c.n_head for head in range(c.n_head)]] * c.n_layer
-    if c.novel or c.gated or c.k_groups != even or c.v_groups != even:
-        raise UserError("PEFT has no uneven groups, --novel or --gated: name a .pt, or merge the adapter")
+    groups = dict.fromkeys(("k_groups", "v_groups", "k_latent", "v_latent"))
+    if c != replace(c, **groups, novel=False, gated=False):
+        raise UserError("PEFT has no uneven groups, latents, --novel or --gated: name a .pt, or merge it")
 
 
 def peft_name(ours: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import empty_model, load_weights
+from checkpoint import empty_model
 from common import UserError, checked, replacing, require
 from data.tokenizer import JsonTokenizer, Tokenizer, read_tokenizer
 from formats.files import Settings, Weights, reading
@@ -47,14 +47,12 @@ def read_gguf(path: Path) -> tuple[Settings, Weights, dict]:
         file, weights = GGUFReader(path), {}
         fields = {name: field.contents() for name, field in file.fields.items()}
         settings = settings_of(fields, {tensor.name for tensor in file.tensors})
-        model = empty_model(checked(ModelConfig, settings))
-        ours = {their_name(name, NAMES, "blk"): name for name in model.state_dict()}
+        names = empty_model(checked(ModelConfig, settings)).state_dict()
+        ours = {their_name(name, NAMES, "blk"): name for name in names}
         for tensor in file.tensors:
             plain = tensor.data.dtype.kind == "f"  # float32 and float16
             x = tensor.data.copy() if plain else dequantize(tensor.data, tensor.tensor_type)
             weights[ours.get(tensor.name, tensor.name)] = torch.from_numpy(x)
-        weights.setdefault("output.weight", weights["tok_embeddings.weight"])
-        load_weights(model, weights, str(path))
         return settings, weights, fields
 
 
@@ -94,31 +92,26 @@ def tokenizer_of(path: Path, fields: dict) -> bytes:
     """The tokenizer in a file's fields, as bytes for the checkpoint. Raises UserError for an unknown kind."""
     own = {name.removeprefix("tokenizer.ggml."): value for name, value in fields.items()}
     with reading(path, "tokenizer"):
-        sentencepiece, pre = own["model"] == "llama", own.get("pre", "default")
-        known = sentencepiece or (own["model"] == "gpt2" and pre in PARTED)
-        require(known, f"its tokenizer is {own['model']}, {pre}: import with --tokenizer FILE")
-        data = sentencepiece_of(own) if sentencepiece else byte_level_of(own, PARTED[pre])
+        kind, pre = own["model"], own.get("pre", "default")
+        if kind == "llama":
+            pieces = list(zip(own["scores"], own["tokens"], own["token_type"]))
+            data = sentencepiece_model(pieces, own.get("add_space_prefix", True))
+        else:
+            known = kind == "gpt2" and pre in PARTED
+            require(known, f"its tokenizer is {kind}, {pre}: import with --tokenizer FILE")
+            data = byte_level_of(own, PARTED[pre])
         tokenizer = read_tokenizer(data)
         bos, eos = own.get("bos_token_id", tokenizer.bos), own.get("eos_token_id", tokenizer.eos)
-        add_bos = own.get("add_bos_token", sentencepiece or pre == "llama-bpe")
+        add_bos = own.get("add_bos_token", kind == "llama" or pre == "llama-bpe")
         return with_special(tokenizer, bos, add_bos, [eos] * (eos >= 0)).data
-
-
-def sentencepiece_of(own: dict) -> bytes:
-    pieces = zip(own["scores"], own["tokens"], own["token_type"])
-    return sentencepiece_model(list(pieces), own.get("add_space_prefix", True))
 
 
 def byte_level_of(own: dict, parted: list[dict]) -> bytes:
     """A tokenizer.json, whose added tokens are those that no merge makes."""
-    kinds = {
-        token: kind
-        for token, kind in enumerate(own["token_type"])
-        if kind in (Kind.CONTROL, Kind.USER_DEFINED)
-    }
-    added = [
-        {"id": i, "content": own["tokens"][i], **ADDED, "special": kinds[i] == Kind.CONTROL} for i in kinds
-    ]
+    added = []
+    for i, (piece, kind) in enumerate(zip(own["tokens"], own["token_type"])):
+        if kind in (Kind.CONTROL, Kind.USER_DEFINED):
+            added.append({"id": i, "content": piece, **ADDED, "special": kind == Kind.CONTROL})
     model = {"type": "BPE", "ignore_merges": parted == PARTED["llama-bpe"], "merges": own["merges"]}
     model["vocab"] = {token: i for i, token in enumerate(own["tokens"])}
     fields = {"version": "1.0", "added_tokens": added, "normalizer": None, "post_processor": None}
@@ -184,13 +177,9 @@ def write_tokenizer(writer, tokenizer: Tokenizer, vocab_size: int) -> None:
     else:
         sp, plain = tokenizer.sp, merges_of(tokenizer) is not None and tokenizer.is_exact()
         require(plain, f"tokenizer.model is no plain BPE, or changes text: {remedy}")
-        for i in range(sp.vocab_size()):
-            special = (
-                (sp.is_byte(i), Kind.BYTE),
-                (sp.is_unknown(i), Kind.UNKNOWN),
-                (sp.is_unused(i), Kind.UNUSED),
-            )
-            kinds[i] = next((kind for true, kind in special if true), kinds[i])
+        special = {Kind.BYTE: sp.is_byte, Kind.UNKNOWN: sp.is_unknown, Kind.UNUSED: sp.is_unused}
+        for kind, is_of in special.items():
+            kinds |= {i: kind for i in range(sp.vocab_size()) if is_of(i)}
         scores = [sp.get_score(i) for i in range(sp.vocab_size())]
         writer.add_tokenizer_model("llama")
         writer.add_token_scores(scores + [0.0] * (vocab_size - len(scores)))

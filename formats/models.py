@@ -13,7 +13,7 @@ import math
 import re
 import struct
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -75,15 +75,12 @@ def read_hugging_face(folder: Path) -> tuple[Settings, Weights]:
     with reading(path, "LlamaForCausalLM"):
         settings = settings_of(read_json(path))
         c = checked(ModelConfig, settings)
-    model = empty_model(c)
-    ours = {their_name(name): name for name in model.state_dict()}
+    ours = {their_name(name): name for name in empty_model(c).state_dict()}
     found = read_shards(folder)
     # old releases saved RoPE's buffers
     weights = {ours.get(name, name): x for name, x in found.items() if ".rotary_emb." not in name}
-    if c.tie_embeddings and "tok_embeddings.weight" in weights:
-        weights.setdefault("output.weight", weights["tok_embeddings.weight"])
-    load_weights(model, weights, str(folder))
-    permute_rows(weights, c.head_dim, ROTATED, to_pairs=True)
+    with reading(folder, "LlamaForCausalLM"):
+        permute_rows(weights, c.head_dim, ROTATED, to_pairs=True)
     return settings, weights
 
 
@@ -132,24 +129,19 @@ def read_meta(folder: Path) -> tuple[Settings, Weights]:
     with reading(folder, "Llama of Meta's"):
         if unknown := set(params) - PARAMS:
             raise UserError(f"params.json has {min(unknown)}, which this Llama does not have")
-        if params.get("vocab_size", -1) == -1:  # -1 leaves it to the tokenizer
-            params["vocab_size"] = len(weights["tok_embeddings.weight"])
         settings: Settings = {
             "n_layer": params["n_layers"], "n_head": params["n_heads"], "n_kv_head": params.get("n_kv_heads"),
             "dim": params["dim"], "hidden_dim": len(weights["layers.0.feed_forward.w1.weight"]),
             "norm_eps": params["norm_eps"], "rope_theta": params.get("rope_theta", 10000.0),
-            "vocab_size": params["vocab_size"], "block_size": params.get("max_seq_len", 2048),
-            "tie_embeddings": "output.weight" not in weights,
+            "vocab_size": len(weights["tok_embeddings.weight"]),  # theirs may be -1: the tokenizer's
+            "block_size": params.get("max_seq_len", 2048), "tie_embeddings": "output.weight" not in weights,
         }  # fmt: skip
         if params.get("use_scaled_rope"):
             if "rope_scaling_factor" not in params:
                 raise UserError("add rope_scaling_factor to params.json: 8 for Llama 3.1, 32 for Llama 3.2")
             values = (params["rope_scaling_factor"], 1, params.get("rope_high_freq_factor", 4), 8192)
             settings["rope_scaling"] = dict(zip(ROPE_SCALING, values))
-        weights.setdefault("output.weight", weights["tok_embeddings.weight"])
-        c = checked(ModelConfig, settings)
-    load_weights(empty_model(c), weights, str(folder))
-    return settings, weights
+        return settings, weights
 
 
 def read_llama2c(path: Path) -> tuple[Settings, Weights]:
@@ -159,9 +151,10 @@ def read_llama2c(path: Path) -> tuple[Settings, Weights]:
             header = file.read(28)
         if header.startswith(b"24ka"):
             raise UserError("a later version of llama2.c's format: export it there with --version 0")
-        sizes = dict(zip(LLAMA2C_SIZES, struct.unpack("<7i", header)))
-        tied, sizes["vocab_size"] = sizes["vocab_size"] > 0, abs(sizes["vocab_size"])
-        c = checked(ModelConfig, {**sizes, "tie_embeddings": tied, "norm_eps": 1e-5})
+        settings: Settings = dict(zip(LLAMA2C_SIZES, struct.unpack("<7i", header)))
+        tied = settings["vocab_size"] > 0
+        settings |= {"vocab_size": abs(settings["vocab_size"]), "tie_embeddings": tied, "norm_eps": 1e-5}
+        c = checked(ModelConfig, settings)
         shapes = {name.removesuffix(".weight"): x.shape for name, x in empty_model(c).state_dict().items()}
         shapes |= dict.fromkeys(("cos", "sin"), (c.block_size, c.head_dim // 2))
         order = [name for part in LLAMA2C_ORDER for name in shapes if name.split(".")[-1] == part]
@@ -171,12 +164,11 @@ def read_llama2c(path: Path) -> tuple[Settings, Weights]:
         require(size == wanted, f"it has {size:,} bytes, and its header asks for {wanted:,}")
         flat = torch.from_file(str(path), shared=False, size=size // 4, dtype=torch.float32)
         weights = {f"{name}.weight": x.view(shapes[name]) for name, x in zip(order, flat[7:].split(counts))}
-        weights.setdefault("output.weight", weights["tok_embeddings.weight"])
         # tables that llama2.c itself no longer reads show whether the base is the one that it assumes
         for name, angles in zip(("cos.weight", "sin.weight"), rope_angles(c, torch.arange(c.block_size))):
             same = torch.allclose(weights.pop(name), angles, atol=1e-3)
             require(same, f"its rotary tables are not those of rope_theta {c.rope_theta:g}")
-    return {name: x for name, x in asdict(c).items() if not name.endswith(("_groups", "_latent"))}, weights
+        return settings, weights
 
 
 def exported(path: Path, each: bool = False) -> tuple[ModelConfig, Weights, list[int], Tokenizer | None]:
@@ -249,9 +241,9 @@ def expand_latents(weights: Weights, c: ModelConfig) -> ModelConfig:
     return replace(c, k_groups=k_groups, v_groups=v_groups, k_latent=None, v_latent=None)
 
 
-def uniform_heads(c: ModelConfig, each: bool) -> tuple[list[int], list[list[int]]]:
-    """The smallest number of equal K/V groups that represents each layer, or if not `each`, all of them; and
-    each layer's order of heads.
+def expand_groups(weights: Weights, c: ModelConfig, each: bool) -> list[int]:
+    """Rewrite the attention weights, in the dict, for the smallest number of equal K/V groups that represents
+    each layer, or if not `each`, all of them; return each layer's number.
 
     Heads may change places if the columns of wo go with them. Heads with the same K and the same V group form
     a class. All classes are cut into runs of one length: the greatest common divisor of the classes' sizes.
@@ -259,20 +251,12 @@ def uniform_heads(c: ModelConfig, each: bool) -> tuple[list[int], list[list[int]
     classes = [list(zip(k, v)) for k, v in zip(c.k_groups, c.v_groups)]
     runs = [math.gcd(*Counter(layer).values()) for layer in classes]
     runs = runs if each else [math.gcd(*runs)] * c.n_layer
-    orders = [sorted(range(c.n_head), key=lambda head, of=of: of.index(of[head])) for of in classes]
-    return [c.n_head // run for run in runs], orders
-
-
-def expand_groups(weights: Weights, c: ModelConfig, each: bool) -> list[int]:
-    """Rewrite the attention weights, in the dict, for equal runs of heads; return each layer's number."""
-    heads, orders = uniform_heads(c, each)
-    for layer, order in enumerate(orders):
-        run = c.n_head // heads[layer]
-        k_heads = [c.k_groups[layer][head] for head in order[::run]]
-        v_heads = [c.v_groups[layer][head] for head in order[::run]]
+    for layer, (of, run) in enumerate(zip(classes, runs)):
+        order = sorted(range(c.n_head), key=[of.index(pair) for pair in of].__getitem__)
+        k_heads, v_heads = ([of[head][kind] for head in order[::run]] for kind in (0, 1))
         for part, ids, dim in (("wq", order, 0), ("wo", order, 1), ("wk", k_heads, 0), ("wv", v_heads, 0)):
             name = f"layers.{layer}.attention.{part}.weight"
             x = weights[name].unflatten(dim, (-1, c.head_dim))
             if ids != list(range(x.shape[dim])):  # else nothing is copied
                 weights[name] = x.index_select(dim, torch.tensor(ids)).flatten(dim, dim + 1).contiguous()
-    return heads
+    return [c.n_head // run for run in runs]

@@ -134,7 +134,8 @@ def main() -> None:
     c, device, steps = model_config(load(asked.init_from)), pick_device(config.device), 10 * config.steps
     flags = f"--max_steps {steps} --warmup_steps {steps // 10} --eval_every {steps} --lora_r 8 --quantize nf4"
     flags += f" --batch_size {config.batch_size} --device {config.device}"
-    flags += f" --dataset {asked.dataset}" if asked.dataset else ""
+    flags = [*flags.split(), "--init_from", asked.init_from]
+    flags += ["--dataset", asked.dataset] if asked.dataset else []
     gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     here = ("naive", "sdpa", *["triton"] * gpu)
     width = math.gcd(c.dim, c.hidden_dim, c.n_head * c.head_dim, *sum(c.kv_widths, ()))
@@ -143,8 +144,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for backend, slices in tqdm(list(product(here, ranks)), desc="training", disable=None, leave=False):
             name = f"{backend}, pretraining_tp {slices}"
-            how = [*flags.split(), "--init_from", asked.init_from], backend, slices, f"{folder}/{name}"
-            rows[name] = alone(name, finetune, *how)
+            rows[name] = alone(name, finetune, flags, backend, slices, f"{folder}/{name}")
             model = build_model(load(f"{folder}/{name}/ckpt.pt"), device)
             prepare(model, backend, slices)
             writers[name] = partial(model.generate, [prompt], 100)

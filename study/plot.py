@@ -30,7 +30,7 @@ from common import UserError, parse
 from data.tokenizer import read_tokenizer
 from eval_ppl import split_tokens
 from gqa import TINY, Costs, calibration_blocks, open_model, statistics
-from model import Llama, ModelConfig, scores
+from model import Llama, ModelConfig, rope_angles, scores
 from study.bench import records
 
 # Okabe and Ito's, which colour-blind readers can tell apart
@@ -85,7 +85,7 @@ def curve(folder: str, x: str) -> tuple[tuple, tuple, tuple]:
     return tuple(zip(*points))
 
 
-def draw_loss(runs: list[str], x: str, train: bool = False) -> Figure:
+def draw_loss(runs: list[str], x: str, train: bool) -> Figure:
     """A curve for each FOLDER or NAME=FOLDER, with `train` two."""
     figure, [[axes]] = grid(1, 1)
     for run, colour in zip(runs, itertools.cycle(COLOURS)):
@@ -103,17 +103,12 @@ def draw_loss(runs: list[str], x: str, train: bool = False) -> Figure:
 @torch.no_grad()
 def attention_weights(model: Llama, ids: list[int]) -> torch.Tensor:
     """(layers, H, T, T): how much of its attention each query gives to each token."""
-    found = []
-
-    def observe(attention, inputs):
-        x, cos, sin = inputs[:3]
-        q, k, _ = attention.project(x, cos, sin)
-        found.append(scores(q, k, attention.k_groups).softmax(-1)[0].float().cpu())
-
-    hooks = [layer.attention.register_forward_pre_hook(observe) for layer in model.layers]
-    model.hidden(torch.tensor([ids], device=model.tok_embeddings.weight.device))
-    for hook in hooks:
-        hook.remove()
+    x, found = model.tok_embeddings(torch.tensor([ids])), []
+    rope = rope_angles(model.config, torch.arange(len(ids)))
+    for layer in model.layers:
+        q, k, _ = layer.attention.project(layer.attention_norm(x), *rope)
+        found.append(scores(q, k, layer.attention.k_groups).softmax(-1)[0].float())
+        x = layer(x, *rope)
     return torch.stack(found)
 
 
@@ -191,9 +186,8 @@ def draw_together(paths: list[str]) -> Figure:
             found.append(maps[..., None] == maps[..., None, :])
         shares = np.mean(found, axis=0)
     except Exception:  # of a file that is damaged, or of a model of another shape than the last
-        raise UserError(
-            f"{path} has no groups, or of another shape: give files of search_groups.py"
-        ) from None
+        remedy = "give files of search_groups.py"
+        raise UserError(f"{path} has no groups, or of another shape: {remedy}") from None
     figure, axes = squares(shares, ["K", "V"], [f"layer {i}" for i in range(shares.shape[1])])
     figure.colorbar(axes[0][0].images[0], ax=axes, label=f"share of {len(paths)} groupings", shrink=0.8)
     return figure

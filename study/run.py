@@ -16,7 +16,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 
 import torch
@@ -36,10 +36,8 @@ STEPS = {
 depth-pace: -m study pace <shapes> --batch_size 8 --steps 9 --json
 depth-short-[variant]-[seed]: <variant>*160 --seed [seed] <depth>
 depth-short-[variant]-[seed]-test: eval_ppl.py depth-short-[variant]-[seed]/ckpt.pt <test>
-depth-long-[variant]-0: <variant>*640 <depth>
-depth-long-[variant]-0-test: eval_ppl.py depth-long-[variant]-0/ckpt.pt <test>
-depth-long-[other]-0: <other>*640 <depth>
-depth-long-[other]-0-test: eval_ppl.py depth-long-[other]-0/ckpt.pt <test>
+depth-long-[long]-0: <long>*640 <depth>
+depth-long-[long]-0-test: eval_ppl.py depth-long-[long]-0/ckpt.pt <test>
 depth-latency-[way]: -m study latency <way> --batch_size 1 --steps 30 --json --ckpts <models>
 """,
     "groups": """
@@ -130,10 +128,6 @@ LOOPS = {
         "8-plain": f"{TRAIN} 8 {STEP} 0.78", "8-novel": f"{TRAIN} 8 --novel {STEP} 0.77",
         "8-gated": f"{TRAIN} 8 --gated {STEP} 0.77", "8-scaled": f"{BEGIN} scaled --n_layer 8 {STEP} 0.78",
     },
-    "other": {
-        "5-plain": f"{TRAIN} 5 {STEP} 1.17", "5-novel": f"{TRAIN} 5 --novel {STEP} 1.17",
-        "7-plain": f"{TRAIN} 7 {STEP} 0.87", "7-novel": f"{TRAIN} 7 --novel {STEP} 0.86",
-    },
     "seed": {"0": "", "1": "", "2": ""},
     "twin": {"0": "", "1": ""},
     "way": {"eager": "", "compiled": "--compile"},
@@ -158,35 +152,34 @@ LOOPS = {
         "block_mean": "--method block_mean --context 128 <p>",
         "sliding": "--method sliding --context 1024 <p>",
     },
-    "text": {  # Multi30k and DialogSum
-        "multi30k-train.en": "<30k>/train.en.gz "
-        "d79cfa999dd4c51d2cb42499b6796d5a882c3a8a961923c25a898c90f8bbd56f",
-        "multi30k-train.de": "<30k>/train.de.gz "
-        "726e39b2fa9eb9ffb6dc763fb35a179f80fae06ffc5d28b6ace5faa883de28a6",
-        "multi30k-val.en": "<30k>/val.en.gz 14f7d25ddd868909a9213e361768460edcacdd6ab9d1e77b92560dc10c10dc28",
-        "multi30k-val.de": "<30k>/val.de.gz f0cba2f995189cf5770f29a8a9a537a3ad3f51657ad873405082ff6863a5e75a",
-        "multi30k-test.en": "<30k>/test_2016_flickr.en.gz "
-        "611d361c6334bc7246101d48097c13cf5c4413c5befc793cc629934359d532d9",
-        "multi30k-test.de": "<30k>/test_2016_flickr.de.gz "
-        "9204244e408ccb38d2a55cfcd344df15005fc42a07a6e55ca6c52b6ababb8cc8",
-        "dialogsum-dev": "<sum>.dev.jsonl 436721e0a3571eef7072964f80e042fb151d8c6178db1a688ce8f803bbf0a13f",
-        "dialogsum-test": "<sum>.test.jsonl 6de36eca7e7b9b10975fd5ea3f47391df172d8b3c15d03d84d763cbaab015fda",
-    },
     "task": {"docstrings": "", "multi30k": "", "dialogsum": "--batch_size 4"},
-    "tuning": {
-        "full": "--optimizer adamw", "lora8": "--lora_r 8", "qlora8": "--lora_r 8 --quantize nf4",
-    },
+    "tuning": {"full": "--optimizer adamw", "lora8": "--lora_r 8", "qlora8": "--lora_r 8 --quantize nf4"},
     "backend": {"naive": "", "sdpa": ""},
     "length": {f"{n}": f"{n} --batch_size {4096 // n}" for n in (256, 512, 1024, 2048, 4096)},
     # shares of its cache that joint groups can keep
     "foreign": {"stories260K": "0.75 0.65 0.5 0.3 0.25", "aidreams260K": "0.75 0.625 0.5 0.3125 0.25"},
 }  # fmt: skip
+LOOPS["long"] = LOOPS["variant"] | {  # long runs have other depths, too
+    "5-plain": f"{TRAIN} 5 {STEP} 1.17", "5-novel": f"{TRAIN} 5 --novel {STEP} 1.17",
+    "7-plain": f"{TRAIN} 7 {STEP} 0.87", "7-novel": f"{TRAIN} 7 --novel {STEP} 0.86",
+}  # fmt: skip
+LOOPS["text"] = {  # of Multi30k and DialogSum
+    "multi30k-train.en": "<30k>/train.en.gz d79cfa999dd4c51d2cb42499b6796d5a882c3a8a961923c25a898c90f8bbd56f",
+    "multi30k-train.de": "<30k>/train.de.gz 726e39b2fa9eb9ffb6dc763fb35a179f80fae06ffc5d28b6ace5faa883de28a6",
+    "multi30k-val.en": "<30k>/val.en.gz 14f7d25ddd868909a9213e361768460edcacdd6ab9d1e77b92560dc10c10dc28",
+    "multi30k-val.de": "<30k>/val.de.gz f0cba2f995189cf5770f29a8a9a537a3ad3f51657ad873405082ff6863a5e75a",
+    "multi30k-test.en": "<flickr>.en.gz 611d361c6334bc7246101d48097c13cf5c4413c5befc793cc629934359d532d9",
+    "multi30k-test.de": "<flickr>.de.gz 9204244e408ccb38d2a55cfcd344df15005fc42a07a6e55ca6c52b6ababb8cc8",
+    "dialogsum-dev": "<sum>.dev.jsonl 436721e0a3571eef7072964f80e042fb151d8c6178db1a688ce8f803bbf0a13f",
+    "dialogsum-test": "<sum>.test.jsonl 6de36eca7e7b9b10975fd5ea3f47391df172d8b3c15d03d84d763cbaab015fda",
+}
 FLAGS = {  # what several steps share; refits take most of a search's time, hence its few calibration tokens
     "<docstrings>": "",
     "<multi30k>": "--instruction 'Translate to German.' --parallel texts/train.en.gz texts/train.de.gz"
     " texts/val.en.gz texts/val.de.gz texts/test_2016_flickr.en.gz texts/test_2016_flickr.de.gz",
     "<dialogsum>": "--instruction 'Summarize this dialogue.' --from texts/dialogsum.dev.jsonl"
     " texts/dialogsum.test.jsonl --fields dialogue,summary dialogue,summary1",
+    "<flickr>": "<30k>/test_2016_flickr",
     "<30k>": GITHUB + "multi30k/dataset/a3d2e0d26b56f3846f66a952536ffed4e401d05a/data/task1/raw",
     "<sum>": GITHUB + "cylnlp/dialogsum/848cc8c05e0a04def79326539de827f1b28786a0/DialogSum_Data/dialogsum",
     "<base>": f"{TRAIN} 6 --max_steps 500 <shape> <own>",
@@ -207,9 +200,7 @@ FLAGS = {  # what several steps share; refits take most of a search's time, henc
     "<lora>": "--lora_r 8 --lora_alpha 1 --optimizer adamw --lr 0.0005 --weight_decay 0 --warmup_steps 1"
     " --block_size 128 --batch_size 4 --grad_accum 4 --max_steps 30 --eval_tokens 0",
     "<size>": "--max_evals 40 --search_tokens 16384",
-    "<models>": " ".join(
-        f"depth-long-{variant}-0/ckpt.pt" for loop in ("variant", "other") for variant in LOOPS[loop]
-    ),
+    "<models>": " ".join(f"depth-long-{variant}-0/ckpt.pt" for variant in LOOPS["long"]),
     "<ours>": " ".join(f"ours-{share}.pt" for share in LOOPS["share"]),
     "<found>": " ".join(f"{seed}-{share}.json" for seed in ("groups", "again") for share in LOOPS["share"]),
     "<small>": "--n_layer 6 --dim 288 --n_head 6 --hidden_dim 768",
@@ -233,7 +224,7 @@ FAST = {  # patterns, and what --fast puts there
     " --compile": " --no-compile", r" (ours|groups|again)-(?!1of2)\S+": "",
 }  # fmt: skip
 FAST_LOOPS = {  # how kept keys begin
-    "variant": "6", "other": "5-plain", "seed": "0", "twin": "0", "way": "eager", "share": "1of2",
+    "variant": "6", "long": ("6", "5-plain"), "seed": "0", "twin": "0", "way": "eager", "share": "1of2",
     "task": ("docstrings", "multi30k"), "length": "256", "recipe": ("original", "random-0", "ours"),
 }  # fmt: skip
 
@@ -264,14 +255,13 @@ def write_texts(ckpt: str, folder: str, tokens: str) -> None:
 
 
 def first_lines(source: str, target: str, count: str) -> None:
-    lines = Path(source).read_text().splitlines(keepends=True)
-    Path(target).write_text("".join(lines[: int(count)]))
+    with open(source) as file:
+        Path(target).write_text("".join(islice(file, int(count))))
 
 
 def steps(config: StudyConfig) -> dict[str, str]:
     """{name: command} of what the flags ask for."""
-    parts = [part for part in STEPS if part in (config.parts or STEPS)]
-    text = "".join(STEPS[part] for part in parts).replace("\n    ", " ")
+    text = "".join(STEPS[part] for part in STEPS if part in (config.parts or STEPS)).replace("\n    ", " ")
     for loop, entries in LOOPS.items():
         kept = [key for key in entries if not config.fast or key.startswith(FAST_LOOPS.get(loop, ""))]
         pairs = product(text.split("\n"), kept)
@@ -298,16 +288,13 @@ def steps(config: StudyConfig) -> dict[str, str]:
 def run(name: str, line: str) -> None:
     """Run a step unless its log is there; the log is written when all went well."""
     log, words, printed = Path("logs", f"{name}.txt"), shlex.split(line), ""
+    functions = {"download": download, "write_texts": write_texts, "first_lines": first_lines}
     if log.exists():
         if log.read_text().splitlines()[0] != line:
             raise UserError(f"{log} is of another command: give another --out, or delete what it made")
         return
-    if words[0] == "download":
-        download(*words[1:3], Path(words[3]))
-    elif words[0] == "write_texts":
-        write_texts(*words[1:])
-    elif words[0] == "first_lines":
-        first_lines(*words[1:])
+    if words[0] in functions:
+        functions[words[0]](*words[1:])
     else:
         if words[0] == "train.py" or words[2:3] == ["begin"]:
             words += ["--out_dir", name] + ["--resume"] * Path(name, "ckpt.pt").exists()
@@ -328,14 +315,13 @@ def main() -> None:
     out = Path(config.out + "-fast" * config.fast)
     if unknown := set(config.parts or ()) - set(STEPS):
         raise UserError(f"--parts {min(unknown)} is none of the parts: {' '.join(STEPS)}")
-    require(
-        not config.ckpt or config.dataset != "", "--ckpt needs --dataset, text prepared with its tokenizer"
-    )
+    require(not config.ckpt or config.dataset, "--ckpt needs --dataset, text prepared with its tokenizer")
     try:
         todo = steps(config)
     except re.error as error:
         raise UserError(f"--only {config.only}: no regular expression ({error})") from None
-    require(bool(todo), f"--only {config.only}: no step of these parts has it in its name")
+    named = any(re.search(config.only, name) for name in todo)  # `base` is there unasked
+    require(named, f"--only {config.only}: no step of these parts has it in its name")
     with held(out):
         os.chdir(out)
         try:
@@ -343,5 +329,5 @@ def main() -> None:
                 tqdm.write(name)
                 run(name, line)
         finally:
-            report()
+            report(LOOPS)
     print(f"wrote {out}/tables.md and {out}/figures")

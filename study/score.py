@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from checkpoint import build, load, trained_on
 from common import UserError, bounded, note, parse, pick_device, replacing
-from data.instruct import FIELDS, encode_answer, encode_prompt, records_of
+from data.instruct import FIELDS, encoded, records_of
 from data.loader import check_unchanged, padded, read_meta
 from data.tokenizer import Record, Tokenizer
 from model import Llama
@@ -57,10 +57,6 @@ class ScoreConfig:
     batch_size: int = bounded(16, 1)  # answers written at a time
     device: str = "auto"  # cuda, mps, cpu or auto
     json: bool = False  # print one JSON object and nothing else
-
-
-def encoded(record: Record, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    return encode_prompt(record, tokenizer), encode_answer(record, tokenizer)
 
 
 def word_f1(answer: str, reference: str) -> float:

@@ -5,7 +5,7 @@ import math
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -19,11 +19,6 @@ from study import plot
 from study.bench import records, table
 
 KINDS = ("plain", "novel", "gated", "scaled", "torch")
-MERGES = ("random-mean", "neighbour-mean", "best-mean", "neighbour-closed", "ours")
-RECIPES = (
-    "original", "random-0", "random-1", "neighbour", "ours", "latent", "mqa-mean", "mqa-ours",
-)  # fmt: skip
-SHARES = ("3of4", "2of3", "1of2", "1of3", "1of4")
 SCORES = (
     "loss", "choice", "bleu", "bleu1", "chrf", "rouge1", "rouge2", "rougeL", "f1", "edit", "exact_match",
 )  # fmt: skip
@@ -33,11 +28,6 @@ def result(name: str) -> dict:
     """The JSON object on the last line of a step's log; empty if the step has not run."""
     path = Path("logs", f"{name}.txt")
     return json.loads(path.read_text().splitlines()[-1]) if path.exists() else {}
-
-
-def trained(folder: Path) -> dict:
-    """The last value of everything in a run's log: its settings, its last step and its last evaluation."""
-    return {key: value for record in records(folder / "log.jsonl") for key, value in record.items()}
 
 
 def spread(values: list[float]) -> str:
@@ -52,9 +42,11 @@ def gathered(pattern: str) -> dict[tuple, dict[str, dict]]:
     found: dict = defaultdict(dict)
     for log in sorted(Path("logs").glob(pattern)):
         name, said = log.stem.rpartition("-")[0], result(log.stem)
-        known = {**trained(Path(name)), **said, **said.get("ckpt", {})}
+        known = {"own": result(f"{name}-own").get("blocks", math.nan)}
+        for record in (*records(Path(name, "log.jsonl")), said, said.get("ckpt", {})):
+            known |= record
         _, *parts, seed = name.split("-")
-        found[tuple(parts)][seed] = {**known, "own": result(f"{name}-own").get("blocks", math.nan)}
+        found[tuple(parts)][seed] = known
     return found
 
 
@@ -99,25 +91,25 @@ def draw_depth(found: dict[tuple, dict]) -> Figure:
     return drawn
 
 
-def groups() -> Iterator[str]:
+def groups(merges: Iterable[str], shares: Iterable[str]) -> Iterator[str]:
     """Perplexity of each merge by the original's, before and after both were healed."""
     base = {when: result(f"{when}-base") for when in ("before", "after")}
-    done = {key: result("-".join(key)) for key in product(base, MERGES, SHARES)}
+    done = {key: result("-".join(key)) for key in product(base, merges, shares)}
     done = {key: said for key, said in done.items() if said and base[key[0]]}
     ratio = {key: said["blocks"] / base[key[0]]["blocks"] for key, said in done.items()}
-    shares = [share for share in SHARES if all((*key, share) in ratio for key in product(base, MERGES))]
+    shares = [share for share in shares if all((*key, share) in ratio for key in product(base, merges))]
     if not shares:
         return
     whole = base["before"]["kv_bytes_per_token"]
     sizes = [done["before", "ours", share]["kv_bytes_per_token"] for share in shares]
     rows, panels = [], {}
-    for merge in MERGES:
+    for merge in merges:
         rows.append({"bytes a token of the cache": merge})
         for share, size in zip(shares, sizes):
             before, after = (ratio[when, merge, share] for when in base)
             rows[-1][f"{size:,} ({size / whole:.3f})"] = f"{before:.3f} -> {after:.3f}"
     for when in base:
-        lines = {merge: [ratio[when, merge, share] for share in shares] for merge in MERGES}
+        lines = {merge: [ratio[when, merge, share] for share in shares] for merge in merges}
         panels[f"{when} healing"] = [size / whole for size in sizes], lines
     yield "### Uneven groups"
     yield table(rows)
@@ -141,10 +133,10 @@ def draw_ratios(panels: dict[str, tuple[list[float], dict[str, list[float]]]]) -
     return drawn
 
 
-def published() -> Iterator[str]:
+def published(recipes: Iterable[str]) -> Iterator[str]:
     """Both published perplexities of each recipe, and by the original's: merged, then healed, and merged
     after the original was healed."""
-    done = [recipe for recipe in RECIPES if result(f"published-{recipe}-after-sliding")]
+    done = [recipe for recipe in recipes if result(f"published-{recipe}-after-sliding")]
     if "original" not in done:
         return
     rows, bars = [], defaultdict(list)
@@ -194,8 +186,7 @@ def tuning() -> Iterator[str]:
         yield table(rows)
     for path in sorted(Path().glob("tuning-*-lora8-0/ckpt-answers-*.jsonl")):
         yield f"### {path.parent.name}"
-        kept = [json.loads(line) for line in path.read_text().splitlines()[1:11]]
-        shown = [(row["input"], row["output"], row["answers"]["ckpt"]) for row in kept]
+        shown = [(row["input"], row["output"], row["answers"]["ckpt"]) for row in records(path)[1:11]]
         yield "\n\n".join("\n".join(f"> {text!r}" for text in texts) for texts in shown)
 
 
@@ -214,10 +205,10 @@ def epochs() -> Iterator[str]:
         yield table(rows)
 
 
-def lengths() -> Iterator[str]:
+def lengths(tokens: Iterable[int], ways: Iterable[str]) -> Iterator[str]:
     """Time and memory of a step of 4,096 tokens against the length of its texts."""
     rows, panels = [], defaultdict(lambda: defaultdict(list))
-    for length, way in product((256, 512, 1024, 2048, 4096), ("naive", "sdpa")):
+    for length, way in product(tokens, ways):
         for row in result(f"attention-{way}-{length}").get("rows", []):
             ms = {"training, ms": 4096e3 / row["train_tok_s"], "evaluation, ms": 4096e3 / row["eval_tok_s"]}
             rows.append({"length": length, "attention": way, **ms, "peak": row["peak"]})
@@ -264,12 +255,14 @@ def printed() -> Iterator[str]:
             yield table(rows) if rows else "\n".join(["```", *lines, "```"])
 
 
-def report() -> None:
+def report(loops: dict[str, dict]) -> None:
     """Write OUT/tables.md and OUT/figures of all that has run."""
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     text = [f"{time.strftime('%Y-%m-%d')} | Python {platform.python_version()} | {machine}"]
-    for section in (depth, groups, published, tuning, epochs, lengths, printed):
-        text += section()
+    sections = [depth(), groups(loops["merge"], loops["share"]), published(loops["recipe"]), tuning()]
+    sections += [epochs(), lengths(map(int, loops["length"]), loops["backend"]), printed()]
+    for section in sections:
+        text += section
     foreign()
     if rows := result("memory").get("rows"):
         bars = {"peak memory of a step, MiB": [row["peak"] / 2**20 for row in rows]}

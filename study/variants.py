@@ -20,7 +20,7 @@ from statistics import median
 import torch
 
 import train
-from common import UserError, parse, pick, pick_device, pick_dtype
+from common import UserError, pick_device, pick_dtype
 from model import Llama, ModelConfig
 from study.bench import BenchConfig, configs, in_turns, random_step, ratios, show
 from train import TrainConfig
@@ -56,10 +56,9 @@ class PaceConfig:
 
 def step_of(shape: str, config: BenchConfig) -> Callable:
     """A step of train.py with these flags, on random tokens."""
-    sys.argv = ["pace", *shlex.split(shape)]
-    flags, device = parse(__doc__, ModelConfig, TrainConfig), pick_device(config.device)
-    c, own = (cls(**pick(cls, flags)) for cls in (ModelConfig, TrainConfig))
-    size = flags.get("batch_size", config.batch_size), c.block_size
+    sys.argv = ["pace", "--batch_size", str(config.batch_size), *shlex.split(shape)]  # the last one counts
+    (c, own), device = configs(__doc__, ModelConfig, TrainConfig), pick_device(config.device)
+    size = own.batch_size, c.block_size
     return random_step(Llama(c).to(device), own, size, pick_dtype("auto", device))[0]
 
 
@@ -68,6 +67,6 @@ def pace_main() -> None:
     asked, config = configs(__doc__, PaceConfig, BenchConfig)
     runs = {shape: step_of(shape, config) for shape in asked.shapes}
     seconds = in_turns(runs, config.steps, warm_up=3)
-    ms = {shape: 1000 * median(own) for shape, own in seconds.items()}
     ratio = ratios(seconds)
-    show(config, [{"variant": shape, "ms": ms[shape], "ratio": ratio[shape]} for shape in runs])
+    rows = [{"variant": v, "ms": 1000 * median(own), "ratio": ratio[v]} for v, own in seconds.items()]
+    show(config, rows)

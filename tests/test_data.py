@@ -22,10 +22,10 @@ from checkpoint import build, load, save
 from common import IGNORE, UserError
 from data import corpora
 from data.corpora import download, split
-from data.instruct import encode_answer, encode_prompt, read_files
+from data.instruct import encoded, read_files
 from data.loader import SPLITS, Examples, open_split, padded, read_meta
 from data.prepare import PrepareConfig, prepare
-from data.tokenizer import Tokenizer, read_tokenizer
+from data.tokenizer import Tokenizer, prompt_text, read_tokenizer
 from eval_ppl import bits_per_byte
 from formats.tokenizers import with_special
 
@@ -211,7 +211,7 @@ def test_an_example_is_prompt_answer_and_end_and_the_mask_is_the_answer(data):
     (folder, meta), seen, tokenizer = data, [], tokenizer_of(data[0])
     for name in SPLITS:
         kept = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
-        pairs = [(encode_prompt(record, tokenizer), encode_answer(record, tokenizer)) for record in kept]
+        pairs = [encoded(record, tokenizer) for record in kept]
         parts = map(Examples(folder, meta, name, 10**6).parts, range(len(kept)))
         assert [(prompt.tolist(), answer.tolist()) for prompt, answer in parts] == pairs
         mask = [bit for prompt, answer in pairs for bit in [0] * len(prompt) + [1] * len(answer)]
@@ -296,6 +296,6 @@ def test_a_task_is_answered_from_the_command_line(tiny_run, tmp_path):
     checkpoint, task = load(tiny_run), {"instruction": "Add", "input": "1"}
     save(tmp_path / "x.pt", {**checkpoint, "config": {**checkpoint["config"], "block_size": 64}})
     model, tokenizer = build(load(tmp_path / "x.pt"))
-    answer = model.generate([encode_prompt(task, tokenizer)], 9, stop=tokenizer.stop)[0]
+    answer = model.generate([tokenizer.prompt(prompt_text(task))], 9, stop=tokenizer.stop)[0]
     flags = ["--instruction", "Add", "--input", 1, "--temperature", 0, "--max_new_tokens", 9]
     assert quick("sample.py", tmp_path / "x.pt", *flags).stdout.strip() == tokenizer.decode(answer).strip()

@@ -395,7 +395,10 @@ def test_an_adapter_that_is_no_plain_lora_is_refused(tmp_path, change, word):
     refuse(tmp_path, "folder", word)
 
 
-@pytest.mark.parametrize("settings", [{"k_groups": [[0, 1, 1, 1]] * 2}, {"novel": True}, {"gated": True}])
+@pytest.mark.parametrize("settings", [
+    {"k_groups": [[0, 1, 1, 1]] * 2}, {"n_kv_head": 1, "k_latent": [[2] * 4] * 2}, {"novel": True},
+    {"gated": True},
+])  # fmt: skip
 def test_uneven_groups_and_extra_layers_have_no_peft_format(tmp_path, settings):
     files(tmp_path, **settings)
     refused(quick("-m formats", "export", tmp_path / "ours.pt", tmp_path / "folder", "--adapter"), ".pt")

@@ -18,7 +18,7 @@ from rouge_score.rouge_scorer import RougeScorer
 import train
 from checkpoint import build, load
 from common import IGNORE, UserError
-from data.instruct import encode_answer, encode_prompt
+from data.instruct import encoded
 from study import run, score, tables
 from study.__main__ import COMMANDS
 from study.plot import attention_weights, draw_together
@@ -72,7 +72,7 @@ def test_what_models_answer_is_kept_and_scored(tiny_run, tmp_path):
         pairs, (model, tokenizer), nats, count = [], build(load(path)), 0.0, 0
         for row in kept:
             pairs.append((row["output"], row["answers"][name]))
-            prompt, answer = encode_prompt(row, tokenizer), encode_answer(row, tokenizer)
+            prompt, answer = encoded(row, tokenizer)
             log_p = model(torch.tensor([[*prompt, *answer]])).log_softmax(-1)[0, len(prompt) - 1 : -1]
             nats, count = nats - log_p[range(len(answer)), answer].sum().item(), count + len(answer)
         references, answers = zip(*pairs)
@@ -156,19 +156,17 @@ def test_tables_hold_what_the_logs_say(tmp_path, monkeypatch):
         Path("logs", f"{name}.txt").write_text("...\nnote: ...\n" + json.dumps(printed))
 
     Path("logs").mkdir()
-    assert [*run.LOOPS["merge"], *run.LOOPS["share"]] == [*tables.MERGES, *tables.SHARES]
-    assert tuple(run.LOOPS["recipe"]) == tables.RECIPES
     both = [f"depth-short-5-{kind}-{seed}" for kind in ("plain", "novel") for seed in "01"]
     for name, perplexity in zip([*both, "tuning-few-full-0"], (10.0, 20.0, 11.0, 18.0, 0.0)):
         written(f"{name}-test", blocks=perplexity)
         Path(name).mkdir()
-        first, last = (
-            {"params": 9, "trainable": 7, "step": 0},
-            {"tokens": 1, "seconds": 60.0, "val_loss": 3.0},
-        )
-        records = first, {**last, "step": 3}
-        Path(name, "log.jsonl").write_text("\n".join(map(json.dumps, records)))
-    scores = dict.fromkeys([*tables.SCORES, "latency_p50"], 5.0)
+        first = {"params": 9, "trainable": 7, "step": 0}
+        last = {"step": 3, "tokens": 1, "seconds": 60.0, "val_loss": 3.0}
+        Path(name, "log.jsonl").write_text(f"{json.dumps(first)}\n{json.dumps(last)}\n")
+    scores, answer = dict.fromkeys([*tables.SCORES, "latency_p50"], 5.0), {"ckpt": "a\u2028line"}
+    Path("tuning-few-lora8-0").mkdir()
+    answer = json.dumps({"input": "", "output": "", "answers": answer}, ensure_ascii=False)
+    Path("tuning-few-lora8-0/ckpt-answers-few.jsonl").write_text(f"{{}}\n{answer}\n")
     written("tuning-few-full-0-score", ckpt=scores, examples=8)
     written("tuning-few-full-0-own", blocks=40.0)
     for way, rate in (("naive", 2048.0), ("sdpa", 4096.0)):
@@ -182,16 +180,17 @@ def test_tables_hold_what_the_logs_say(tmp_path, monkeypatch):
             ppl /= 2 if recipe == "original" else 1
             written(f"published-{recipe}-{when}-block_mean", block_mean=ppl, kv_bytes_per_token=32)
             written(f"published-{recipe}-{when}-sliding", sliding=ppl - 5)
-    tables.report()
+    tables.report(run.LOOPS)
     text = Path("tables.md").read_text()
     assert "| short | 5 | plain | 9 | 3 | 60 ± 0 | 15 ± 5 | 1 ± 0 |" in text
     assert "| short | 5 | novel | 9 | 3 | 60 ± 0 | 14.5 ± 3.5 | 1 ± 0.1 |" in text
     assert f"| few | full | 8 |{' 5 |' * len(tables.SCORES)} 40 | 60 | 5 | 7 |" in text
+    assert r"> 'a\u2028line'" in text
     assert "| 512 | naive | 2,000" in text and "| 512 | sdpa | 1,000" in text
     healed = (
         "32 | 20.00 (2.000) | 15.00 (3.000) | 15.00 (2.000) | 10.00 (4.000) | 18.00 (2.400) | 13.00 (5.200)"
     )
-    assert text.count(f"| {healed} |") == len(tables.RECIPES) - 1
+    assert text.count(f"| {healed} |") == len(run.LOOPS["recipe"]) - 1
     drawn = ("groups", "depth", "lengths", "published")
     assert all(Path(f"figures/{name}-dark.png").exists() for name in drawn)
     assert text.count(" | 2.000 -> 1.500 |") == len(run.LOOPS["merge"])
