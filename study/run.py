@@ -71,6 +71,8 @@ published-[recipe]-merge: gqa.py <ckpt> <own> <recipe> --eval_tokens 2048
 published-[recipe]-before-[protocol]: eval_ppl.py published-[recipe].pt <own> <protocol>
 published-[recipe]-heal: train.py --init_from published-[recipe].pt <own> <lora>
 published-[recipe]-after-[protocol]: eval_ppl.py published-[recipe]-heal/ckpt.pt <own> <protocol>
+published-[recipe]-heal16: train.py --init_from published-[recipe].pt <own> <lora> --lora_alpha 16 --lr 0.001
+published-[recipe]-after16-[protocol]: eval_ppl.py published-[recipe]-heal16/ckpt.pt <own> <protocol>
 published-[recipe]-first: gqa.py published-original-heal/ckpt.pt <own> <recipe> --eval_tokens 2048
     --out first-[recipe].pt --overwrite
 published-[recipe]-first-[protocol]: eval_ppl.py first-[recipe].pt <own> <protocol>

@@ -11,6 +11,7 @@ from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 
@@ -134,24 +135,24 @@ def draw_ratios(panels: dict[str, tuple[list[float], dict[str, list[float]]]]) -
 
 
 def published(recipes: Iterable[str]) -> Iterator[str]:
-    """Both published perplexities of each recipe, and by the original's: merged, then healed, and merged
-    after the original was healed."""
-    done = [recipe for recipe in recipes if result(f"published-{recipe}-after-sliding")]
-    if "original" not in done:
-        return
+    """Both published perplexities of each recipe, and by the original's: merged, then healed by the published
+    LoRA or one of alpha 16, and merged after the original was healed."""
+    done = [recipe for recipe in recipes if result(f"published-{recipe}-before-sliding")]
     rows, bars = [], defaultdict(list)
     for recipe in done:
-        size = result(f"published-{recipe}-before-block_mean")["kv_bytes_per_token"]
+        size = result(f"published-{recipe}-before-block_mean").get("kv_bytes_per_token", 0)
         rows.append({"recipe": recipe, "bytes a token of the cache": size})
-        for when, way in product(("before", "after", "first"), ("block_mean", "sliding")):
-            base = result(f"published-original-{when.replace('first', 'after')}-{way}")[way]
-            if said := result(f"published-{recipe}-{when}-{way}"):
-                rows[-1][f"{when}, {way}"] = f"{said[way]:.2f} ({said[way] / base:.3f})"
-                bars[f"{when} healing: {way}, ratio to the original's"].append(said[way] / base)
-    yield "### The published recipe"
-    yield table(rows)
-    panels = {title: ratios for title, ratios in bars.items() if "sliding" in title and "first" not in title}
-    plot.save(partial(draw_bars, done, panels, "{:.3f}"), Path("figures/published.png"))
+        for when, way in product(("before", "after", "after16", "first"), ("block_mean", "sliding")):
+            base = result(f"published-original-{when.replace('first', 'after')}-{way}").get(way, math.nan)
+            ppl = result(f"published-{recipe}-{when}-{way}").get(way, math.nan)
+            rows[-1][f"{when}, {way}"] = f"{ppl:.2f} ({ppl / base:.3f})"
+            bars[f"{when}, {way}"].append(ppl / base)
+    if rows:
+        yield "### The published recipe"
+        yield table(rows)
+        titles = {"before": "merged", "after": "healed, alpha 1", "after16": "healed, alpha 16"}
+        panels = {f"{title}, by the original": bars[f"{when}, sliding"] for when, title in titles.items()}
+        plot.save(partial(draw_bars, done, panels, "{:.3f}"), Path("figures/published.png"))
 
 
 def foreign() -> None:
@@ -240,7 +241,7 @@ def draw_bars(labels: Sequence[str], bars: dict[str, list[float]], form: str) ->
     for place, colour, (title, values) in zip(axes, plot.COLOURS, bars.items()):
         shown = place.barh(labels, values, color=colour)
         place.bar_label(shown, fmt=form, padding=3, fontsize=8)
-        place.set(title=title, xlim=(0, 1.25 * max(values)))
+        place.set(title=title, xlim=(0, 1.25 * np.nanmax(values)))
         place.invert_yaxis()
     return drawn
 
