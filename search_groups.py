@@ -69,7 +69,7 @@ class SearchConfig(MergeConfig):
         if Path(self.log).resolve() == Path(self.out).resolve():
             raise UserError(f"--out {self.out} would be the log, too: name it groups.json")
         if self.objective is not None:
-            objective(self.objective, 2.0, 1, 1)  # raises now what it would raise after hours
+            objective(self.objective, 2.0, 2, 2)  # raises now what it would raise after hours
 
 
 def objective(text: str, loss: float, groups: float, kv_bytes: float) -> float:

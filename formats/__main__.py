@@ -72,6 +72,8 @@ def main() -> None:
     config = FormatsConfig(**flags)
     source, out = Path(config.source), Path(config.out)
     other = {"import": ["adapter"], "export": ["tokenizer", "block_size", "base"]}[config.action]
+    if config.base:  # has a tokenizer and a context
+        other += ["tokenizer", "block_size"]
     if unused := [name for name in other if name in flags]:
         raise UserError(f"{config.action} does not use --{unused[0]}: leave it out")
     if config.adapter:

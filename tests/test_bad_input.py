@@ -99,6 +99,7 @@ search_groups.py run/ckpt.pt --out new.json --calibration_tokens 1024
     export run/ckpt.pt hf                    hf exists
     export lora.pt new                       checkpoint.py merge
     export run/ckpt.pt new.pt --adapter      --lora_r
+    import lora.pt new.pt --base run/ckpt.pt --block_size 64    --block_size
 -m study
     score run/ckpt.pt --dataset data         eval_ppl.py
     plot loss data                           log.jsonl
