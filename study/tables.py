@@ -151,8 +151,8 @@ def published(recipes: Iterable[str]) -> Iterator[str]:
         yield "### The published recipe"
         yield table(rows)
         titles = {"before": "merged", "after": "healed, alpha 1", "after16": "healed, alpha 16"}
-        panels = {f"{title}, by the original": bars[f"{when}, sliding"] for when, title in titles.items()}
-        plot.save(partial(draw_bars, done, panels, "{:.3f}"), Path("figures/published.png"))
+        panels = {f"{title}: ratio": bars[f"{when}, sliding"] for when, title in titles.items()}
+        plot.save(partial(draw_bars, done, panels, "{:.3f}", True), Path("figures/published.png"))
 
 
 def foreign() -> None:
@@ -235,14 +235,15 @@ def draw_lengths(panels: dict[str, dict[str, list[tuple]]]) -> Figure:
     return drawn
 
 
-def draw_bars(labels: Sequence[str], bars: dict[str, list[float]], form: str) -> Figure:
-    """A panel of bars, one for each label, for each title."""
+def draw_bars(labels: Sequence[str], bars: dict[str, list[float]], form: str, ratios=False) -> Figure:
+    """A panel of bars, one for each label, for each title; ratios have a logarithmic axis from 1 on."""
     drawn, [axes] = plot.grid(1, len(bars), 10, 1 + 0.32 * len(labels))
     for place, colour, (title, values) in zip(axes, plot.COLOURS, bars.items()):
         shown = place.barh(labels, values, color=colour)
         place.bar_label(shown, fmt=form, padding=3, fontsize=8)
-        place.set(title=title, xlim=(0, 1.25 * np.nanmax(values)))
-        place.invert_yaxis()
+        place.set(title=title, xlim=(0, 1.25 * np.nanmax(values)), ylim=(len(labels) - 0.5, -0.5))
+        if ratios:
+            place.set(xscale="log", xlim=(0.9, 200), xticks=(1, 10, 100), xticklabels=("1", "10", "100"))
     return drawn
 
 
