@@ -377,7 +377,7 @@ def merge(model: Llama, groups: tuple[Maps, Maps], stats: list[Statistics], how:
 
 @dataclass
 class MergeConfig:
-    """What grouping and the search have in common."""
+    """What grouping and the search share."""
 
     ckpt: str  # the checkpoint; an adapter is merged first
     out: str | None = None  # the checkpoint, or the group file, to write
@@ -483,7 +483,8 @@ def main() -> None:
     out = Path(config.out)
     writable(out, config.overwrite)
     checkpoint, model, blocks, val, name = open_inputs(config)
-    stats = statistics(model, blocks)
+    unread = config.merge == "mean" and (config.groups or config.grouping != "best")
+    stats = [] if unread else statistics(model, blocks)
     if config.latent:
         found = all_directions(model, stats)
         small = to_latents(model, found, latent_sizes(model, found, blocks, config.kv_budget))
