@@ -145,7 +145,7 @@ def published(recipes: Iterable[str]) -> Iterator[str]:
         for when, way in product(("before", "after", "after16", "first"), ("block_mean", "sliding")):
             base = result(f"published-original-{when.replace('first', 'after')}-{way}").get(way, math.nan)
             ppl = result(f"published-{recipe}-{when}-{way}").get(way, math.nan)
-            rows[-1][f"{when}, {way}"] = f"{ppl:.2f} ({ppl / base:.3f})"
+            rows[-1][f"{when}, {way}"] = f"{ppl:.2f} ({ppl / base:.3f})" if ppl == ppl else ""
             bars[f"{when}, {way}"].append(ppl / base)
     if rows:
         yield "### The published recipe"
