@@ -3,18 +3,19 @@
     torchrun --nproc_per_node 4 train.py --n_layer 6                 # the whole model in every process (DDP)
     torchrun --nproc_per_node 4 train.py --n_layer 6 --fsdp          # a fourth of the weights in each (FSDP2)
 
-All run the same program in the same folder; rank 0 prints and saves. The batch size is global: the processes
-split its rows, so the result does not depend on their number except for rounding and dropout, and a run may
-be resumed with another number.
+All run the same program in the same folder; rank 0 prints and saves. The batch size is global: its rows are
+split, so the result does not depend on the number of processes except for rounding and dropout, and a run
+may be resumed with another.
 
 DDP (arXiv 2006.15704) averages the gradients over all processes while the backward still runs. FSDP2 (arXiv
-2304.11277, then torch's `fully_shard`) collects the matrices of a block just before it computes, frees them
-after, and leaves to each rank the gradients and the optimizer state of its own shard. Without torchrun every
-function here does nothing.
+2304.11277; torch's `fully_shard`) collects the matrices of a block just before it computes, frees them
+after, and leaves each rank the gradients and optimizer state of its own shard. Without torchrun
+all this does nothing.
 """
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -32,7 +33,7 @@ def world() -> int:
 
 
 def rank() -> int:
-    """Which of them this is, from 0 on."""
+    """Which of them this is, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -42,15 +43,17 @@ def processes() -> Iterator[None]:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield
         return
-    gpus = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])  # else see pick_device
+    gpus = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
     if gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # the others wait while rank 0 downloads and prepares data
+    # the others wait while rank 0 prepares data
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(hours=2))
     if rank():
         sys.stdout = open(os.devnull, "w", errors="replace")  # noqa: SIM115
     yield
-    dist.destroy_process_group()  # not after an error: it might wait for the others
+    # gloo's threads drop tensors late, and abort if Python is gone (pytorch#179291)
+    time.sleep(0.1)
+    dist.destroy_process_group()  # not after an error: it might wait
 
 
 def sum_over_ranks(number: float) -> float:
@@ -73,7 +76,7 @@ def first_alone() -> Iterator[None]:
 
 
 def own_rows(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's rows of a micro-batch, inputs and targets (B, T); if it has none, a row without targets."""
+    """This rank's rows of a micro-batch, inputs and targets (B, T), or else a row without targets."""
     if rank() >= len(x):
         return x[:1], torch.full_like(y[:1], IGNORE)
     return x[rank() :: world()], y[rank() :: world()]
@@ -101,7 +104,7 @@ def divided(model: nn.Module, fsdp: bool, dtype: torch.dtype, device: torch.devi
         return fully_shard(model, mesh=mesh)
     if world() == 1:
         return model
-    # no step changes a buffer: they are the codes of 4-bit matrices, and which head reads which group
+    # no step changes a buffer: 4-bit codes, and which head reads which group
     return nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)
 
 
