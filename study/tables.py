@@ -125,7 +125,8 @@ def draw_ratios(panels: dict[str, tuple[list[float], dict[str, list[float]]]]) -
             place.plot(x, y, marker=marker, markersize=5, label=label)
         place.set(xlabel="share of the KV cache", ylabel="perplexity, ratio to the original's", title=title)
         most = max(max(y) for y in lines.values())
-        ticks = [t for t in (1, 1.02, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 40) if t < 1.1 * most]
+        near = (1.02, 1.05) if most < 2 else ()  # else these would be written over each other
+        ticks = [t for t in (1, *near, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 40) if t < 1.1 * most]
         place.set_yscale("log")
         place.set_yticks(ticks, [f"{t:g}" for t in ticks])
         place.minorticks_off()
@@ -269,7 +270,6 @@ def report(loops: dict[str, dict]) -> None:
     if rows := result("memory").get("rows"):
         bars = {"peak memory of a step, MiB": [row["peak"] / 2**20 for row in rows]}
         bars["tokens/s"] = [row["train_tok_s"] for row in rows]
-        names = [row["row"] for row in rows]
-        plot.save(partial(draw_bars, names, bars, "{:,.0f}"), Path("figures/memory.png"))
+        plot.save(partial(draw_bars, [r["row"] for r in rows], bars, "{:,.0f}"), Path("figures/memory.png"))
     with replacing(Path("tables.md"), "w") as file:
         file.write("\n\n".join(text) + "\n")
