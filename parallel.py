@@ -4,13 +4,12 @@
     torchrun --nproc_per_node 4 train.py --n_layer 6 --fsdp          # a fourth of the weights in each (FSDP2)
 
 All run the same program in the same folder; rank 0 prints and saves. The batch size is global: its rows are
-split, so the result does not depend on the number of processes except for rounding and dropout, and a run
-may be resumed with another.
+split, so the result depends on the number of processes by rounding and dropout only, and a run may be resumed
+with another.
 
 DDP (arXiv 2006.15704) averages the gradients over all processes while the backward still runs. FSDP2 (arXiv
-2304.11277; torch's `fully_shard`) collects the matrices of a block just before it computes, frees them
-after, and leaves each rank the gradients and optimizer state of its own shard. Without torchrun
-all this does nothing.
+2304.11277) collects the matrices of a block just before it computes, frees them after, and leaves each rank
+gradients and optimizer state of its own shard. Without torchrun all this does nothing.
 """
 
 import os
@@ -33,7 +32,7 @@ def world() -> int:
 
 
 def rank() -> int:
-    """Which of them this is, from 0."""
+    """Which of them this is, from 0 on."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -43,17 +42,17 @@ def processes() -> Iterator[None]:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield
         return
-    gpus = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
+    gpus = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])  # else see pick_device
     if gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # the others wait while rank 0 prepares data
+    # others wait while rank 0 prepares data
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(hours=2))
     if rank():
         sys.stdout = open(os.devnull, "w", errors="replace")  # noqa: SIM115
     yield
     # gloo's threads drop tensors late, and abort if Python is gone (pytorch#179291)
     time.sleep(0.1)
-    dist.destroy_process_group()  # not after an error: it might wait
+    dist.destroy_process_group()  # not after an error: it might wait for others
 
 
 def sum_over_ranks(number: float) -> float:
@@ -104,7 +103,7 @@ def divided(model: nn.Module, fsdp: bool, dtype: torch.dtype, device: torch.devi
         return fully_shard(model, mesh=mesh)
     if world() == 1:
         return model
-    # no step changes a buffer: 4-bit codes, and which head reads which group
+    # no step changes a buffer: 4-bit codes, which head reads which group
     return nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)
 
 
