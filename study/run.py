@@ -34,10 +34,10 @@ ROOT = Path(__file__).resolve().parent.parent
 STEPS = {
     "depth": """
 depth-pace: -m study pace <shapes> --batch_size 8 --steps 9 --json
-depth-short-[variant]-[seed]: <variant>*160 --seed [seed] <depth>
-depth-short-[variant]-[seed]-test: eval_ppl.py depth-short-[variant]-[seed]/ckpt.pt <test>
-depth-long-[long]-0: <long>*640 <depth>
-depth-long-[long]-0-test: eval_ppl.py depth-long-[long]-0/ckpt.pt <test>
+depth-[budget]-[variant]-[seed]: <variant>*<budget> --seed [seed] <depth>
+depth-[budget]-[variant]-[seed]-test: eval_ppl.py depth-[budget]-[variant]-[seed]/ckpt.pt <test>
+depth-long-[other]-0: <other>*640 <depth>
+depth-long-[other]-0-test: eval_ppl.py depth-long-[other]-0/ckpt.pt <test>
 depth-latency-[way]: -m study latency <way> --batch_size 1 --steps 30 --json --ckpts <models>
 """,
     "groups": """
@@ -130,8 +130,12 @@ LOOPS = {
         "8-plain": f"{TRAIN} 8 {STEP} 0.78", "8-novel": f"{TRAIN} 8 --novel {STEP} 0.77",
         "8-gated": f"{TRAIN} 8 --gated {STEP} 0.77", "8-scaled": f"{BEGIN} scaled --n_layer 8 {STEP} 0.78",
     },
-    "seed": {"0": "", "1": "", "2": ""},
-    "twin": {"0": "", "1": ""},
+    "other": {  # depths of long runs only
+        "5-plain": f"{TRAIN} 5 {STEP} 1.17", "5-novel": f"{TRAIN} 5 --novel {STEP} 1.17",
+        "7-plain": f"{TRAIN} 7 {STEP} 0.87", "7-novel": f"{TRAIN} 7 --novel {STEP} 0.86",
+    },
+    "budget": {"short": "160", "long": "640"},
+    "seed": {"0": "", "1": "", "2": ""}, "twin": {"0": "", "1": ""},
     "way": {"eager": "", "compiled": "--compile"},
     "merge": {
         "random-mean": "--kv_budget <share> --joint --grouping random --merge mean --refit none",
@@ -160,10 +164,6 @@ LOOPS = {
     "length": {f"{n}": f"{n} --batch_size {4096 // n}" for n in (256, 512, 1024, 2048, 4096)},
     # shares of its cache that joint groups can keep
     "foreign": {"stories260K": "0.75 0.65 0.5 0.3 0.25", "aidreams260K": "0.75 0.625 0.5 0.3125 0.25"},
-}  # fmt: skip
-LOOPS["long"] = LOOPS["variant"] | {  # long runs have other depths, too
-    "5-plain": f"{TRAIN} 5 {STEP} 1.17", "5-novel": f"{TRAIN} 5 --novel {STEP} 1.17",
-    "7-plain": f"{TRAIN} 7 {STEP} 0.87", "7-novel": f"{TRAIN} 7 --novel {STEP} 0.86",
 }  # fmt: skip
 LOOPS["text"] = {  # of Multi30k and DialogSum
     "multi30k-train.en": "<30k>/train.en.gz d79cfa999dd4c51d2cb42499b6796d5a882c3a8a961923c25a898c90f8bbd56f",
@@ -202,7 +202,7 @@ FLAGS = {  # what several steps share; refits take most of a search's time, henc
     "<lora>": "--lora_r 8 --lora_alpha 1 --optimizer adamw --lr 0.0005 --weight_decay 0 --warmup_steps 1"
     " --block_size 128 --batch_size 4 --grad_accum 4 --max_steps 30 --eval_tokens 0",
     "<size>": "--max_evals 40 --search_tokens 16384",
-    "<models>": " ".join(f"depth-long-{variant}-0/ckpt.pt" for variant in LOOPS["long"]),
+    "<models>": " ".join(f"depth-long-{kind}-0/ckpt.pt" for kind in LOOPS["variant"] | LOOPS["other"]),
     "<ours>": " ".join(f"ours-{share}.pt" for share in LOOPS["share"]),
     "<found>": " ".join(f"{seed}-{share}.json" for seed in ("groups", "again") for share in LOOPS["share"]),
     "<small>": "--n_layer 6 --dim 288 --n_head 6 --hidden_dim 768",
@@ -226,7 +226,7 @@ FAST = {  # patterns, and what --fast puts there
     " --compile": " --no-compile", r" (ours|groups|again)-(?!1of2)\S+": "",
 }  # fmt: skip
 FAST_LOOPS = {  # how kept keys begin
-    "variant": "6", "long": ("6", "5-plain"), "seed": "0", "twin": "0", "way": "eager", "share": "1of2",
+    "variant": "6", "other": "5-plain", "seed": "0", "twin": "0", "way": "eager", "share": "1of2",
     "task": ("docstrings", "multi30k"), "length": "256", "recipe": ("original", "random-0", "ours"),
 }  # fmt: skip
 

@@ -74,7 +74,7 @@ def depth() -> Iterator[str]:
 
 def draw_depth(found: dict[tuple, dict]) -> Figure:
     """Test perplexity by layers, a point for each seed, for both budgets; and curves of the first seed."""
-    budgets = list(dict.fromkeys(budget for budget, *_ in found))
+    budgets = sorted({budget for budget, *_ in found}, reverse=True)  # short, long
     ticks = sorted({int(layers) for _, layers, _ in found})
     drawn, [axes] = plot.grid(1, len(budgets) + 1, 4 * len(budgets) + 4, 4)
     for (budget, layers, kind), runs in sorted(found.items(), key=lambda item: KINDS.index(item[0][-1])):
@@ -82,11 +82,11 @@ def draw_depth(found: dict[tuple, dict]) -> Figure:
         x = int(layers) + 0.06 * (KINDS.index(kind) - 2)
         place.plot([x] * len(runs), [run["blocks"] for run in runs.values()], "o", color=colour, label=kind)
         place.set(xlabel="layers", ylabel="test perplexity", xticks=ticks, title=f"{budget}, a point a seed")
-        if budget == budgets[0]:
+        if budget == budgets[-1]:
             name = f"depth-{budget}-{layers}-{kind}-{min(runs)}"
             at, val, _ = plot.curve(name, "tokens")  # the last is of all of val, the others of a part
             axes[-1].plot(at[:-1], val[:-1], color=colour, lw=0.4 * int(layers) - 1.4)
-    axes[-1].set(xlabel="tokens", ylabel="loss on a part of val", title=f"{budgets[0]}; thick: more layers")
+    axes[-1].set(xlabel="tokens", ylabel="loss on a part of val", title=f"{budgets[-1]}; thick: more layers")
     labels = {text: mark for mark, text in zip(*axes[0].get_legend_handles_labels())}
     axes[0].legend(labels.values(), labels.keys())
     return drawn
