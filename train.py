@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -46,8 +47,9 @@ RUN_FIXED = {  # what a resumed run may not change, besides its shape and its ad
     "dataset", "init_from", "seed", "batch_size", "grad_accum", "teacher", "distil_weight", "optimizer",
     "momentum",
 }  # fmt: skip
+STREAM, COUNTED = 0.5, 10**7  # root mean square of first embeddings, and tokens that they are counted from
 # times lr, where Muon trains the blocks; the rest has 1 (tried, see docs/results.md)
-RATES = {"embeddings": 3.0, "wq": 2.0, "wk": 2.0, "w1": 0.7, "w2": 0.7, "w3": 0.7}
+RATES = {"wq": 2.0, "wk": 2.0, "w1": 0.7, "w2": 0.7, "w3": 0.7}
 STATE = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}  # of each parameter
 
 
@@ -193,6 +195,31 @@ def starting_model(c: ModelConfig, lora: LoRAConfig, checkpoint: dict, device: t
     return model.train()
 
 
+@torch.no_grad()
+def begin_embeddings(model: Llama, tokens: np.ndarray) -> None:
+    """Begin each token's embedding where the text puts it: tokens in the same company get similar ones.
+
+    A row of M (V, 2V) is a token's positive pointwise mutual information, max(0, log p(a, b) / p(a) p(b)),
+    with the tokens one or two places behind it, and before it. M's first singular vectors times singular
+    values, cut to the embedding's width, keep most of its geometry (https://aclanthology.org/Q15-1016). Rows
+    get one length, far above init_weights's, else AdamW's first steps would write over them; the final norm
+    takes that factor back, so that the first logits are no larger.
+    """
+    V, C = model.tok_embeddings.weight.shape
+    ids = torch.from_numpy(tokens[:COUNTED].astype(np.int64))
+    pairs = torch.cat([ids[:-distance] * V + ids[distance:] for distance in (1, 2)])
+    pairs, counts = pairs.unique(return_counts=True)
+    first, second, counts = pairs // V, pairs % V, counts.double()
+    begins, ends = (counts.new_zeros(V).index_add_(0, side, counts) for side in (first, second))
+    information = (counts * counts.sum() / (begins[first] * ends[second])).log().clamp(min=0)
+    places = torch.stack((torch.cat((first, second)), torch.cat((second, first + V))))
+    M = torch.sparse_coo_tensor(places, information.repeat(2), (V, 2 * V), check_invariants=True)
+    U, S, _ = torch.svd_lowrank(M, min(V, C))
+    for weight in (model.tok_embeddings.weight, model.output.weight):  # tied, they are one
+        weight[:, : len(S)] = STREAM * math.sqrt(C) * F.normalize(U * S).to(weight)
+    model.norm.weight.fill_(0.02 / STREAM)
+
+
 def make_optimizers(model: Llama, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW for all that learns, or Muon for the blocks' matrices and AdamW for embeddings, output, norms,
     biases, each with the learning rate times its RATES."""
@@ -204,10 +231,7 @@ def make_optimizers(model: Llama, config: TrainConfig) -> list[torch.optim.Optim
             matrices.append({"params": [p], "rate": RATES.get(name.split(".")[-2], 1.0)})
         else:
             embeddings.append(p)
-    groups = [
-        {"params": embeddings, "weight_decay": decay, "rate": RATES["embeddings"] if matrices else 1.0},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    groups = [{"params": embeddings, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
     betas = (0.8, 0.99) if matrices else (0.9, 0.95)
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
     return [Muon(matrices, config.lr, config.momentum, decay), adamw] if matrices else [adamw]
@@ -464,6 +488,8 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
     model = starting_model(c, lora, checkpoint, torch.device("cpu") if config.fsdp else device)
     model.checkpoint_activations = config.checkpoint_activations
     teacher = open_teacher(config.teacher, c, tokenizer, device) if config.teacher else None
+    if not checkpoint:
+        begin_embeddings(model, data.tokens)
     if change:
         change(model)
     if c.attention == "triton":

@@ -309,7 +309,7 @@ def test_a_diverging_run_keeps_the_last_good_checkpoint(tiny_data, tmp_path, eve
     explode = ["--lr", 10, "--warmup_steps", 0, "--grad_clip", 0, "--max_steps", 50, "--eval_every", every]
     refused(quick("train.py", *small_run(tiny_data, tmp_path), *explode), "--lr")
     saved = load(tmp_path / "ckpt.pt")
-    assert saved["step"] == 0 and all(x.abs().max() < 2 for x in saved["model"].values())
+    assert saved["step"] == 0 and all(x.abs().max() < 8 for x in saved["model"].values())
 
 
 def test_a_full_disk_keeps_the_checkpoint_written_before(tiny_run, tmp_path):

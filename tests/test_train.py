@@ -4,6 +4,7 @@ import errno
 import math
 import signal
 import time
+from collections import Counter
 from unittest import mock
 
 import conftest
@@ -21,7 +22,7 @@ from data.loader import read_meta, step_batches
 from lora import LoRAConfig, adapt
 from model import Llama, ModelConfig
 from muon import orthogonalised
-from train import TrainConfig, distilled, make_optimizers, train_step
+from train import TrainConfig, begin_embeddings, distilled, make_optimizers, train_step
 
 CPU = torch.device("cpu")
 
@@ -51,7 +52,7 @@ def weights(model) -> torch.Tensor:
 def their_optimizers(twin, with_muon: bool, decay: float, momentum: float) -> list:
     blocks, rest = [], []
     for name, p in twin.named_parameters():
-        rates = {"q_proj": 2, "k_proj": 2, "mlp": 0.7, "embed": 3, "lm_head": 3} if with_muon else {}
+        rates = {"q_proj": 2, "k_proj": 2, "mlp": 0.7} if with_muon else {}
         rate = next((rate for part, rate in rates.items() if part in name), 1)
         group = {"params": [p], "weight_decay": decay * (p.dim() == 2), "rate": rate}
         (blocks if "_proj" in name and with_muon else rest).append(group)
@@ -62,17 +63,18 @@ def their_optimizers(twin, with_muon: bool, decay: float, momentum: float) -> li
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_ten_steps_equal_those_of_transformers_and_torch_optim(tiny_data, tmp_path, optimizer, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda x: x)  # both Muons in float32, without noise
-    lr, clip, decay, momentum = 0.02, 0.9, 0.3, 0.7
+    lr, clip, decay, momentum = 0.02, 2.5, 0.3, 0.7
     flags = ["--n_kv_head", 2, "--no-tie_embeddings", "--optimizer", optimizer, "--momentum", momentum]
     flags += ["--batch_size", 3, "--grad_accum", 2, "--grad_clip", clip, "--weight_decay", decay, "--lr", lr]
     flags += ["--min_lr", lr / 20, "--warmup_steps", 3, "--max_steps", 10, "--seed", 5, "--eval_tokens", 0]
     train_py(tiny_data, tmp_path, *flags, "--dtype", "float32", "--device", "cpu")
     checkpoint = load(tmp_path / "ckpt.pt")
     torch.manual_seed(5)
-    model = Llama(model_config(checkpoint))
+    model, losses, norms = Llama(model_config(checkpoint)), [], []
+    tokens = np.memmap(tiny_data / "train.bin", np.uint16, "r")
+    begin_embeddings(model, tokens)
     start, twin = theirs_of(model).state_dict(), theirs_of(model).train()
     optimizers = their_optimizers(twin, optimizer == "muon", decay, momentum)
-    tokens, losses, norms = np.memmap(tiny_data / "train.bin", np.uint16, "r"), [], []
     for step in range(10):
         ((x, y),) = step_batches(tokens, 32, 6, 1, seed=5, step=step)
         loss = F.cross_entropy(twin(x).logits.flatten(0, 1), y.flatten())
@@ -93,6 +95,29 @@ def test_ten_steps_equal_those_of_transformers_and_torch_optim(tiny_data, tmp_pa
         change = twin.state_dict()[name] - start[name]
         difference = (ours - start[name] - change).norm() / change.norm()
         assert difference < 2e-4, f"{name} differs by {difference:.1e} of its change"
+
+
+def test_embeddings_begin_as_alike_as_the_company_of_their_tokens():
+    """Where nothing is cut off, V = C, cosines of embeddings are those of rows of counted information."""
+    text, V = torch.randint(20, (3000,), generator=seeded()).sort().values.view(-1, 50).T.flatten(), 24
+    text = text.tolist()
+    pairs = Counter(pair for far in (1, 2) for pair in zip(text, text[far:]))
+    sums = [Counter(), Counter()]  # of each token in first and in second place
+    for pair, count in pairs.items():
+        for of_place, token in zip(sums, pair):
+            of_place[token] += count
+    rows = torch.zeros(V, 2 * V, dtype=torch.float64)
+    for (a, b), count in pairs.items():
+        surprise = math.log(count * pairs.total() / (sums[0][a] * sums[1][b]))
+        rows[a, b] = rows[b, V + a] = max(0, surprise)
+    model = Llama(ModelConfig(n_layer=1, dim=V, n_head=2, vocab_size=V))
+    begin_embeddings(model, np.array(text, np.uint16))
+    E = model.tok_embeddings.weight.detach().double()
+    ours, theirs = (F.normalize(x[:20]) @ F.normalize(x[:20]).T for x in (E, rows))
+    assert theirs.std() > 0.1
+    assert_close(ours, theirs, 1e-5)
+    logits = model.norm.weight * E[:20].norm(dim=1, keepdim=True)
+    assert_close(logits, torch.full_like(logits, 0.02 * V**0.5), 1e-6)  # as large as with init_weights
 
 
 def test_orthogonalised_equals_the_svd():
