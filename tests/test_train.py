@@ -99,8 +99,8 @@ def test_ten_steps_equal_those_of_transformers_and_torch_optim(tiny_data, tmp_pa
 
 def test_embeddings_begin_as_alike_as_the_company_of_their_tokens():
     """Where nothing is cut off, V = C, cosines of embeddings are those of rows of counted information."""
-    text, V = torch.randint(20, (3000,), generator=seeded()).sort().values.view(-1, 50).T.flatten(), 24
-    text = text.tolist()
+    drawn, V = torch.randint(20, (2, 1500), generator=seeded()), 24
+    text = [*drawn[0].sort().values.view(-1, 50).T.flatten().tolist(), *drawn[1].tolist()]
     pairs = Counter(pair for far in (1, 2) for pair in zip(text, text[far:]))
     sums = [Counter(), Counter()]  # of each token in first and in second place
     for pair, count in pairs.items():
