@@ -199,11 +199,11 @@ def starting_model(c: ModelConfig, lora: LoRAConfig, checkpoint: dict, device: t
 def begin_embeddings(model: Llama, tokens: np.ndarray) -> None:
     """Begin each token's embedding where the text puts it: tokens in the same company get similar ones.
 
-    A row of M (V, 2V) is a token's positive pointwise mutual information, max(0, log p(a, b) / p(a) p(b)),
-    with the tokens one or two places behind it, and before it. Its first C principal directions keep most of
-    what it says (https://aclanthology.org/Q15-1016). Rows get one length, far above init_weights's, else
-    AdamW's first steps would write over them; the final norm takes that factor back, so that the first logits
-    are no larger.
+    A row of M (V, 2V) is a token's positive pointwise mutual information, max(0, log(p(a, b) / p(a) / p(b))),
+    with the tokens that follow it at one or two places, and with those that precede it. M's first C singular
+    directions keep most of it (https://aclanthology.org/Q15-1016). Rows get one length, far above that of
+    init_weights, else AdamW's first steps would write over them; the final norm takes that factor back, so
+    that the first logits are no larger. A token that the text lacks begins at 0.
     """
     V, C = model.tok_embeddings.weight.shape
     ids = torch.from_numpy(tokens[:COUNTED].astype(np.int64))
@@ -219,8 +219,8 @@ def begin_embeddings(model: Llama, tokens: np.ndarray) -> None:
         W = torch.linalg.qr(M.T @ (M @ W)).Q.contiguous()
     begin = STREAM * math.sqrt(C) * F.normalize(M @ W)
     for weight in (model.tok_embeddings.weight, model.output.weight):  # tied, they are one
-        weight[:, : W.shape[1]] = begin
-    model.norm.weight.fill_(0.02 / STREAM)
+        weight[:, : W.shape[1]] = begin  # at most 2 V directions
+    model.norm.weight.fill_(0.02 / STREAM)  # 0.02: the deviation of init_weights
 
 
 def make_optimizers(model: Llama, config: TrainConfig) -> list[torch.optim.Optimizer]:

@@ -118,6 +118,7 @@ def test_embeddings_begin_as_alike_as_the_company_of_their_tokens():
     assert_close(ours, theirs, 1e-5)
     logits = model.norm.weight * E[:20].norm(dim=1, keepdim=True)
     assert_close(logits, torch.full_like(logits, 0.02 * V**0.5), 1e-6)  # as large as with init_weights
+    assert not E[20:].any()
 
 
 def test_orthogonalised_equals_the_svd():
