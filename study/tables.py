@@ -242,7 +242,7 @@ def draw_bars(labels: Sequence[str], bars: dict[str, list[float]], form: str, ra
     for place, colour, (title, values) in zip(axes, plot.COLOURS, bars.items()):
         shown = place.barh(labels, values, color=colour)
         place.bar_label(shown, fmt=form, padding=3, fontsize=8)
-        place.set(title=title, xlim=(0, 1.25 * np.nanmax(values)), ylim=(len(labels) - 0.5, -0.5))
+        place.set(title=title, xlim=(0, 1.4 * np.nanmax(values)), ylim=(len(labels) - 0.5, -0.5))
         if ratios:
             place.set(xscale="log", xlim=(0.9, 2e4), xticks=(1, 10, 100, 1000))
     return drawn
