@@ -102,10 +102,7 @@ def test_embeddings_begin_as_alike_as_the_company_of_their_tokens():
     drawn, V = torch.randint(20, (2, 1500), generator=seeded()), 24
     text = [*drawn[0].sort().values.view(-1, 50).T.flatten().tolist(), *drawn[1].tolist()]
     pairs = Counter(pair for far in (1, 2) for pair in zip(text, text[far:]))
-    sums = [Counter(), Counter()]  # of each token in first and in second place
-    for pair, count in pairs.items():
-        for of_place, token in zip(sums, pair):
-            of_place[token] += count
+    sums = [Counter(place) for place in zip(*pairs.elements())]  # of each token in first and in second place
     rows = torch.zeros(V, 2 * V, dtype=torch.float64)
     for (a, b), count in pairs.items():
         surprise = math.log(count * pairs.total() / (sums[0][a] * sums[1][b]))
