@@ -102,7 +102,7 @@ def directions(plain: torch.Tensor, rows: torch.Tensor, C: torch.Tensor) -> tupl
 # ---- groups ----
 
 
-def merge_keys(attention: Attention, groups: Groups, stats: Statistics) -> tuple[torch.Tensor, torch.Tensor]:
+def merge_keys(attention: Attention, groups: Groups, stats: Statistics) -> tuple[torch.Tensor, ...]:
     """wq, of its old shape, and wk (g D, C), when the key heads of each group share one.
 
     For a RoPE pair f one key row p' replaces the rows p_h of all heads h of the group: p_h ~ c_h p', c_h
@@ -125,9 +125,7 @@ def merge_keys(attention: Attention, groups: Groups, stats: Statistics) -> tuple
     return tuple(torch.view_as_real(heads).transpose(2, 3).flatten(0, 2) for heads in both)
 
 
-def merge_values(
-    attention: Attention, groups: Groups, stats: Statistics
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+def merge_values(attention: Attention, groups: Groups, stats: Statistics) -> tuple[torch.Tensor, ...]:
     """wv (g D, C) and wo, of its old shape, when the value heads of each group share one.
 
     The stack of W_o^h W_v^h C^(1/2) gets its best approximation of rank D, C of the inputs as attention

@@ -95,9 +95,8 @@ def objective(text: str, loss: float, groups: float, kv_bytes: float) -> float:
         return result
     except Exception as error:  # of the parser, of a missing name or operator, of the arithmetic
         reason = f"{type(error).__name__} {error}"[:80]
-        raise UserError(
-            f"--objective {text[:80]!r} fails ({reason}): use {', '.join(NAMES)}, + - * / **"
-        ) from None
+        remedy = f"use {', '.join(NAMES)}, + - * / **"
+        raise UserError(f"--objective {text[:80]!r} fails ({reason}): {remedy}") from None
 
 
 # ---- measuring ----

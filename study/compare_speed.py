@@ -2,14 +2,14 @@
 
     python -m study compare-speed speed.jsonl --n_layer 6 --dim 288 --n_head 6 --hidden_dim 768 \\
         --llama2c llama2.c/model.py --nanogpt nanoGPT/model.py \\
-        --run_c "llama2.c/run model.bin -z tokenizer.bin" --gguf model.gguf
+        --run_c "llama2.c/run model.bin -z tokenizer.bin" "llama2.c/runq int8.bin -z tokenizer.bin"
     python -m study time-to-loss llama2.c llama2.c/model.py --out_dir out/llama2c --n_layer 6 --dim 288 \\
         --n_head 6 --hidden_dim 768 --optimizer adamw --compile --max_steps 330 --eval_every 25
 
-llama2.c's program (gcc -Ofast -fopenmp -march=native run.c -lm -o run) and llama.cpp (llama-cpp-python) need
-a model of this shape, of few steps, so that no text ends early; export it with formats, then convert it with
-llama2.c's export.py --hf and llama.cpp's convert_hf_to_gguf.py. Training is compiled, AdamW, bfloat16, on
-random tokens. Each row is a process of its own; rows take turns.
+llama2.c's programs (gcc -Ofast -fopenmp -march=native run.c -lm -o run) and llama.cpp (llama-cpp-python) need
+a model of this shape, of few steps, so that no text ends early, exported with formats; llama2.c's export.py
+--hf (runq: --version 2) converts it. Training is compiled, AdamW, bfloat16, on random tokens. Each row is a
+process of its own; rows take turns.
 
 time-to-loss is train.py with another project's model (transformers takes - for a file), for `plot loss`.
 """
@@ -42,7 +42,7 @@ class SpeedConfig:
     out: str  # the JSONL of what was measured, a line a row and round
     llama2c: str | None = None  # llama2.c's model.py
     nanogpt: str | None = None  # nanoGPT's model.py
-    run_c: str | None = None  # llama2.c's program, model and tokenizer
+    run_c: list[str] | None = None  # llama2.c's programs, each with its model and tokenizer
     gguf: str | None = None  # llama.cpp's model
     rounds: int = bounded(5, 1)  # processes of each row
 
@@ -104,7 +104,7 @@ def write(name: str, path: str, c: ModelConfig, texts: int) -> dict:
 
         def run() -> None:
             list(islice(model.generate([1], temp=0.0, repeat_penalty=1.0), new))
-    else:  # llama2.c's program times itself
+    else:  # llama2.c's programs time themselves
         words = [*path.split(), "-t", "0", "-n", str(c.block_size)]
         said = subprocess.run(words, capture_output=True, text=True, check=True).stderr
         return {"tok_s": float(re.search(r"tok/s: ([\d.]+)", said)[1])}
@@ -119,8 +119,8 @@ def main() -> None:
     for texts in (1, 16):
         work[f"herd, compiled, texts: {texts}"] = write, "herd", "-", c, texts
         work[f"transformers, eager, texts: {texts}"] = write, "transformers", "-", c, texts
-    if config.run_c:
-        work["llama2.c's C program, float32, texts: 1"] = write, "run.c", config.run_c, c, 1
+    for words in config.run_c or ():
+        work[f"{words.split()[0]}, texts: 1"] = write, "run.c", words, c, 1
     if config.gguf:
         work["llama.cpp, texts: 1"] = write, "llama.cpp", config.gguf, c, 1
     found: dict[str, list[dict]] = {name: [] for name in work}
