@@ -83,7 +83,7 @@ def adapt(model: Llama, config: LoRAConfig) -> Llama:
     adapter beside each layer of these names, all else frozen."""
     assert not adapters(model), "the model has an adapter already"
     if config.quantize == "nf4":
-        replace(model.layers, TARGETS[:7], nn.Linear, NF4Linear.from_linear)
+        replace(model.layers, TARGETS[:7], nn.Linear, NF4Linear)
     if config.lora_r:
         how = config.lora_r, config.lora_alpha, config.lora_dropout
         replace(model, config.lora_targets, (nn.Linear, NF4Linear), lambda layer: LoRALinear(layer, *how))

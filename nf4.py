@@ -27,20 +27,11 @@ NF4 = torch.tensor([
     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
     1.0,
 ])  # fmt: skip
-
-
-def dynamic_values() -> torch.Tensor:
-    """The 256 values of the dynamic data type: for each power of ten from 1 down to 10^-6 the centres of half
-    as many intervals as for the one above it, of both signs; 0 and 1."""
-    values = [0.0, 1.0]
-    for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1)
-        centres = 10 ** (i - 6) * (edges[:-1] + edges[1:]) / 2
-        values += centres.tolist() + (-centres).tolist()
-    return torch.tensor(sorted(values))
-
-
-DYNAMIC = dynamic_values()
+# the dynamic data type: for each power of ten from 1 down to 10^-6 the centres of half as many intervals as
+# for the one above it, of both signs; 0 and 1
+EDGES = [torch.linspace(0.1, 1, 2**i + 1) for i in range(7)]
+CENTRES = torch.cat([10 ** (i - 6) * (x[:-1] + x[1:]) / 2 for i, x in enumerate(EDGES)])
+DYNAMIC = torch.cat((torch.tensor([0.0, 1.0]), CENTRES, -CENTRES)).sort().values
 # both NF4 values of each possible byte, (256, 2), so that one lookup gives two weights
 PAIRS = NF4[torch.stack((torch.arange(256) >> 4, torch.arange(256) & 15), dim=-1)]
 
@@ -93,27 +84,16 @@ class FrozenProduct(torch.autograd.Function):
 
 
 class NF4Linear(nn.Module):
-    """A frozen linear layer without bias whose weight (out, in) is stored in NF4."""
+    """A frozen linear layer without bias, its weight (out, in) rounded to NF4."""
 
-    def __init__(self, in_features: int, out_features: int):
+    def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.shape = torch.Size((out_features, in_features))
-        self.num_weights = n = self.shape.numel()  # `parameters()` does not count them
-        absmax = -(-n // BLOCK)
-        sizes = (-(-n // 2), absmax, 4 * (1 + -(-absmax // ABSMAX_BLOCK)))
-        for name, size in zip(BUFFERS, sizes):
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.shape = linear.weight.shape
+        self.num_weights = self.shape.numel()  # `parameters()` does not count them
+        for name, x in zip(BUFFERS, quantize(linear.weight)):
             # floats among them would be rounded by model.bfloat16(), so these are bytes
-            self.register_buffer(name, torch.zeros(size, dtype=torch.uint8))
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear) -> "NF4Linear":
-        """The layer's weight, rounded to NF4."""
-        with torch.device("meta"):
-            layer = cls(linear.in_features, linear.out_features)
-        if not linear.weight.is_meta:  # else there are only names and shapes to take over
-            layer.load_state_dict(dict(zip(BUFFERS, quantize(linear.weight))), assign=True)
-        return layer
+            self.register_buffer(name, x)
 
     def to_linear(self) -> nn.Linear:
         """A layer with the dequantized weight, float32."""

@@ -14,7 +14,7 @@ import lora
 from checkpoint import build_model, load, merged
 from lora import TARGETS, LoRAConfig, LoRALinear, adapt, adapters
 from model import Llama, ModelConfig
-from nf4 import NF4, NF4Linear, dequantize, dynamic_values, quantize
+from nf4 import DYNAMIC, NF4, NF4Linear, dequantize, quantize
 
 TOKENS = tokens_of((2, 24), seed=1)
 UNEVEN = [[0, 1, 1, 1]] * 2
@@ -160,7 +160,7 @@ def test_nf4_values_are_quantiles_of_a_normal_distribution():
     negative = -normal.icdf(torch.linspace(offset, 0.5, 8).double())[:-1]
     values = torch.cat((negative, torch.zeros(1), positive)).sort().values
     assert_close(NF4.double(), values / values.max(), 1e-6)
-    assert dynamic_values().unique().numel() == 256
+    assert DYNAMIC.unique().numel() == 256
 
 
 @pytest.mark.parametrize("shape", [(96, 200), (64, 64), (3, 5), (7, 9), (130, 127)])
@@ -176,7 +176,7 @@ def test_codes_and_round_trip_equal_bitsandbytes(shape, scale):
     ours = dequantize(theirs.flatten(), state.absmax, scales, w.shape)  # of their codes, the same numbers
     assert torch.equal(ours, F4.dequantize_4bit(theirs, state))
     # absmax: their kernel for the CPU rounds by a table, ours takes the nearest value
-    true, values = w.flatten().abs(), dynamic_values()
+    true, values = w.flatten().abs(), DYNAMIC
     true = F.pad(true, (0, -len(true) % 64)).view(-1, 64).amax(-1)
     of_block = scale.repeat_interleave(256)[: len(true)]
     errors = [(values[code.int()] * of_block + mean - true).abs() for code in (absmax, state.absmax)]
@@ -191,7 +191,7 @@ def test_a_weight_takes_4_127_bits_and_loses_9_5_percent():
     back = dequantize(*quantize(w), w.shape)
     assert 0.08 < (back - w).norm() / w.norm() < 0.11 and not back[0, :64].any()  # published: 9.5%
     model = Llama(c := ModelConfig(n_layer=2, dim=512, n_head=8, vocab_size=64))
-    lora.replace(model.layers, TARGETS, nn.Linear, NF4Linear.from_linear)
+    lora.replace(model.layers, TARGETS, nn.Linear, NF4Linear)
     layers = [layer for layer in model.modules() if isinstance(layer, NF4Linear)]
     count = sum(layer.num_weights for layer in layers)
     size = sum(x.nbytes for layer in layers for x in layer.buffers())
@@ -202,7 +202,7 @@ def test_a_weight_takes_4_127_bits_and_loses_9_5_percent():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_quantized_layer_is_its_dequantized_weight_and_keeps_none(dtype):
     linear = nn.Linear(200, 96, bias=False)
-    layer, x = NF4Linear.from_linear(linear), torch.randn(4, 7, 200, requires_grad=True)
+    layer, x = NF4Linear(linear), torch.randn(4, 7, 200, requires_grad=True)
     exact, kept = nn.Parameter(layer.to_linear().weight), []
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
