@@ -69,9 +69,8 @@ def load(path: str | Path) -> dict:
     """Map a checkpoint, on the CPU, without running any code in it. Raises UserError if it is missing,
     damaged or foreign."""
     path, foreign = Path(path), f"python -m formats import {path} OUT.pt"
-    if not path.is_file():
-        remedy = foreign if (path / "config.json").exists() else "name a ckpt.pt that train.py has written"
-        raise UserError(f"{path}: no such checkpoint; {remedy}")
+    remedy = foreign if (path / "config.json").exists() else "name a ckpt.pt that train.py has written"
+    require(path.is_file(), f"{path}: no such checkpoint; {remedy}")
     try:
         checkpoint = map_file(path)
         require({"model", "config", "tokenizer"} <= set(checkpoint), "it lacks model, config or tokenizer")
@@ -138,17 +137,17 @@ def build(checkpoint: dict, device="cpu", kv_bits: int | None = None) -> tuple[L
     return build_model({**checkpoint, "config": config}, device), read_tokenizer(checkpoint["tokenizer"])
 
 
-def without_training_state(checkpoint: dict) -> dict:
-    """What a checkpoint of other weights keeps: an adapter and the optimizer's state do not fit them."""
-    return {key: x for key, x in checkpoint.items() if key not in ("lora", "optimizers", "scaler")}
+def with_model(checkpoint: dict, model: Llama) -> dict:
+    """The checkpoint with other weights: an adapter and the optimizer's state do not fit them."""
+    kept = {key: x for key, x in checkpoint.items() if key not in ("lora", "optimizers", "scaler")}
+    return kept | {"model": model.state_dict(), "config": asdict(model.config)}
 
 
 def merged(checkpoint: dict) -> dict:
     """The checkpoint as an ordinary one: adapter added, NF4 dequantized, in the dtype of its embeddings."""
     require(lora_config(checkpoint).lora_r > 0, "this checkpoint has no adapter: there is nothing to merge")
-    model = plain(build_model(checkpoint)).to(checkpoint["model"]["tok_embeddings.weight"].dtype)
-    changed = {"model": model.state_dict(), "config": asdict(model.config)}
-    return without_training_state(checkpoint) | changed
+    dtype = checkpoint["model"]["tok_embeddings.weight"].dtype
+    return with_model(checkpoint, plain(build_model(checkpoint)).to(dtype))
 
 
 # ---- the command ----
@@ -189,21 +188,21 @@ def show(path: str | Path) -> None:
     checkpoint = load(path)
     model, lora = build_model(checkpoint), lora_config(checkpoint)
     c, dtype = model.config, model.tok_embeddings.weight.dtype
-    kind, size = str(dtype).removeprefix("torch."), Path(path).stat().st_size
-    print(f"{path}: {model.num_params():,} parameters, {kind}, {size:,} bytes")
+    params, kind = model.num_params(), str(dtype).removeprefix("torch.")
+    print(f"{path}: {params:,} parameters, {kind}, {Path(path).stat().st_size:,} bytes")
     for name, value in asdict(c).items():
         if not name.endswith(("_groups", "_latent")) and value is not None:
             print(f"  {name:14} {value}")
     print("head groups\n" + "\n".join(picture(c)))
-    share = 100 * c.kv_numbers_per_token / (2 * c.n_layer * c.n_head * c.head_dim)
     cache = c.kv_bytes_per_token(dtype.itemsize)
+    share = 100 * cache / (2 * c.n_layer * c.n_head * c.head_dim * dtype.itemsize)
     print(f"KV cache: {cache:,} bytes a token ({share:.0f}% of multi-head attention)")
     if checkpoint["tokenizer"]:
         t = read_tokenizer(checkpoint["tokenizer"])
         print(f"tokenizer: {t.kind}, {t.vocab_size:,} tokens, BOS {t.bos}, EOS {t.eos}")
     if lora.lora_r:
-        size = sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in adapters(model))
-        print(f"LoRA: {size:,} parameters, not merged")
+        params = sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in adapters(model))
+        print(f"LoRA: {params:,} parameters, not merged")
     if stored := [layer for layer in model.modules() if isinstance(layer, NF4Linear)]:
         weights, size = sum(x.num_weights for x in stored), sum(b.nbytes for x in stored for b in x.buffers())
         print(f"NF4: {weights:,} weights in {size:,} bytes ({8 * size / weights:.3f} bits each)")

@@ -104,11 +104,11 @@ def split_tokens(checkpoint: dict, tokenizer: Tokenizer, dataset, split: str) ->
     if not isinstance(name, str):
         raise UserError("this checkpoint names no data set: give --dataset NAME (eval_ppl.py: or --text)")
     folder, meta = read_meta(name)
-    if meta.get("kind") == "instructions":
+    if meta["kind"] == "instructions":
         raise UserError(f"{folder} holds instructions: python -m study score, or give --dataset of text")
     if (folder / "tokenizer.model").read_bytes() != tokenizer.data:
         raise UserError(f"{folder} has another tokenizer than the checkpoint: give --dataset of the same")
-    if not dataset and trained_on(checkpoint, split) != meta["splits"][split]["sha256"]:
+    if not dataset and trained_on(checkpoint, split) != meta["splits"][split].get("sha256"):
         note(f"{folder} was prepared anew since training, which may have seen this text")
     return open_split(folder, meta, split), f"{name} {split}"
 

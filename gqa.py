@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from checkpoint import build_model, empty_model, load, load_weights, picture, save, without_training_state
+from checkpoint import build_model, load, picture, save, with_model
 from common import UserError, bounded, exit_cleanly, is_a, parse, pick_device, require, writable
 from data.tokenizer import read_tokenizer
 from eval_ppl import mean_nll, perplexity, split_tokens, window_nll
@@ -187,13 +187,13 @@ def to_latents(model: Llama, found: Directions, sizes: Counts) -> Llama:
         for part, x in ((f"w{kind}.weight", z), (f"{kind}_mix", mix)):
             weights[name + part] = x.contiguous().to(attention.wq.weight.dtype)
     config = replace(c, k_latent=k_latent, v_latent=v_latent)
-    return load_weights(empty_model(config), weights).to(model.tok_embeddings.weight.device).eval()
+    return build_model({"model": weights, "config": vars(config)}, model.tok_embeddings.weight.device)
 
 
 def latent_sizes(model: Llama, found: Directions, tokens: torch.Tensor, share: float) -> Counts:
     """How many numbers of each layer's K and V a share of the cache holds: where the divergences that their
     latents cause, predicted from one backward pass at some sizes and interpolated, sum up to the least."""
-    D, gradients, values = model.config.head_dim, sensitivity(model, tokens), {}
+    D, gradients = model.config.head_dim, sensitivity(model, tokens)
     unit = D // 4 if D % 8 == 0 else 2
     whole = {(i, kind): n for i, both in enumerate(model.config.kv_widths) for kind, n in zip("kv", both)}
     steps = sorted({1, *(max(whole.values()) // unit * i // 8 for i in range(1, 8))} - {0})
@@ -203,12 +203,10 @@ def latent_sizes(model: Llama, found: Directions, tokens: torch.Tensor, share: f
         small = to_latents(model, found, sizes)
         for slot in sizes:
             known[slot][step] = divergence(small.layers[slot[0]].attention, gradients[slot[0]])
-    for slot, of_slot in known.items():
-        x = sorted(of_slot)
-        values[slot] = np.interp(range(1, max(x) + 1), x, [of_slot[step] for step in x])
+    values = [np.interp(range(1, max(of) + 1), *zip(*sorted(of.items()))) for of in known.values()]
     total = int(share * sum(whole.values()) / unit + 1e-9)
     require(total >= len(whole), f"--kv_budget {share} is below {unit} numbers of each layer's K and V")
-    return {slot: unit * n for slot, n in zip(whole, knapsack(list(values.values()))[1][total])}
+    return {slot: unit * n for slot, n in zip(whole, knapsack(values)[1][total])}
 
 
 # ---- which heads ----
@@ -366,8 +364,7 @@ def merge(model: Llama, groups: tuple[Maps, Maps], stats: list[Statistics], how:
             new["wk"], new["wv"] = mean(attention.wk.weight, k), mean(attention.wv.weight, v)
         for name, weight in new.items():
             weights[f"layers.{layer}.attention.{name}.weight"] = weight.to(attention.wq.weight.dtype)
-    device = model.tok_embeddings.weight.device
-    return load_weights(empty_model(c), weights).to(device).eval()  # the groups' index buffers, too
+    return build_model({"model": weights, "config": vars(c)}, model.tok_embeddings.weight.device)
 
 
 # ---- the command ----
@@ -429,9 +426,8 @@ def calibration_blocks(tokens: np.ndarray, model: Llama, count: int, seed: int) 
     """(N, T) tokens, at most `count`, from N places of the text, T the model's context up to 1,024."""
     T = min(model.config.block_size, 1024, len(tokens))
     rows, least = min(count, len(tokens)) // T, math.ceil(4 * model.config.dim / T)
-    if rows < least:
-        few = f"{rows * T:,} tokens of the {len(tokens):,} in the train split are too few"
-        raise UserError(f"{few}: give --calibration_tokens {least * T} or more, and enough text")
+    few = f"{rows * T:,} tokens of the {len(tokens):,} in the train split are too few"
+    require(rows >= least, f"{few}: give --calibration_tokens {least * T} or more, and enough text")
     blocks = tokens[: len(tokens) // T * T].reshape(-1, T)
     blocks = blocks[np.random.default_rng(seed).choice(len(blocks), rows, replace=False)]
     return torch.from_numpy(blocks.astype(np.int64)).to(model.tok_embeddings.weight.device)
@@ -494,8 +490,7 @@ def main() -> None:
     small = small.to(stored).to(wide)  # what is measured is what is saved
     val = val[: config.eval_tokens + 1]
     before, after = perplexity_on(val, model), perplexity_on(val, small)
-    changed = {"model": small.to("cpu", stored).state_dict(), "config": asdict(small.config)}
-    save(out, without_training_state(checkpoint) | changed | {"grouped": asdict(config)})
+    save(out, with_model(checkpoint, small.to("cpu", stored)) | {"grouped": asdict(config)})
     print(*picture(small.config), sep="\n")
     old, new = (m.config.kv_bytes_per_token(stored.itemsize) for m in (model, small))
     print(f"KV cache: {old:,} -> {new:,} bytes a token ({100 * new / old:.1f}%)")

@@ -165,7 +165,7 @@ def refit_attention(theirs: Attention, ours: Attention, a, b, rope, steps: int) 
 
     def closure() -> torch.Tensor:  # called with gradients on
         optimizer.zero_grad()
-        divergence = torch.zeros((), device=b.device)
+        total = torch.zeros((), device=b.device)
         for part, target in zip(b.split(SLICE), targets):
             q = ours.queries(part[:, some] @ weight(0).T, *(x[some] for x in rope))
             k = ours.keys(part @ weight(1).T, *rope)
@@ -173,8 +173,8 @@ def refit_attention(theirs: Attention, ours: Attention, a, b, rope, steps: int) 
             where = (q * (target @ ours.k_groups.expand(k))).sum() * q.shape[-1] ** -0.5
             loss = (scores(q, k, ours.k_groups, seen).logsumexp(-1).sum() - where) / count
             loss.backward()
-            divergence += loss.detach()
-        return divergence
+            total += loss.detach()
+        return total
 
     optimizer = torch.optim.LBFGS(parameters, max_iter=steps, line_search_fn="strong_wolfe")
     optimizer.step(closure)

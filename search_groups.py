@@ -116,13 +116,13 @@ class Judge:
 
     @torch.no_grad()
     def __call__(self, model: Llama) -> tuple[float, float]:
-        loss = divergence = 0.0
+        loss = kl = 0.0
         for part, hidden in zip(self.parts, self.hidden):
             ours = widen(model(part[:, :-1])).log_softmax(-1).flatten(0, 1)
             theirs = widen(self.original.output(hidden)).log_softmax(-1).flatten(0, 1)
             loss += F.nll_loss(ours, part[:, 1:].flatten(), reduction="sum").item()
-            divergence += F.kl_div(ours, theirs, log_target=True, reduction="sum").item()
-        return loss / self.count, max(0.0, divergence / self.count)
+            kl += F.kl_div(ours, theirs, log_target=True, reduction="sum").item()
+        return loss / self.count, max(0.0, kl / self.count)
 
 
 def open_log(path: Path, header: dict) -> tuple[IO, dict[str, dict]]:
@@ -144,8 +144,7 @@ def open_log(path: Path, header: dict) -> tuple[IO, dict[str, dict]]:
         raise UserError(f"{path} is in use by another search: wait, or give another --log") from None
     except Exception:
         raise UserError(f"{path} is damaged or no log of search_groups.py: give another --log") from None
-    if other:
-        raise UserError(f"{path} is of another {' and '.join(other)}: give the same flags, or another --log")
+    require(not other, f"{path} is of another {' and '.join(other)}: give the same flags, or another --log")
     if not text:
         print(json.dumps(header), file=file)
     elif not text.endswith("\n"):  # half a line of a search that was killed
@@ -168,9 +167,8 @@ class Search:
         self.total = None if config.kv_budget is None else budget(self.heads, config.kv_budget)
         third, least = (len(val) - 1) // 3, min(model.config.block_size, MOST_CONTEXT)
         part = min(config.search_tokens, third)
-        if part < least:
-            what = f"search_tokens is {config.search_tokens}, a third of val {third}"
-            raise UserError(f"{what}: give --search_tokens {least} or more, and three times as much val text")
+        few = f"search_tokens is {config.search_tokens}, a third of val {third}: give --search_tokens {least}"
+        require(part >= least, f"{few} or more, and three times as much val text")
         texts = [val[start : start + part + 1] for start in (0, part, 2 * part)]
         text = b"".join(part.tobytes() for part in (blocks.cpu().numpy(), *texts))
         header = {"model": sha256_of(Path(config.ckpt)), "text": hashlib.sha256(text).hexdigest()}
@@ -178,7 +176,7 @@ class Search:
         self.log, self.records = open_log(Path(config.log), header)
         self.judge, self.choice, self.report = (Judge(model, text) for text in texts)
         self.stats = statistics(model, blocks)
-        self.seen: list[dict] = []  # the groupings of this search, each once
+        self.seen: dict[str, dict] = {}  # the groupings of this search, by their maps
         self.evals, self.bar = 0, tqdm(total=config.max_evals, desc=config.method, disable=None)
 
     def maps(self, counts: Counts) -> tuple[Maps, Maps]:
@@ -206,16 +204,14 @@ class Search:
 
     def measure(self, maps: tuple[Maps, Maps], note: str) -> dict:
         """Evaluate a grouping, unless the log has it."""
-        record = self.records.get(str(maps))
-        if record is None:
+        key = str(maps)
+        if key not in self.records:
             loss, kl = self.judge(self.grouped(maps, 2))  # refitting takes most of the time
-            record = {"note": note, "loss": loss, "kl": kl, **self.described(maps)}
-            self.records[str(maps)] = record
-            print(json.dumps(record), file=self.log)
-        if record not in self.seen:
-            self.seen.append(record)
+            self.records[key] = {"note": note, "loss": loss, "kl": kl, **self.described(maps)}
+            print(json.dumps(self.records[key]), file=self.log)
+        record = self.seen[key] = self.records[key]
         self.evals += 1
-        self.bar.set_postfix_str(f"best {min(map(self.value, self.seen)):.4f}")
+        self.bar.set_postfix_str(f"best {min(map(self.value, self.seen.values())):.4f}")
         self.bar.update()
         return record
 
@@ -286,7 +282,7 @@ def random_search(search: Search) -> None:
 def contenders(search: Search) -> list[tuple[str, tuple[Maps, Maps]]]:
     """The search's best three, and what needs no search, with as many groups as the best of them."""
     model, joint = search.model, search.config.joint
-    best = sorted(search.seen, key=search.value)[:3]
+    best = sorted(search.seen.values(), key=search.value)[:3]
     found = [(f"found ({record['note']})", (record["k_groups"], record["v_groups"])) for record in best]
     if search.config.method == "random":  # is a baseline itself
         return found
@@ -320,7 +316,7 @@ def main() -> None:
         {"knapsack": knapsack_search, "random": random_search}[config.method](search)
     rows = chosen(search)
     best, original = rows[0], search.report(search.model)[0]
-    share = best["kv_bytes"] / search.described(search.maps(search.heads))["kv_bytes"]
+    share = best["kv_bytes"] / search.model.config.kv_bytes_per_token(search.itemsize)
     record = {"share": share, **best, "original_loss": original, "judged": rows}
     with replacing(Path(config.out), "w") as file:
         file.write(json.dumps(record | {"search": asdict(config), "evals": search.evals}) + "\n")

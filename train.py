@@ -121,7 +121,7 @@ def settle(flags: dict, checkpoint: dict) -> tuple[ModelConfig, LoRAConfig, Trai
         defaults |= {"lr": 0.005, "optimizer": "adamw"}
     elif checkpoint:
         defaults["lr"] = 0.001
-    return c, lora, TrainConfig(**{**defaults, **run})
+    return c, lora, checked(TrainConfig, {**defaults, **run})
 
 
 def default_out_dir(flags: dict, source: dict) -> str:
@@ -146,7 +146,7 @@ def open_tokens(config: TrainConfig, flags: dict, c: ModelConfig, checkpoint: di
     if checkpoint.get("tokenizer") not in (None, tokenizer.data):
         remedy = f"python data/prepare.py NAME --tokenizer {source} ..., and give --dataset NAME"
         raise UserError(f"{folder} has another tokenizer than the checkpoint: {remedy}")
-    if config.resume and trained_on(checkpoint, "train") != train["sha256"]:
+    if config.resume and trained_on(checkpoint, "train") != train.get("sha256"):
         raise UserError(f"{folder} is not the data of the run: restore it, or start anew with --overwrite")
     if meta["kind"] == "text" and train["tokens"] < 2 * c.block_size:
         few = f"{folder} has only {train['tokens']} train tokens, {2 * c.block_size} are needed"
@@ -172,8 +172,7 @@ def compiling_pays(config: TrainConfig, flops: float, device: torch.device) -> b
     """Whether to compile the blocks. On CPUs compiled steps take about an eighth less time, and compiling
     takes ten seconds or so: by default, runs of some minutes are compiled."""
     missing = compiler_missing(device)
-    if config.compile and missing:
-        raise UserError(f"--compile needs {missing}: install it, or give --no-compile")
+    require(not (config.compile and missing), f"--compile needs {missing}: install it, or give --no-compile")
     gains = flops > 5e13 and device.type == "cpu" and sys.platform == "linux" and not missing
     return gains if config.compile is None else config.compile
 
@@ -297,8 +296,7 @@ def train_step(
         for optimizer in optimizers:
             scaler.step(optimizer)
     scaler.update()
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
+    learner.zero_grad()
     return sum_over_ranks(step_loss.item()), norm
 
 
@@ -341,7 +339,10 @@ class Log:
         self.path, kept = path, []
         if resumed_at is not None and path.exists():
             whole_lines = path.read_text().split("\n")[:-1]  # a run that was killed may leave half a line
-            kept = [record for record in map(json.loads, whole_lines) if record["step"] <= resumed_at]
+            try:
+                kept = [record for record in map(json.loads, whole_lines) if record["step"] <= resumed_at]
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{path} is damaged: move it away, and the run goes on without it") from None
         self.evaluated = {record["step"] for record in kept if "val_loss" in record}
         if rank() == 0:
             with replacing(path, "w") as file:
@@ -502,8 +503,8 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
             use_kernels(model)
         except ImportError as error:  # Triton is for Linux
             note(f"no triton attention: {error}; sdpa takes its place")
-    tokens = last * config.batch_size * config.grad_accum * c.block_size * isinstance(data, Text)
-    config.compile = compiling_pays(config, 6 * model.num_params() * tokens / world(), device)
+    planned = last * config.batch_size * config.grad_accum * c.block_size * isinstance(data, Text)
+    config.compile = compiling_pays(config, 6 * model.num_params() * planned / world(), device)
     if config.compile:
         for layer in model.layers:  # those of the same head groups share what the first compiles
             layer.compile()
@@ -554,8 +555,8 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
         began, lr = time.perf_counter(), learning_rate(config, step)
         batches = data.step_batches(config.batch_size, config.grad_accum, config.seed, step)
         torch.manual_seed(config.seed + 1_000_003 * (step + 1) + 7919 * rank())  # of dropout
-        how = (dtype, scaler, config.grad_clip, teacher, config.distil_weight)
-        loss, norm = train_step(learner, batches, optimizers, lr, *how)
+        rest = (dtype, scaler, config.grad_clip, teacher, config.distil_weight)
+        loss, norm = train_step(learner, batches, optimizers, lr, *rest)
         # to the scaler, an infinite norm only means: a smaller scale next
         check_health(loss, 0.0 if scaler.is_enabled() else norm, c, step + 1, saved)
         # input tokens, without the padding after the last target of a row
@@ -572,8 +573,8 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
 
     # ---- the end
     if stop:
-        how = "torchrun, as before," if world() > 1 else "python"
-        print(f"saved step {step}; continue with: {how} train.py --resume --out_dir {path.parent}")
+        program = "torchrun, as before," if world() > 1 else "python"
+        print(f"saved step {step}; continue with: {program} train.py --resume --out_dir {path.parent}")
         sys.exit(128 + (caught or [signal.SIGTERM])[0])
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

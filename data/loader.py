@@ -29,6 +29,7 @@ def read_meta(dataset: str) -> tuple[Path, dict]:
     try:
         meta = json.loads((folder / "meta.json").read_text())
         check_unchanged(folder / "tokenizer.model", meta["tokenizer_sha256"])
+        require(meta["kind"] in ("text", "instructions"), "a kind that this version does not have")
         for split in SPLITS:
             size = meta["splits"][split]["tokens"] * {"uint16": 2, "uint32": 4}[meta["dtype"]]
             require(size == (folder / f"{split}.bin").stat().st_size, f"{split}.bin has another size")
@@ -135,4 +136,4 @@ class Examples:
 
 def open_data(folder: Path, meta: dict, split: str, block_size: int) -> Text | Examples:
     """A split of either kind."""
-    return (Examples if meta.get("kind") == "instructions" else Text)(folder, meta, split, block_size)
+    return (Examples if meta["kind"] == "instructions" else Text)(folder, meta, split, block_size)

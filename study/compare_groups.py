@@ -118,5 +118,5 @@ def searches_main() -> None:
             search = Search(replace(config, max_evals=evals, log=log))
             with search.bar:
                 run(search)
-            best = min(map(search.value, search.seen))
+            best = min(map(search.value, search.seen.values()))
             print(f"{name:9} {search.evals:4} evaluations, best {best:.4f}", flush=True)

@@ -117,7 +117,7 @@ def main() -> None:
     if not isinstance(config.dataset or own, str):
         raise UserError("this checkpoint names no data set: give --dataset NAME")
     folder, meta = read_meta(config.dataset or own)
-    if meta.get("kind") != "instructions":
+    if meta["kind"] != "instructions":
         raise UserError(f"{folder} is text: name instruction data with --dataset NAME, or use eval_ppl.py")
     path, split = folder / f"{config.split}.jsonl", meta["splits"][config.split]
     check_unchanged(path, split.get("jsonl_sha256"))

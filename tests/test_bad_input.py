@@ -41,6 +41,7 @@ train.py --dataset data --max_steps 1 --dim 32 --out_dir new
     --block_size 1000000                     --block_size
     --dataset nosuch                         data/prepare.py nosuch
     --dataset flipped                        flipped
+    --dataset kindless                       kindless is damaged
     --resume --overwrite                     --overwrite
     --fsdp                                   torchrun
     --lora_r 2                               --init_from
@@ -51,6 +52,7 @@ train.py --out_dir run --resume
     --n_layer 3                              --n_layer
     --out_dir new                            --resume
     --out_dir moved                          not the data
+    --out_dir torn                           log.jsonl is damaged
 train.py --init_from run/ckpt.pt --max_steps 1 --out_dir new
     --dim 48                                 --dim
     --dataset other                          other has another tokenizer
@@ -125,6 +127,9 @@ def room(tiny_data, tiny_run, tmp_path_factory):
     shutil.copytree(tiny_data, room / "data")
     train = shutil.copytree(tiny_data, room / "flipped") / "train.bin"
     train.write_bytes(train.read_bytes()[::-1])  # of the same size
+    meta = json.loads((tiny_data / "meta.json").read_text())
+    (shutil.copytree(tiny_data, room / "kindless") / "meta.json").write_text(json.dumps({**meta, "kind": 0}))
+    (shutil.copytree(tiny_run.parent, room / "torn") / "log.jsonl").write_text('{"loss": 1}\n')
     shutil.copytree(tiny_run.parent, room / "run")
     (room / "text.txt").write_text("some words\n" * 99)
     (room / "latin.txt").write_text("Bj\xf6rk", "latin1")
