@@ -56,6 +56,7 @@ train.py --out_dir run --resume
 train.py --init_from run/ckpt.pt --max_steps 1 --out_dir new
     --dim 48                                 --dim
     --dataset other                          other has another tokenizer
+    --init_from odd.pt                       dataset 3
     --quantize nf4                           --lora_r
     --lora_alpha 3                           --lora_r
     --lora_r 2 --lora_targets wq w9          --lora_targets
@@ -137,6 +138,7 @@ def room(tiny_data, tiny_run, tmp_path_factory):
     records = [{"instruction": f"Repeat {n}.", "output": f"{n}"} for n in range(40)]
     (room / "tasks.json").write_text(json.dumps(records))
     save(room / "bare.pt", {**saved, "tokenizer": None})
+    save(room / "odd.pt", {**saved, "train": {"dataset": 3}})
     save(room / "lora.pt", {**checkpoint_of(adapt(sharp_model(), lora)), "lora": vars(lora)})
     again = {"train": {**saved["train"], "overwrite": True}}  # a guard must not take it from there
     save(room / "moved/ckpt.pt", {**saved, **again, "data": {"splits": {"train": {"sha256": "0"}}}})

@@ -95,9 +95,10 @@ def test_the_command_halves_the_cache_and_all_else_reads_it(tiny_run, tmp_path):
     printed = run("gqa.py", tiny_run, "--out", out, "--latent", "--kv_budget", 0.5, *flags).stdout
     assert "(50.0%)" in printed and build_model(load(out)).config.kv_numbers_per_token == 64
     healed = ["--init_from", out, "--teacher", tiny_run, "--max_steps", 2, "--eval_tokens", 0]
-    run("train.py", *healed, "--out_dir", tmp_path)
-    for command in ("sample.py", "eval_ppl.py", "checkpoint.py show"):
-        run(*command.split(), tmp_path / "ckpt.pt")
+    run("train.py", *healed, "--out_dir", tmp_path, "--kv_bits", 8)
+    commands = ["sample.py", "eval_ppl.py", "checkpoint.py show"]
+    shown = [run(*command.split(), tmp_path / "ckpt.pt").stdout for command in commands]
+    assert "72 bytes a token (14% of" in shown[2]  # 64 integers and 4 scales for 128 numbers of 4 bytes
 
 
 @pytest.mark.parametrize("shape", ["mha", "gqa"])
