@@ -1,9 +1,8 @@
-"""Find how many key and value heads each layer of a model needs, for a KV-cache budget or an objective.
+"""Find how many key and value heads each layer of a model needs, for a KV-cache budget or over all budgets.
 
     python search_groups.py ckpt.pt --kv_budget 0.5 --out groups.json
-    python search_groups.py ckpt.pt --objective "ppl*groups**2" --out groups.json       # over all budgets
-    python search_groups.py ckpt.pt --objective "ppl*groups**2" --out groups.json \
-        --method random --joint --merge mean --refit none                               # the published search
+    python search_groups.py ckpt.pt --groups_power 2 --out groups.json \
+        --method random --joint --merge mean --refit none               # a published search: ppl * groups^2
     python gqa.py ckpt.pt --groups groups.json --out grouped.pt
 
 The closed form decides which heads of a layer share (gqa.py); this searches for how many. `knapsack` predicts
@@ -17,12 +16,10 @@ baselines, the third gives the reported numbers. The evaluations are lines of a 
 search goes on from there, and one for another budget, given the same --log, measures none of them again.
 """
 
-import ast
 import fcntl
 import hashlib
 import json
 import math
-import operator
 from dataclasses import asdict, dataclass
 from itertools import permutations, product
 from pathlib import Path
@@ -44,11 +41,6 @@ from model import Llama, Maps, widen
 from partition import best_partitions, knapsack
 from refit import STEPS, divergence, refit, sensitivity, statistics
 
-NAMES = ("ppl", "loss", "groups", "kv_bytes")  # what an objective may name
-OPERATORS = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-    ast.Pow: operator.pow, ast.USub: operator.neg,
-}  # fmt: skip
 MOST_CONTEXT = 1024  # tokens; longer contexts take much memory, and change few choices
 
 
@@ -56,7 +48,7 @@ MOST_CONTEXT = 1024  # tokens; longer contexts take much memory, and change few 
 class SearchConfig(MergeConfig):
     """search"""
 
-    objective: str | None = None  # instead of kv_budget: what to minimise, of ppl, loss, groups, kv_bytes
+    groups_power: float | None = bounded(None, 0, 10)  # or: minimise perplexity * (K/V heads) ** this
     method: Literal["knapsack", "random"] = "knapsack"  # see above
     max_evals: int = bounded(60, 2)  # groupings to evaluate before the last judgement
     search_tokens: int = bounded(16384, 1)  # of val, for an evaluation; choice and report read as many
@@ -64,39 +56,11 @@ class SearchConfig(MergeConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        require((self.kv_budget is None) != (self.objective is None), "give --kv_budget 0.5 or --objective")
+        goals = [self.kv_budget, self.groups_power]
+        require(goals.count(None) == 1, "for which size? give --kv_budget 0.5 or --groups_power 2")
         self.log = self.log or str(Path(self.out).with_suffix(".jsonl"))
         if Path(self.log).resolve() == Path(self.out).resolve():
             raise UserError(f"--out {self.out} would be the log, too: name it groups.json")
-        if self.objective is not None:
-            objective(self.objective, 2.0, 2, 2)  # raises now what it would raise after hours
-
-
-def objective(text: str, loss: float, groups: float, kv_bytes: float) -> float:
-    """The value of an expression of + - * / **, numbers, brackets and NAMES."""
-    values = dict(zip(NAMES, (perplexity(loss), loss, groups, kv_bytes)))
-
-    def value(node: ast.expr) -> float:
-        match node:
-            case ast.BinOp(left, op, right):
-                return OPERATORS[type(op)](value(left), value(right))
-            case ast.UnaryOp(op, operand):
-                return OPERATORS[type(op)](value(operand))
-            case ast.Constant(int() | float() as number):
-                return float(number)  # 9**9**9 of integers would not end
-            case ast.Name(name):
-                return values[name]
-        raise ValueError(ast.unparse(node))
-
-    try:
-        require(len(text) <= 1000, "it is too long")
-        result = value(ast.parse(text, mode="eval").body)
-        require(math.isfinite(result), "it is not finite")
-        return result
-    except Exception as error:  # of the parser, of a missing name or operator, of the arithmetic
-        reason = f"{type(error).__name__} {error}"[:80]
-        remedy = f"use {', '.join(NAMES)}, + - * / **"
-        raise UserError(f"--objective {text[:80]!r} fails ({reason}): {remedy}") from None
 
 
 # ---- measuring ----
@@ -197,10 +161,9 @@ class Search:
         return refit(small, self.model, blocks, steps * (self.config.refit == "all"))
 
     def value(self, record: dict) -> float:
-        """What is minimised: the objective, or the loss."""
-        if self.config.objective is None:
-            return record["loss"]
-        return objective(self.config.objective, record["loss"], record["groups"], record["kv_bytes"])
+        """What is minimised: the loss, or over all budgets perplexity * groups ** groups_power."""
+        power = self.config.groups_power
+        return record["loss"] if power is None else perplexity(record["loss"]) * record["groups"] ** power
 
     def measure(self, maps: tuple[Maps, Maps], note: str) -> dict:
         """Evaluate a grouping, unless the log has it."""
@@ -322,11 +285,12 @@ def main() -> None:
         file.write(json.dumps(record | {"search": asdict(config), "evals": search.evals}) + "\n")
     print(*picture(merged_config(search.model.config, best["k_groups"], best["v_groups"])), sep="\n")
     base = f"the original's {perplexity(original):.4f}, on {search.report.count:,} other tokens"
-    print(f"perplexity, relative to {base}")
+    objective = "" if search.total else f" | perplexity * groups^{config.groups_power:g}"
+    print(f"perplexity, relative to {base}{objective}")
     for row in rows:
         ratio = f"x {perplexity(row['loss'] - original):.4f} | KL {row['kl']:.4f}"
         cache = f"{row['groups']:g} K/V heads, {row['kv_bytes']:,} bytes a token"
-        value = f" | objective {search.value(row):.6g}" if config.objective else ""
+        value = f" | {search.value(row):.6g}" if search.total is None else ""
         print(f"  {ratio} | {cache}{value} | {row['name']}")
     print(f"{search.evals} groupings looked at; all measurements are in {config.log}")
     dataset = f" --dataset {config.dataset}" if config.dataset else ""

@@ -52,8 +52,8 @@ merge-[merge]-[share]: gqa.py <ckpt> <own> <merge> --calibration_tokens 65536 --
 before-[merge]-[share]: eval_ppl.py [merge]-[share].pt <own> <test>
 heal-[merge]-[share]: train.py --init_from [merge]-[share].pt <heal>
 after-[merge]-[share]: eval_ppl.py heal-[merge]-[share]/ckpt.pt <own> <test>
-objective-random: <search> --objective ppl*groups**2 --method random --joint --refit none --out random.json
-objective-ours: <search> --objective ppl*groups**2 --refit output --out ours.json --log search.jsonl
+objective-random: <search> --groups_power 2 --method random --joint --refit none --out random.json
+objective-ours: <search> --groups_power 2 --refit output --out ours.json --log search.jsonl
 figure-heads: -m study plot groups <ours> --out figures/heads.png
 figure-together: -m study plot together <found> --out figures/together.png
 figure-similarity: -m study plot similarity <ckpt> --out figures/similarity.png

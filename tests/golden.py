@@ -141,7 +141,7 @@ PARTS = {
     "refit_output": (checkpoint, GROUP + " --kv_budget 0.5 --refit output"),
     "refit_all": (checkpoint, GROUP + " --groups {inputs}/groups.json --refit all"),
     "search": (search, SEARCH + " --kv_budget 0.5 --max_evals 8"),
-    "random_search": (search, SEARCH + " --objective ppl*groups**2 --max_evals 6 --method random --joint"),
+    "random_search": (search, SEARCH + " --groups_power 2 --max_evals 6 --method random --joint"),
     "task_data": (tokens, "data/prepare.py tasks --from {inputs}/tasks.json --tokenizer {plain} --out {out}"),
     "task_tuning": (run, TUNE + " --init_from {plain} --dataset {task_data} --lora_r 4 --block_size 96"),
 }

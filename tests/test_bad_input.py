@@ -93,7 +93,7 @@ gqa.py run/ckpt.pt --out new.pt --calibration_tokens 1024
     --groups tasks.json                      tasks.json
 search_groups.py run/ckpt.pt --out new.json --calibration_tokens 1024
     --kv_budget 0.01                         --kv_budget
-    --objective os.system('x')               --objective
+    --groups_power nan                       --groups_power
     --kv_budget 0.5 --search_tokens 4        --search_tokens
     --kv_budget 0.5 --log torn.json          torn.json
 -m formats
