@@ -16,7 +16,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -46,7 +46,8 @@ before-base: eval_ppl.py <ckpt> <own> <test>
 heal-base: train.py --init_from <ckpt> <heal>
 after-base: eval_ppl.py heal-base/ckpt.pt <own> <test>
 search-[share]: <search> --kv_budget <share> --refit output --out groups-[share].json --log search.jsonl
-again-[share]: <search> --kv_budget <share> --refit output --seed 1 --out again-[share].json --log again.jsonl
+again-1of2: <search> --kv_budget 0.5 --refit output --seed 1 --out again-1of2.json --log again.jsonl
+again-1of4: <search> --kv_budget 0.25 --refit output --seed 1 --out again-1of4.json --log again.jsonl
 merge-[merge]-[share]: gqa.py <ckpt> <own> <merge> --calibration_tokens 65536 --eval_tokens 2048
     --out [merge]-[share].pt --overwrite
 before-[merge]-[share]: eval_ppl.py [merge]-[share].pt <own> <test>
@@ -55,7 +56,7 @@ after-[merge]-[share]: eval_ppl.py heal-[merge]-[share]/ckpt.pt <own> <test>
 objective-random: <search> --groups_power 2 --method random --joint --refit none --out random.json
 objective-ours: <search> --groups_power 2 --refit output --out ours.json --log search.jsonl
 figure-heads: -m study plot groups <ours> --out figures/heads.png
-figure-together: -m study plot together <found> --out figures/together.png
+figure-together: -m study plot together <found> again-1of2.json again-1of4.json --out figures/together.png
 figure-similarity: -m study plot similarity <ckpt> --out figures/similarity.png
 figure-attention: -m study plot attention <ckpt> --out figures/attention.png
 figure-architecture: -m study plot architecture ours-1of2.pt --out figures/architecture.png
@@ -204,7 +205,7 @@ FLAGS = {  # what several steps share; refits take most of a search's time, henc
     "<size>": "--max_evals 40 --search_tokens 16384",
     "<models>": " ".join(f"depth-long-{kind}-0/ckpt.pt" for kind in LOOPS["variant"] | LOOPS["other"]),
     "<ours>": " ".join(f"ours-{share}.pt" for share in LOOPS["share"]),
-    "<found>": " ".join(f"{seed}-{share}.json" for seed in ("groups", "again") for share in LOOPS["share"]),
+    "<found>": " ".join(f"groups-{share}.json" for share in LOOPS["share"]),
     "<small>": "--n_layer 6 --dim 288 --n_head 6 --hidden_dim 768",
     "<110M>": "--n_layer 12 --dim 768 --n_head 12 --hidden_dim 2048 --vocab_size 32000",
     "<stories260K>": "https://huggingface.co/karpathy/tinyllamas/resolve/main/stories260K",
@@ -223,7 +224,7 @@ FAST = {  # patterns, and what --fast puts there
     r"(--max_steps \d+)\d": r"\1", r"--warmup_steps \d+": "--warmup_steps 1", "--epochs 24": "--epochs 1",
     "_every 40": "_every 3", r" --(steps|rounds) \d+": r" --\1 1", "_evals (40|150)": "_evals 14",
     "--limit 100": "--limit 8", "16384|32768|65536": "4096", "330000": "40000", r"(--shares \S+).*": r"\1",
-    " --compile": " --no-compile", r" (ours|groups|again)-(?!1of2)\S+": "",
+    " --compile": " --no-compile", r" (ours|groups)-(?!1of2)\S+": "",
 }  # fmt: skip
 FAST_LOOPS = {  # how kept keys begin
     "variant": "6", "other": "5-plain", "seed": "0", "twin": "0", "way": "eager", "share": "1of2",
@@ -257,8 +258,7 @@ def write_texts(ckpt: str, folder: str, tokens: str) -> None:
 
 
 def first_lines(source: str, target: str, count: str) -> None:
-    with open(source) as file:
-        Path(target).write_text("".join(islice(file, int(count))))
+    Path(target).write_text("\n".join(Path(source).read_text().split("\n")[: int(count)]))
 
 
 def steps(config: StudyConfig) -> dict[str, str]:
