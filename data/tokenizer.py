@@ -110,8 +110,7 @@ class Tokenizer:
 
     def is_exact(self) -> bool:
         """Whether decoding restores the text: not without byte fallback, nor if the model normalizes."""
-        probe = " Tab\t  ﬁ\n中😀"
-        return self.decode(self.encode(probe)) == probe
+        return all(self.decode(self.encode(text)) == text for text in (" Tab\t  ﬁ\n中😀", "e\u0301"))
 
     def token_bytes(self) -> np.ndarray:
         """(vocab_size,) UTF-8 bytes per token; of an exact tokenizer, they add up to a document's length."""

@@ -18,6 +18,7 @@ import torch
 from checkpoint import empty_model, load, load_weights, model_config, save, show
 from common import UserError, bounded, exit_cleanly, parse, writable
 from formats import adapters, gguf, models
+from formats.files import check_finite
 from formats.tokenizers import find_tokenizer
 
 
@@ -57,9 +58,7 @@ def import_model(source: Path, tokenizer: str | None, block_size: int | None) ->
     load_weights(empty_model(c), weights, str(source))
     if c.tie_embeddings and not torch.equal(weights["output.weight"], weights["tok_embeddings.weight"]):
         raise UserError(f"{source} contradicts itself: its embeddings are tied, and its output differs")
-    for name, x in weights.items():
-        if not all(bound.isfinite() for bound in x.aminmax()):  # which needs no memory, and passes nan on
-            raise UserError(f"{source} is damaged: {name} holds numbers that are not finite")
+    check_finite(weights, source)
     if fields and not tokenizer:
         data = gguf.tokenizer_of(source, fields)
     else:

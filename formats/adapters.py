@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from checkpoint import build_model, check_tensors, empty_model, load, lora_config, map_file, save
-from common import UserError, checked, note, writable
-from formats.files import Weights, new_folder, read_json, read_tensors, reading, write_tensors
+from common import UserError, checked, note, require, writable
+from formats.files import Weights, check_finite, new_folder, read_json, read_tensors, reading, write_tensors
 from formats.models import NAMES, permute_rows, their_name
 from lora import TARGETS, LoRAConfig, adapt
 from model import Llama, ModelConfig
@@ -24,7 +24,7 @@ PLAIN = {  # an ordinary LoRA's settings; others would make another function of 
     "init_lora_weights": (None, True, False, "gaussian"), "fan_in_fan_out": (None, False),
     "modules_to_save": (None, []), "rank_pattern": (None, {}), "alpha_pattern": (None, {}),
     "trainable_token_indices": (None, []), "alora_invocation_tokens": (None, []),
-    "layer_replication": (None, []),
+    "layer_replication": (None, []), "layers_to_transform": (None, []),
 }  # fmt: skip
 HARMLESS = ("use_rslora", "loftq_config", "eva_config")  # other use_... and ..._config are variants of LoRA
 ROTATED = ("wq.lora_B", "wk.lora_B")
@@ -32,9 +32,8 @@ ROTATED = ("wq.lora_B", "wk.lora_B")
 
 def check_order(c: ModelConfig) -> None:
     """Raise UserError for a model whose heads Hugging Face's format would lay out otherwise."""
-    groups = dict.fromkeys(("k_groups", "v_groups", "k_latent", "v_latent"))
-    if c != replace(c, **groups, novel=False, gated=False):
-        raise UserError("PEFT has no uneven groups, latents, --novel or --gated: name a .pt, or merge it")
+    plain = replace(c, k_groups=None, v_groups=None, k_latent=None, v_latent=None, novel=False, gated=False)
+    require(c == plain, "PEFT has no uneven groups, latents, --novel or --gated: name a .pt, or merge it")
 
 
 def peft_name(ours: str) -> str:
@@ -46,8 +45,7 @@ def peft_name(ours: str) -> str:
 def with_adapter(base: dict, source: Path) -> dict:
     """A checkpoint of the base, in NF4 if the adapter was trained so, with the adapter in `source`. Raises
     UserError when the adapter is damaged, or of another model than the base."""
-    if base.get("lora"):
-        raise UserError("the base has an adapter: merge it, python checkpoint.py merge CKPT --out OUT.pt")
+    require(not base.get("lora"), "the base has an adapter: merge it, python checkpoint.py merge CKPT")
     model, peft = build_model(base), source.is_dir()
     settings, tensors = read_peft(source, model) if peft else read_own(source)
     wanted = empty_model(model.config, settings).state_dict()
@@ -57,6 +55,7 @@ def with_adapter(base: dict, source: Path) -> dict:
         unlike = min(dict(wanted.items() ^ found.items()), default="all")
         shapes = f"{unlike} is {found.get(unlike)}, and this base needs {wanted.get(unlike)}"
         raise UserError(f"{source} is an adapter of another model: {shapes}")
+    check_finite(tensors, source)
     if peft:
         permute_rows(tensors, model.config.head_dim, ROTATED, to_pairs=True)
     adapt(model, settings).load_state_dict(tensors, strict=False, assign=True)
@@ -104,8 +103,7 @@ def export(source: Path, out: Path, overwrite: bool) -> None:
     """Write the adapter of a checkpoint by itself, to a .pt or else a PEFT folder."""
     checkpoint = load(source)
     settings, model = lora_config(checkpoint), build_model(checkpoint)
-    if not settings.lora_r:
-        raise UserError(f"{source} has no adapter: python train.py --init_from {source} --lora_r 8")
+    require(settings.lora_r, f"{source} has no adapter: python train.py --init_from {source} --lora_r 8")
     tensors = {name: x for name, x in checkpoint["model"].items() if ".lora_" in name}
     if out.suffix == ".pt":
         writable(out, overwrite)

@@ -57,6 +57,12 @@ def read_tensors(path: Path) -> Weights:
         return weights
 
 
+def check_finite(weights: Weights, path: Path) -> None:
+    """Raise UserError if a tensor holds inf or nan; it takes no memory."""
+    for name, x in weights.items():
+        require(all(bound.isfinite() for bound in x.aminmax()), f"{path} is damaged: {name} is not finite")
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `folder`, empty or new, when the block ends without an error."""

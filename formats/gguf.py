@@ -39,8 +39,7 @@ PARTED = {  # llama.cpp's names of the ways to part a text before its pieces are
 
 
 def read_gguf(path: Path) -> tuple[Settings, Weights, dict]:
-    """Settings, weights, and all fields of a file. Raises UserError when it is damaged, or a model that ours
-    cannot be."""
+    """Settings, weights, and all fields of a file. Raises UserError if it is damaged, or no Llama of ours."""
     with reading(path, "GGUF file"):
         from gguf import GGUFReader, dequantize
 

@@ -176,28 +176,26 @@ def exported(path: Path, each: bool = False) -> tuple[ModelConfig, Weights, list
     unless `each` may have its own) and tokenizer. Raises UserError for what no ordinary Llama is."""
     checkpoint = load(path)
     c, weights = model_config(checkpoint), dict(checkpoint["model"])
-    if checkpoint.get("lora"):
-        raise UserError(f"{path} has an adapter: python checkpoint.py merge, or export with --adapter")
-    if c.novel or c.gated:
-        raise UserError("a --novel or --gated model cannot be exported: no other Llama has these layers")
+    require(not checkpoint.get("lora"), f"{path} has an adapter: checkpoint.py merge, or export --adapter")
+    ordinary = not (c.novel or c.gated)
+    require(ordinary, "a --novel or --gated model cannot be exported: no other Llama has these layers")
     load_weights(empty_model(c), weights, str(path))
     tokenizer = read_tokenizer(checkpoint["tokenizer"]) if checkpoint["tokenizer"] else None
-    ours, c = c.kv_numbers_per_token, expand_latents(weights, c)
+    size = max(x.itemsize for x in weights.values())
+    ours, c = c.kv_bytes_per_token(size), expand_latents(weights, c)
     heads = expand_groups(weights, c, each)
     if c.tie_embeddings:
         del weights["output.weight"]
-    theirs, size = 2 * sum(heads) * c.head_dim, max(x.itemsize for x in weights.values())
+    theirs = 2 * sum(heads) * c.head_dim * size
     if theirs != ours:
-        cost = f"{size * theirs:,} bytes a token there and {size * ours:,} here"
-        note(f"its cache, of equal heads, takes {cost}")
+        note(f"its cache, floats of equal heads, takes {theirs:,} bytes a token there and {ours:,} here")
     return c, weights, heads, tokenizer
 
 
 def export(path: Path, folder: Path) -> None:
     """Write the Hugging Face folder of a checkpoint. Raises UserError for what it cannot hold."""
     c, weights, (heads, *_), tokenizer = exported(path)
-    if c.dim % c.n_head:
-        raise UserError(f"transformers needs a dim that n_head divides, and they are {c.dim} and {c.n_head}")
+    require(c.dim % c.n_head == 0, f"transformers needs n_head to divide dim: {c.n_head} and {c.dim}")
     permute_rows(weights, c.head_dim, ROTATED, to_pairs=False)
     dtype = max((x.dtype for x in weights.values()), key=lambda dtype: dtype.itemsize)
     config = config_of(c, heads, tokenizer, dtype)

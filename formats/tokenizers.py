@@ -105,8 +105,7 @@ def sentencepiece_of_llama2c(data: bytes) -> bytes:
         place += 8 + length
     require(len(pieces) >= 259, f"it has {len(pieces)} pieces, below the 3 + 256 of control tokens and bytes")
     pieces[:3] = [(0.0, "<unk>"), (0.0, "<s>"), (0.0, "</s>")]
-    kinds = [Kind.UNKNOWN, Kind.CONTROL, Kind.CONTROL] + [Kind.BYTE] * 256
-    kinds += [Kind.NORMAL] * (len(pieces) - 259)
+    kinds = [Kind.UNKNOWN, Kind.CONTROL, Kind.CONTROL] + [Kind.BYTE] * 256 + [Kind.NORMAL] * len(pieces)
     return sentencepiece_model([(*piece, kind) for piece, kind in zip(pieces, kinds)])
 
 
@@ -163,10 +162,13 @@ def merges_of(tokenizer: Tokenizer) -> list[str] | None:
     sp, merges = tokenizer.sp, []
     other = (sp.is_control, sp.is_unknown, sp.is_byte, sp.is_unused)
     scores = {p: sp.get_score(i) for i, p in tokenizer.pieces.items() if not any(kind(i) for kind in other)}
+    several = [score for piece, score in scores.items() if len(piece) > 1]
+    if len(set(several)) < len(several):  # user-defined pieces, never joined, have the score of the first
+        return None
     for piece in sorted(scores, key=lambda piece: -scores[piece]):
         cuts = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
         pairs = [f"{left} {right}" for left, right in cuts if left in scores and right in scores]
-        # unigram models have logarithms for scores; user-defined pieces are not joined
+        # unigram models have logarithms for scores
         if scores[piece] != round(scores[piece]) or (cuts and not pairs):
             return None
         merges += pairs

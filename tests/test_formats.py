@@ -99,6 +99,9 @@ def test_uneven_groups_are_exported_as_the_fewest_equal_ones(tmp_path, heads, k_
     assert_close(logits(theirs, 60), logits(ours, 60), TOLERANCE, "logits")
     cache, here = 2 * 2 * heads * 8 * 4, ours.config.kv_numbers_per_token * 4
     assert (f"{cache:,} bytes a token there and {here:,} here" in said) == (cache != here)
+    rounded = sharp_model(k_groups=k_groups, v_groups=v_groups, kv_bits=8)
+    here = rounded.config.kv_bytes_per_token(4)
+    assert f"there and {here:,} here" in export_of(rounded, tmp_path, out="rounded")
     back, _ = imported(tmp_path / "out", tmp_path / "back.pt")
     assert_close(logits(back, 60), logits(ours, 60), TOLERANCE, "imported again")
 
@@ -191,6 +194,13 @@ def byte_level():
     return tokenizer
 
 
+def test_a_tokenizer_json_that_changes_text_is_noticed(byte_level):
+    fields = json.loads(byte_level.to_str())
+    spaced = {"pre_tokenizer": {**fields["pre_tokenizer"], "add_prefix_space": True}}
+    for change in ({}, {"normalizer": {"type": "NFC"}}, {"normalizer": {"type": "NFKC"}}, spaced):
+        assert read_tokenizer(json.dumps(fields | change).encode()).is_exact() == (change == {})
+
+
 @pytest.mark.parametrize("kind", ["learned", "prefixed", "late"])
 def test_exported_tokenizer_gives_transformers_the_same_tokens(tmp_path, tiny_data, prefixed, kind):
     """In `late`, as in Llama 2's, runs of spaces are joined last."""
@@ -263,6 +273,7 @@ def test_special_tokens(tmp_path, prefixed, byte_level, files, template, bos, ad
 
 @pytest.mark.parametrize("change", [
     {"model_type": "unigram"}, {"normalization_rule_name": "nmt_nfkc"}, {"user_defined_symbols": ["<end>"]},
+    {"user_defined_symbols": ["on", "th"]},  # which pairs of letters would make, too
 ])  # fmt: skip
 def test_a_sentencepiece_model_that_is_no_plain_bpe_is_exported_by_itself(tmp_path, change):
     model, settings = io.BytesIO(), {**SETTINGS, "vocab_size": 400, "minloglevel": 2, **change}
@@ -337,9 +348,11 @@ def test_adapters_cross_to_peft_and_back(tmp_path, kv):
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "again"))
     copied = first.pop(OUTPUT)  # a copy of the base's
     assert first.keys() == second.keys() and all(torch.equal(x, second[name]) for name, x in first.items())
-    save_file({**first, OUTPUT: 2 * copied}, tmp_path / "theirs/adapter_model.safetensors")
     (tmp_path / "back.pt").unlink()
-    refuse(tmp_path, "theirs", "lm_head")
+    damaged = next(name for name in first if "lora_A" in name)
+    for change, word in (({OUTPUT: 2 * copied}, "lm_head"), ({damaged: 1 / (0 * first[damaged])}, "finite")):
+        save_file({**first, **change}, tmp_path / "theirs/adapter_model.safetensors")
+        refuse(tmp_path, "theirs", word)
 
 
 def test_rank_stabilized_adapters_keep_their_scale(tmp_path):
@@ -387,6 +400,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path, other, kind):
     ({"use_qalora": True}, "use_qalora"), ({"alora_invocation_tokens": [1]}, "alora"),
     ({"kasa_config": {"a": 1}}, "kasa"), ({"r": 5}, "another model"), ({"r": "four"}, "lora_r"),
     ({"r": None}, "damaged"), ({"r": 2**62}, "lora_r"), ({"lora_alpha": -1}, "lora_alpha"),
+    ({"layers_to_transform": [0]}, "layers_to_transform"),
 ])  # fmt: skip
 def test_an_adapter_that_is_no_plain_lora_is_refused(tmp_path, change, word):
     files(tmp_path)
