@@ -66,9 +66,10 @@ def is_a(value: object, kind: object) -> bool:
 
 
 def check_bounds(cls: type, values: dict) -> None:
-    """Raise UserError for a number out of its field's bounds."""
+    """Raise UserError for a number out of its field's bounds, or an empty name."""
     for field in dataclasses.fields(cls):
         value, (low, high) = values.get(field.name), field.metadata.get("bounds", (-math.inf, math.inf))
+        require(value not in ("", [""]) or field.default == "", f"--{field.name} is empty: leave it out")
         if isinstance(value, int | float) and not low <= value <= high:  # nan fails, too
             limit = f"{low} or more" if high == math.inf else f"{low} to {high}"
             raise UserError(f"{field.name} is {repr(value)[:80]}: give --{field.name} {limit}")
@@ -254,6 +255,7 @@ def replacing(path: Path, mode: str) -> Iterator[typing.IO]:
 def held(folder: Path) -> Iterator[None]:
     """Keep other processes that ask for it out of a folder, made if need be, until the block or this process
     ends. Raises UserError if another has it."""
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -264,13 +266,15 @@ def held(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if folder.exists() and not any(folder.iterdir()):
+        if made and folder.exists() and not any(folder.iterdir()):
             folder.rmdir()  # a mistake leaves nothing behind
         os.close(descriptor)
 
 
 def writable(path: Path, overwrite: bool) -> None:
-    """Raise UserError if `path` is a folder, or a file that must not be replaced."""
+    """Raise UserError if `path` is a folder, a file that must not be replaced, or where none can be made."""
+    parent = next(folder for folder in path.resolve().parents if folder.exists())
+    require(parent.is_dir() and os.access(parent, os.W_OK), f"cannot write {path}: {parent} is no place")
     taken = path.is_dir() or (path.exists() and not overwrite)
     require(not taken, f"{path} exists: give the name of a new file, or --overwrite one")
 

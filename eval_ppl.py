@@ -8,8 +8,8 @@ Three methods, over the same N tokens x_0 .. x_(N-1), of which all but the first
 
     blocks       exp(mean NLL): non-overlapping blocks of `context` predictions, each starting without a past
     sliding      exp(mean NLL): every token has `context - stride` tokens before it, where the text has them
-    block_mean   the mean over the whole blocks of each block's exp(mean NLL). It lies above `blocks` (Jensen)
-                 and depends on the block length; some published numbers are of it.
+    block_mean   the mean over the whole blocks of each block's exp(mean NLL). It lies above exp(mean NLL) of
+                 the same blocks (Jensen) and depends on their length; some published numbers are of it.
 
 Perplexities compare between models only with the same tokenizer; bits per byte compare always.
 """
@@ -142,7 +142,7 @@ def read_tokens(config: EvalConfig, checkpoint: dict, tokenizer: Tokenizer) -> t
     """The tokens that the flags name, and a word for them."""
     if config.text:
         try:
-            tokens, source = np.array(tokenizer.prompt(Path(config.text).read_text("utf-8"))), config.text
+            tokens, source = np.array(tokenizer.prompt(Path(config.text).read_bytes().decode())), config.text
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--text {config.text} is no UTF-8 text file: {error}") from None
     else:

@@ -190,11 +190,20 @@ def to_latents(model: Llama, found: Directions, sizes: Counts) -> Llama:
     return build_model({"model": weights, "config": vars(config)}, model.tok_embeddings.weight.device)
 
 
+def latent_units(c: ModelConfig, share: float) -> tuple[int, int]:
+    """What a latent's size is a multiple of, and how many of it a share of the cache has. Raises UserError
+    below one for each layer's K and V."""
+    unit, numbers = c.head_dim // 4 if c.head_dim % 8 == 0 else 2, c.kv_numbers_per_token
+    total, least = int(share * numbers / unit + 1e-9), math.ceil(2000 * c.n_layer * unit / numbers) / 1000
+    few = f"kv_budget {share} is below {unit} numbers of each layer's K and V: give --kv_budget {least} to 1"
+    require(total >= 2 * c.n_layer, few)
+    return unit, total
+
+
 def latent_sizes(model: Llama, found: Directions, tokens: torch.Tensor, share: float) -> Counts:
     """How many numbers of each layer's K and V a share of the cache holds: where the divergences that their
     latents cause, predicted from one backward pass at some sizes and interpolated, sum up to the least."""
-    D, gradients = model.config.head_dim, sensitivity(model, tokens)
-    unit = D // 4 if D % 8 == 0 else 2
+    (unit, total), gradients = latent_units(model.config, share), sensitivity(model, tokens)
     whole = {(i, kind): n for i, both in enumerate(model.config.kv_widths) for kind, n in zip("kv", both)}
     steps = sorted({1, *(max(whole.values()) // unit * i // 8 for i in range(1, 8))} - {0})
     known = {slot: {n // unit: 0.0} for slot, n in whole.items()}
@@ -204,8 +213,6 @@ def latent_sizes(model: Llama, found: Directions, tokens: torch.Tensor, share: f
         for slot in sizes:
             known[slot][step] = divergence(small.layers[slot[0]].attention, gradients[slot[0]])
     values = [np.interp(range(1, max(of) + 1), *zip(*sorted(of.items()))) for of in known.values()]
-    total = int(share * sum(whole.values()) / unit + 1e-9)
-    require(total >= len(whole), f"--kv_budget {share} is below {unit} numbers of each layer's K and V")
     return {slot: unit * n for slot, n in zip(whole, knapsack(values)[1][total])}
 
 
@@ -312,15 +319,19 @@ def choose(
     return as_maps(model, labels)
 
 
+def numbered(labels: list[int]) -> list[int]:
+    """Labels as numbers, from 0 on, in the order in which they first occur."""
+    first = list(dict.fromkeys(labels))
+    return [first.index(label) for label in labels]
+
+
 def as_maps(model: Llama, labels: dict[Slot, np.ndarray]) -> tuple[Maps, Maps]:
-    """k_groups and v_groups, of a label for each K or V head of each slot; numbered as they first occur."""
+    """k_groups and v_groups, of a label for each K or V head of each slot."""
     maps = [], []
     for of_kind, kind, sources in zip(maps, "kv", (model.config.k_groups, model.config.v_groups)):
         for layer, of_head in enumerate(sources):
             label = labels.get((layer, kind), labels.get((layer, "joint")))
-            found = label[of_head].tolist()
-            first = list(dict.fromkeys(found))
-            of_kind.append([first.index(group) for group in found])
+            of_kind.append(numbered(label[of_head].tolist()))
     return maps
 
 
@@ -448,23 +459,23 @@ def read_groups(path: Path, c: ModelConfig) -> tuple[Maps, Maps]:
         record = json.loads(path.read_text())
         maps = record["k_groups"], record["v_groups"]
         require(all(m and is_a(m, Maps) for m in maps), "not [layer][query head] -> group")
+        maps = tuple([numbered(of_head) for of_head in of_kind] for of_kind in maps)
         replace(c, k_groups=maps[0], v_groups=maps[1])
+        for old, new in zip(c.k_groups + c.v_groups, maps[0] + maps[1]):
+            source_groups(old, new)
         return maps
     except Exception as error:
         reason = f"{type(error).__name__} {error}"[:200]
         raise UserError(f"{path} has no groups for this model ({reason}): use search_groups.py's") from None
 
 
-def asked_groups(config: GroupConfig, model: Llama, stats: list[Statistics]) -> tuple[Maps, Maps]:
-    if config.groups is not None:
-        return read_groups(Path(config.groups), model.config)
+def asked_counts(config: GroupConfig, model: Llama) -> Counts:
     heads = head_counts(model, config.joint)
-    counts, most = dict.fromkeys(heads, config.n_kv_head), min(heads.values())
     if config.kv_budget is not None:
-        counts = even_counts(heads, budget(heads, config.kv_budget))
-    elif config.n_kv_head > most:
-        raise UserError(f"n_kv_head is {config.n_kv_head}: give --n_kv_head 1 to {most}")
-    return choose(model, stats, counts, config.grouping, config.seed)
+        return even_counts(heads, budget(heads, config.kv_budget))
+    most = min(heads.values())
+    require(config.n_kv_head <= most, f"n_kv_head is {config.n_kv_head}: give --n_kv_head 1 to {most}")
+    return dict.fromkeys(heads, config.n_kv_head)
 
 
 def perplexity_on(tokens: np.ndarray, model: Llama) -> float:
@@ -477,13 +488,18 @@ def main() -> None:
     out = Path(config.out)
     writable(out, config.overwrite)
     checkpoint, model, blocks, val, name = open_inputs(config)
+    groups = read_groups(Path(config.groups), model.config) if config.groups else None
+    counts = {} if groups or config.latent else asked_counts(config, model)
+    if config.latent:
+        latent_units(model.config, config.kv_budget)  # raises now what it would raise in a minute
     unread = config.merge == "mean" and (config.groups or config.grouping != "best")
     stats = [] if unread else statistics(model, blocks)
     if config.latent:
         found = all_directions(model, stats)
         small = to_latents(model, found, latent_sizes(model, found, blocks, config.kv_budget))
     else:
-        small = merge(model, asked_groups(config, model, stats), stats, config.merge)
+        groups = groups or choose(model, stats, counts, config.grouping, config.seed)
+        small = merge(model, groups, stats, config.merge)
     if config.refit != "none":
         refit(small, model, blocks, STEPS * (config.refit == "all"), quiet=False)
     stored, wide = checkpoint["model"]["norm.weight"].dtype, model.norm.weight.dtype

@@ -33,7 +33,7 @@ from common import IGNORE, NO_FLAG, bounded, require
 ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 CHUNK = 2**19  # logits widened at a time: 2 MiB in float32 stay in a CPU's cache; a GPU takes 64 times more
 RAISED = 2.0**14  # scale of the gradient stored for the backward: float16 underflows below 6e-8
-MOST = 2**20  # of any size: a damaged file must not make us build lists of 10^9 entries
+MOST, WIDEST = 2**20, 2**13  # of any size, of a head or a latent: what a damaged file may make us build
 Maps = list[list[int]]  # [layer][query head] -> the group that it reads
 
 
@@ -45,10 +45,10 @@ class ModelConfig:
     n_head: int = bounded(8, 1, 1024)  # query heads of a layer
     n_kv_head: int | None = bounded(None, 1, 1024)  # K/V heads, of equal runs of query heads (default: all)
     dim: int = bounded(256, 1, MOST)  # model width
-    head_dim: int | None = bounded(None, 2, MOST)  # width of one head, even (default: dim / n_head)
+    head_dim: int | None = bounded(None, 2, WIDEST)  # width of one head, even (default: dim / n_head)
     hidden_dim: int | None = bounded(None, 1, MOST)  # feed-forward width (default: 8/3 dim, rounded up to 32)
     block_size: int = bounded(256, 2, 2**24)  # longest context, tokens
-    vocab_size: int = bounded(4096, 1, MOST)  # tokens in the vocabulary
+    vocab_size: int = bounded(4096, 1, MOST)  # tokens in the vocabulary (train.py: as many as the data have)
     rope_theta: float = bounded(10000.0, 1e-6, 1e30)  # base of the rotary wavelengths
     # Llama 3's stretching of long wavelengths, see ROPE_SCALING
     rope_scaling: dict[str, float] | None = field(default=None, metadata=NO_FLAG)
@@ -88,9 +88,10 @@ class ModelConfig:
                 require(dense, f"{name} has {of_head}: give {H} group numbers that skip none from 0 on")
         self.k_latent = [r if any(r) else [] for r in self.k_latent or [[]] * self.n_layer]
         self.v_latent = self.v_latent or [0] * self.n_layer
-        sizes = {len(ranks) for ranks in self.k_latent}
-        sound = len(self.k_latent) == len(self.v_latent) == self.n_layer and sizes <= {0, self.head_dim // 2}
-        sound = sound and all(0 <= r <= H * self.head_dim for r in chain(*self.k_latent, self.v_latent))
+        pairs, widths = {len(ranks) for ranks in self.k_latent}, [2 * sum(ranks) for ranks in self.k_latent]
+        sound = len(self.k_latent) == len(self.v_latent) == self.n_layer and pairs <= {0, self.head_dim // 2}
+        sound = sound and min(chain(*self.k_latent, self.v_latent), default=0) >= 0
+        sound = sound and max(widths + self.v_latent) <= min(H * self.head_dim, WIDEST)
         require(sound, "k_latent or v_latent is of another model")
         require(self.kv_bits > 4 or not any(r % 2 for r in self.v_latent), "v_latent is odd: use --kv_bits 8")
         self.k_groups = [[0] * H if any(r) else groups for r, groups in zip(self.k_latent, self.k_groups)]
@@ -438,9 +439,8 @@ class Llama(nn.Module):
         if padding is not None or (past and T > 1):
             seen = torch.arange(past + T, device=tokens.device)
             mask = seen <= positions[:, None]  # (T, S)
-            if padding is not None:  # a padded query sees itself: a row with nothing to see would be NaN
-                mask = mask & ((seen >= padding[:, None, None]) | (seen == positions[:, None]))
-                mask = mask[:, None]  # (B, 1, T, S)
+            if padding is not None:  # (B, 1, T, S); a padded query sees itself: with nothing to see it is NaN
+                mask = mask & ((seen >= padding[:, None, None, None]) | (seen == positions[:, None]))
         cos, sin = rope_angles(self.config, positions)
         x = self.dropout(self.tok_embeddings(tokens))
         for layer in self.layers:
@@ -493,9 +493,9 @@ class Llama(nn.Module):
     ) -> Iterator[list[int | None]]:  # fmt: skip
         """Yield, token by token, the next token of every prompt; None for one that has met a `stop` token.
 
-        A text also stops after max_new_tokens, or when it fills block_size, so it is the same in any batch.
-        Temperature 0 is greedy; above it, tokens are drawn from the smallest set of probability `top_p` or
-        more (arXiv 1904.09751). Raises UserError for an empty prompt or one that leaves no room.
+        A text also stops after max_new_tokens, or when it fills block_size. Temperature 0 is greedy, the same
+        in any batch; above it one generator draws for all texts, from the smallest set of probability `top_p`
+        or more (arXiv 1904.09751). Raises UserError for an empty prompt or one that leaves no room.
         """
         assert not self.training, "call model.eval() first: dropout would change the text"
         longest, room = max(map(len, prompts)), self.config.block_size

@@ -293,8 +293,9 @@ def main() -> None:
         value = f" | {search.value(row):.6g}" if search.total is None else ""
         print(f"  {ratio} | {cache}{value} | {row['name']}")
     print(f"{search.evals} groupings looked at; all measurements are in {config.log}")
-    dataset = f" --dataset {config.dataset}" if config.dataset else ""
-    print(f"--- next:\npython gqa.py {config.ckpt} --groups {config.out} --out grouped.pt{dataset}")
+    how = f" --dataset {config.dataset}" if config.dataset else ""
+    how += f" --merge {config.merge} --refit {config.refit}" if config.merge != "closed" else ""
+    print(f"--- next:\npython gqa.py {config.ckpt} --groups {config.out} --out grouped.pt{how}")
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ class TrainConfig:
     momentum: float = bounded(0.8, 0, 0.9999)  # of Muon; the usual 0.95 learns less in some hundred steps
     optimizer: Literal["adamw", "muon"] = "muon"  # muon: the blocks' matrices, AdamW the rest (LoRA: adamw)
     eval_every: int = bounded(100, 1)  # steps between checkpoints, each followed by an evaluation
-    eval_tokens: int = bounded(32768, 0)  # of the val split, evenly spread; the last one reads all; 0: none
+    eval_tokens: int = bounded(32768, 0)  # of val, in blocks spread evenly; the last one reads all; 0: none
     seed: int = bounded(0, 0, 2**32 - 1)  # of weights, batches and dropout
     device: str = "auto"  # cuda, mps, cpu or auto
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products; weights stay in float32
@@ -142,11 +142,12 @@ def open_tokens(config: TrainConfig, flags: dict, c: ModelConfig, checkpoint: di
     if "vocab_size" in flags and not how:
         how = ["--vocab_size", str(c.vocab_size)]
     folder, meta, tokenizer = prepared(config.dataset, *how)
-    train = meta["splits"]["train"]
+    splits, train = meta["splits"], meta["splits"]["train"]
     if checkpoint.get("tokenizer") not in (None, tokenizer.data):
         remedy = f"python data/prepare.py NAME --tokenizer {source} ..., and give --dataset NAME"
         raise UserError(f"{folder} has another tokenizer than the checkpoint: {remedy}")
-    if config.resume and trained_on(checkpoint, "train") != train.get("sha256"):
+    own = [trained_on(checkpoint, name) == splits[name].get("sha256") for name in ("train", "val")]
+    if config.resume and not all(own):
         raise UserError(f"{folder} is not the data of the run: restore it, or start anew with --overwrite")
     if meta["kind"] == "text" and train["tokens"] < 2 * c.block_size:
         few = f"{folder} has only {train['tokens']} train tokens, {2 * c.block_size} are needed"
@@ -338,8 +339,8 @@ class Log:
     def __init__(self, path: Path, resumed_at: int | None):
         self.path, kept = path, []
         if resumed_at is not None and path.exists():
-            whole_lines = path.read_text().split("\n")[:-1]  # a run that was killed may leave half a line
             try:
+                whole_lines = path.read_text().split("\n")[:-1]  # a run that was killed may leave half a line
                 kept = [record for record in map(json.loads, whole_lines) if record["step"] <= resumed_at]
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{path} is damaged: move it away, and the run goes on without it") from None
@@ -484,7 +485,8 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
         c = replace(c, vocab_size=tokenizer.vocab_size)
     data, val_data = (open_data(folder, meta, split, c.block_size) for split in ("train", "val"))
     if "epochs" in flags:
-        config.max_steps = max(1, math.ceil(config.epochs * epoch_steps(data, config, c.block_size)))
+        steps = round(config.epochs * epoch_steps(data, config, c.block_size), 6)  # 9 / 7 * 21 is not 27
+        config.max_steps = max(1, math.ceil(steps))
     last = config.max_steps
 
     # ---- model

@@ -78,7 +78,7 @@ def split(pieces: list[Piece]) -> dict[str, list[Piece]]:
         return dict(zip(SPLITS, map(list, zip(*(cut(piece, b"\n", SHARES) for piece in pieces)))))
     pieces = sorted(pieces, key=lambda piece: sha256(piece.name.encode()).digest())
     total, parts = sum(piece.stop for piece in pieces), {}
-    for name, share in list(zip(SPLITS, SHARES))[1:]:  # train is what remains
+    for name, share in zip(SPLITS[1:], SHARES[1:]):  # train is what remains
         # one huge file would be most of a small split, and the split would measure that file
         limit = max(share * total / 4, 2 * total / len(pieces))
         small = [piece for piece in pieces if piece.stop <= limit]

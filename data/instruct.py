@@ -49,7 +49,7 @@ def records_of(path: Path, fields: str, instruction: str, target: Path | None = 
             records.append(dict(zip(FIELDS, texts[-3:])))
     except Exception as error:
         where = f"{path}{f' or {target}' if target else ''}, record {len(records) + 1},"
-        raise UserError(f"{where} is damaged or has no text in --fields {fields} ({error!r:.90})") from None
+        raise UserError(f"{where} is unreadable, or without --fields {fields} ({error!r:.90})") from None
     return records
 
 

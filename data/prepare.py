@@ -158,17 +158,17 @@ def write_folder(config: PrepareConfig, folder: Path) -> None:
 
 def prepare(config: PrepareConfig) -> Path:
     """Write the folder of a data set and return it. It appears whole or not at all."""
-    folder = Path(config.out) if config.out else DATA / config.name
+    folder = (Path(config.out) if config.out else DATA / config.name).resolve()  # a link stays one
+    require(folder.name, f"--out {config.out} is no folder for data alone: give another")
     partial = folder.with_name(folder.name + ".partial")
     ours = {"meta.json", "tokenizer.model", *(f"{name}{end}" for name in SPLITS for end in FILES)}
     with held(partial):
         try:
-            if (folder / "meta.json").exists() and not config.overwrite:
-                raise UserError(f"{folder} is already prepared: use it, or give --overwrite")
-            if {path.name for path in folder.glob("*")} - ours:
-                raise UserError(f"{folder} holds something else than a data set: give another name or --out")
+            done, others = folder / "meta.json", {path.name for path in folder.glob("*")} - ours
+            require(config.overwrite or not done.exists(), f"{folder} is already prepared: use --overwrite")
+            require(not others, f"{folder} holds something else than a data set: give another name or --out")
             write_folder(config, partial)  # over what a preparation that was killed has left there
-            (folder / "meta.json").unlink(missing_ok=True)  # first: a folder without it is no data set
+            done.unlink(missing_ok=True)  # first: a folder without it is no data set
             rmtree(folder, ignore_errors=True)
             partial.rename(folder)
         finally:

@@ -66,7 +66,7 @@ class Tokenizer:
         self.text_size = self.sp.vocab_size()
         self.pieces = {token: self.sp.id_to_piece(token) for token in range(self.text_size)}
         self.silent = {token for token in self.pieces if self.sp.is_control(token)}
-        self.set_special(self.sp.bos_id(), True, [token for token in [self.sp.eos_id()] if token >= 0])
+        self.set_special(self.sp.bos_id(), True, [self.sp.eos_id()] * (self.sp.eos_id() >= 0))
         # Llama 2's model puts a space before every text. It is no byte of the text, and decoding drops it.
         self.dummy_prefix = self.sp.encode("a", out_type=str)[0].startswith(SPACE)
 
@@ -85,8 +85,8 @@ class Tokenizer:
         how = {"model_writer": model, "vocab_size": vocab_size, "minloglevel": 2, **SETTINGS}
         try:
             spm.SentencePieceTrainer.train(sentence_iterator=iter(lines), **how)
-        except RuntimeError as error:
-            reason = str(error).split("] ")[-1].strip()  # it begins with the trainer's source line
+        except RuntimeError as error:  # [its source line] the reason, or flags of its own
+            reason = str(error).split("] ")[-1].split(" or decrease")[0].strip() or "it is empty"
             raise UserError(f"--vocab_size {vocab_size} does not fit this text: {reason}") from None
         return cls(model.getvalue())
 

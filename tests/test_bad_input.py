@@ -46,6 +46,7 @@ train.py --dataset data --max_steps 1 --dim 32 --out_dir new
     --fsdp                                   torchrun
     --lora_r 2                               --init_from
     --teacher run/ckpt.pt --block_size 48    --block_size
+    --teacher ''                             --teacher
     --out_dir run                            --resume
     --out_dir /proc/none                     /proc/none
 train.py --out_dir run --resume
@@ -53,6 +54,8 @@ train.py --out_dir run --resume
     --out_dir new                            --resume
     --out_dir moved                          not the data
     --out_dir torn                           log.jsonl is damaged
+    --out_dir bytes                          log.jsonl is damaged
+    --out_dir empty                          no run in empty
 train.py --init_from run/ckpt.pt --max_steps 1 --out_dir new
     --dim 48                                 --dim
     --dataset other                          other has another tokenizer
@@ -65,6 +68,8 @@ data/prepare.py --out new mine
     --tokenizer run/ckpt.pt                  --text
     --text latin.txt                         latin.txt
     --text text.txt --vocab_size 9           --vocab_size
+    --text text.txt --out /                  --out
+    --text ''                                --text
     --text text.txt --tokenizer nosuch.pt    nosuch.pt
     --from torn.json                         torn.json
     --from tasks.json --fields a,b           --fields
@@ -91,6 +96,7 @@ gqa.py run/ckpt.pt --out new.pt --calibration_tokens 1024
     --kv_budget 0.01 --latent                --kv_budget
     --groups torn.json                       torn.json
     --groups tasks.json                      tasks.json
+    --kv_budget 0.5 --out run/ckpt.pt/x.pt   cannot write
 search_groups.py run/ckpt.pt --out new.json --calibration_tokens 1024
     --kv_budget 0.01                         --kv_budget
     --groups_power nan                       --groups_power
@@ -130,7 +136,9 @@ def room(tiny_data, tiny_run, tmp_path_factory):
     train.write_bytes(train.read_bytes()[::-1])  # of the same size
     meta = json.loads((tiny_data / "meta.json").read_text())
     (shutil.copytree(tiny_data, room / "kindless") / "meta.json").write_text(json.dumps({**meta, "kind": 0}))
-    (shutil.copytree(tiny_run.parent, room / "torn") / "log.jsonl").write_text('{"loss": 1}\n')
+    for name, line in (("torn", b'{"loss": 1}\n'), ("bytes", b"\xff\n")):
+        (shutil.copytree(tiny_run.parent, room / name) / "log.jsonl").write_bytes(line)
+    (room / "empty").mkdir()
     shutil.copytree(tiny_run.parent, room / "run")
     (room / "text.txt").write_text("some words\n" * 99)
     (room / "latin.txt").write_text("Bj\xf6rk", "latin1")
@@ -141,7 +149,8 @@ def room(tiny_data, tiny_run, tmp_path_factory):
     save(room / "odd.pt", {**saved, "train": {"dataset": 3}})
     save(room / "lora.pt", {**checkpoint_of(adapt(sharp_model(), lora)), "lora": vars(lora)})
     again = {"train": {**saved["train"], "overwrite": True}}  # a guard must not take it from there
-    save(room / "moved/ckpt.pt", {**saved, **again, "data": {"splits": {"train": {"sha256": "0"}}}})
+    splits = {**saved["data"]["splits"], "val": {"sha256": "0"}}
+    save(room / "moved/ckpt.pt", {**saved, **again, "data": {"splits": splits}})
     save_folder(their_model(), room / "hf", "safetensors")
     other = ["--text", room / "text.txt", "--vocab_size", 270, "--out", room / "other"]
     tasks = ["--from", room / "tasks.json", "--tokenizer", tiny_run, "--out", room / "tasks"]

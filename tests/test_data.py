@@ -152,8 +152,9 @@ def test_prepared_data_is_not_replaced_unless_asked(tiny_data, tmp_path):
     for out, overwrite, word in ((tiny_data, False, "--overwrite"), (tmp_path, True, "something else")):
         with pytest.raises(UserError, match=word):
             prepare(PrepareConfig("x", text=text, out=str(out), overwrite=overwrite))
-    for size in (274, 275):
-        assert made(tmp_path / "out", "x", text=text, vocab_size=size, overwrite=True)[1].vocab_size == size
+    (tmp_path / "link").symlink_to("out")
+    for size, out in ((274, "out"), (275, "out"), (276, "link")):
+        assert made(tmp_path / out, "x", text=text, vocab_size=size, overwrite=True)[1].vocab_size == size
 
 
 class Server(http.server.BaseHTTPRequestHandler):

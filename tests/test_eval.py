@@ -83,10 +83,12 @@ def test_every_token_is_scored_once_with_enough_past(context, stride, number):
     assert place == number, "some tokens were not scored"
 
 
-def test_the_command_prints_what_it_measures(tiny_run):
-    flags = ["--text", ROOT / "README.md", "--method", "all"]
+def test_the_command_prints_what_it_measures(tiny_run, tmp_path):
+    text = tmp_path / "text.md"
+    text.write_bytes((ROOT / "README.md").read_bytes().replace(b"\n", b"\r\n"))
+    flags = ["--text", text, "--method", "all"]
     record, (model, _) = scored(tiny_run, *flags), build(load(tiny_run))
-    bits = math.log2(record["blocks"]) * record["tokens"] / (ROOT / "README.md").stat().st_size
+    bits = math.log2(record["blocks"]) * record["tokens"] / text.stat().st_size
     assert record["bits_per_byte"] == pytest.approx(bits, rel=1e-9)
     assert record["params"] == sum(p.numel() for p in set(model.parameters()))
     assert record["kv_bytes_per_token"] == 2 * 2 * 32 * 4  # K and V, 2 layers, width 32, float32
