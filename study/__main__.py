@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from common import UserError, exit_cleanly
+from common import UserError, exit_cleanly, require
 
 COMMANDS = {  # name: module and function, what it does
     "run": ("run.main", "every experiment of docs/results.md, to tables and figures"),
@@ -31,8 +31,7 @@ def main() -> None:
     if name in ("-h", "--help"):
         print(__doc__, *(f"{name:18}{what}" for name, (_, what) in COMMANDS.items()), sep="\n")
         return
-    if name not in COMMANDS:
-        raise UserError(f"{name} is none of the commands: {' '.join(COMMANDS)}")
+    require(name in COMMANDS, f"{name} is none of the commands: {' '.join(COMMANDS)}")
     module, function = COMMANDS[name][0].split(".")
     try:
         getattr(importlib.import_module(f"study.{module}"), function)()

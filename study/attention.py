@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import train
 from checkpoint import build_model, load, model_config
-from common import UserError, pick_device
+from common import UserError, pick_device, require
 from lora import TARGETS, LoRALinear
 from model import HeadGroups, Llama, naive, sdpa
 from nf4 import FrozenProduct, NF4Linear, dequantize
@@ -98,8 +98,7 @@ def slice_model(model: Llama, slices: int) -> None:
         layer.slices, layer.columns = slices, name in ("wo", "w2")
         if not isinstance(layer, LoRALinear):
             width = layer.in_features if layer.columns else layer.out_features
-            if width % slices:
-                raise UserError(f"{slices} slices do not divide the {width} of {path}: take another model")
+            require(width % slices == 0, f"{slices} slices do not divide the {width} of {path}")
         layer.__class__ = sliced[type(layer)]
 
 
@@ -129,8 +128,7 @@ def finetune(flags: list[str], backend: str, slices: int, folder: str) -> dict:
 
 def main() -> None:
     asked, config = configs(__doc__, AttentionConfig, BenchConfig)
-    if not asked.init_from:
-        raise UserError("attention fine-tunes a trained model: give --init_from ckpt.pt")
+    require(asked.init_from, "attention fine-tunes a trained model: give --init_from ckpt.pt")
     c, device, steps = model_config(load(asked.init_from)), pick_device(config.device), 10 * config.steps
     flags = f"--max_steps {steps} --warmup_steps {steps // 10} --eval_every {steps} --lora_r 8 --quantize nf4"
     flags += f" --batch_size {config.batch_size} --device {config.device}"

@@ -97,8 +97,11 @@ def alone(name: str, function: Callable, *args):
 
 
 def records(path: Path) -> list[dict]:
-    """The objects of a JSONL, whose last line may not be finished."""
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    """The objects of a JSONL, whose last line may not be finished. Raises UserError if it is damaged."""
+    try:
+        return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
 
 
 def cell(name: str, value) -> str:

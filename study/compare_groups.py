@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from tqdm import tqdm
 
-from common import UserError, bounded, parse
+from common import bounded, parse, require
 from data.tokenizer import read_tokenizer
 from eval_ppl import split_tokens
 from gqa import (
@@ -62,8 +62,10 @@ def main() -> None:
     (text, _), (test, source) = split_tokens(*data, "train"), split_tokens(*data, "test")
     test = test[: config.eval_tokens + 1]
     heads = {joint: head_counts(model, joint) for joint in (True, False)}
-    least = len(heads[True]) / sum(heads[True].values())
+    whole = sum(heads[True].values())
+    least = len(heads[True]) / whole
     shares = config.shares or [x for x in (3 / 4, 2 / 3, 1 / 2, 1 / 3, 1 / 4, 1 / 8) if x >= least]
+    require(all(least - 1e-9 <= x <= 1 for x in shares), f"--shares {shares}: give {least:.3f} to 1")
     totals = {share: budget(heads[True], share) for share in shares}
     base, cells = perplexity_on(test, model), {(name, share): [] for name in ROWS for share in shares}
     print(f"perplexity {base:.4f} | {len(test) - 1:,} tokens of {source}", flush=True)
@@ -71,7 +73,7 @@ def main() -> None:
         blocks, known = calibration_blocks(text, model, config.calibration_tokens, seed), {}
         stats = statistics(model, blocks)
         found = all_directions(model, stats)
-        whole = sum(heads[True].values())  # what rounding leaves of a share, for latents, too
+        # what rounding leaves of a share, for latents, too
         sizes = {share: latent_sizes(model, found, blocks, totals[share] / whole) for share in shares}
         for name, share in cells:
             joint, grouping, how, steps = ROWS[name]
@@ -79,7 +81,7 @@ def main() -> None:
                 small = to_latents(model, found, sizes[share])
             else:
                 # a joint group is a K and a V head: all rows keep as much
-                counts = even_counts(heads[joint], totals[share] * (1 if joint else 2))
+                counts = even_counts(heads[joint], totals[share] * (2 - joint))
                 small = merge(model, choose(model, stats, counts, grouping, seed, known), stats, how)
             if steps is not None:
                 small = refit(small, model, blocks, steps)
@@ -109,8 +111,7 @@ def tpe_search(search: Search) -> None:
 
 def searches_main() -> None:
     config = SearchConfig(**{"out": "unused.json", **parse(__doc__, SearchConfig)})
-    if config.kv_budget is None:
-        raise UserError("TPE shares out a budget: give --kv_budget 0.5")
+    require(config.kv_budget is not None, "TPE shares out a budget: give --kv_budget 0.5")
     ways = {"TPE": (tpe_search, 2.5), "knapsack": (knapsack_search, 1), "random": (random_search, 2.5)}
     with tempfile.TemporaryDirectory() as folder:
         for name, (run, more) in ways.items():

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import train
-from common import IGNORE, UserError, bounded
+from common import IGNORE, bounded, require
 from model import Llama, ModelConfig
 from study.bench import BenchConfig, alone, configs, median_seconds, show, train_speed
 
@@ -138,9 +138,10 @@ def main() -> None:
 
 def loss_main() -> None:
     """train.py, with the peer's model in place of the blocks of the Llama that it has made."""
-    if len(sys.argv) < 3:
-        raise UserError("give llama2.c, nanoGPT or transformers, its model.py or -, and flags of train.py")
-    name, path = sys.argv.pop(1), sys.argv.pop(1)
+    name, path, *_ = [*sys.argv[1:3], "", ""]
+    known = name == "transformers" or (name in ("llama2.c", "nanoGPT") and path.endswith(".py"))
+    require(known, "give llama2.c, nanoGPT or transformers, its model.py or -, and flags of train.py")
+    del sys.argv[1:3]
 
     def change(model: Llama) -> None:
         peer = Peer(name, path, model.config).to(model.tok_embeddings.weight.device)

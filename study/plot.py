@@ -26,7 +26,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from checkpoint import build, load, model_config
-from common import UserError, parse
+from common import UserError, parse, require
 from data.tokenizer import read_tokenizer
 from eval_ppl import split_tokens
 from gqa import TINY, Costs, calibration_blocks, open_model, statistics
@@ -127,8 +127,7 @@ def draw_attention(ckpt: str | Path, text: str) -> Figure:
     """A map for each layer and head."""
     model, tokenizer = build(load(ckpt))
     ids, most = tokenizer.prompt(text), min(64, model.config.block_size)
-    if not 1 <= len(ids) <= most:
-        raise UserError(f"--text has {len(ids)} tokens: give 1 to {most}")
+    require(1 <= len(ids) <= most, f"--text has {len(ids)} tokens: give 1 to {most}")
     weights = attention_weights(model, ids).sqrt()  # the square root shows small weights, too
     rows, columns = ([f"{name} {i}" for i in range(n)] for name, n in zip(("layer", "head"), weights.shape))
     figure, axes = squares(weights, rows, columns)
@@ -164,6 +163,7 @@ def draw_groups(models: dict[str, ModelConfig]) -> Figure:
     most = max(c.n_layer for c in models.values())
     figure, axes = grid(len(models), 2, 7, 0.6 + (0.6 + 0.22 * most) * len(models))
     for row, (name, c) in zip(axes, models.items()):
+        require(not any(c.k_latent + c.v_latent), f"{name} has latents, no groups: python checkpoint.py show")
         for place, kind, maps in zip(row, "KV", (c.k_groups, c.v_groups)):
             place.imshow([[PALE[group % 8] for group in of_head] for of_head in maps], aspect="auto")
             for layer, head in itertools.product(range(c.n_layer), range(c.n_head)):
@@ -205,6 +205,7 @@ def box(axes, x: float, y: float, text: str, colour: str | tuple, above: float |
 
 def draw_architecture(c: ModelConfig) -> Figure:
     """The stack of blocks, and which keys and values the heads of its middle layer read."""
+    require(not any(c.k_latent + c.v_latent), "the model has latents, no groups: python checkpoint.py show")
     figure, [[axes]] = grid(1, 1, 9, 5.2)
     axes.set(xlim=(0, 18), ylim=(0, 10.6))
     axes.axis("off")
@@ -237,8 +238,7 @@ def main() -> None:
     out, first = Path(config.out or f"{config.action}.png"), config.paths[0]
     if config.action not in ("loss", "groups", "together") and len(config.paths) > 1:
         raise UserError(f"{config.action} is of one checkpoint, not of {len(config.paths)}: give one")
-    if out.suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"--out {out}: give a name that ends in .png, .svg or .pdf")
+    require(out.suffix in (".png", ".svg", ".pdf"), f"--out {out}: give a name in .png, .svg or .pdf")
     draw = {
         "loss": lambda: draw_loss(config.paths, config.x, config.train),
         "attention": lambda: draw_attention(first, config.text),

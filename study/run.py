@@ -275,8 +275,8 @@ def steps(config: StudyConfig) -> dict[str, str]:
     if config.ckpt:
         ckpt = shlex.quote(str(Path(config.ckpt).resolve()))
     own = f"--dataset {shlex.quote(data)}" if data else ""
-    given = {"<shape>": config.shape, "<tune>": config.tune, "<own>": own, "<ckpt>": ckpt}
-    given["<prose>"] = own or "--dataset stdlib"
+    given = {"<own>": own, "<ckpt>": ckpt, "<shape>": shlex.join(config.shape.split())}
+    given |= {"<prose>": own or "--dataset stdlib", "<tune>": shlex.join(config.tune.split())}
     for pattern, new in [*FLAGS.items(), *(FAST.items() if config.fast else ())]:
         text = re.sub(pattern, new, text)
     for name, new in given.items():  # which is not to be read as a pattern

@@ -23,6 +23,7 @@ import re
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -34,7 +35,7 @@ from sacrebleu.metrics import BLEU, CHRF
 from tqdm import tqdm
 
 from checkpoint import build, load, trained_on
-from common import UserError, bounded, note, parse, pick_device, replacing
+from common import bounded, note, parse, pick_device, replacing, require
 from data.instruct import FIELDS, encoded, records_of
 from data.loader import check_unchanged, padded, read_meta
 from data.tokenizer import Record, Tokenizer
@@ -70,8 +71,9 @@ def choice(model: Llama, tokenizer: Tokenizer, records: list[Record]) -> float:
     right = 0
     for i, record in enumerate(tqdm(records, desc="choosing", disable=None, leave=False)):
         outputs = dict.fromkeys(other["output"] for other in records[i:] + records[:i])
-        pairs = [encoded({**record, "output": output}, tokenizer) for output in list(outputs)[:4]]
-        losses = [mean_loss(model, [padded([pair])], torch.float32)[0] for pair in pairs]
+        pairs = (encoded({**record, "output": output}, tokenizer) for output in outputs)
+        fitting = (pair for pair in pairs if sum(map(len, pair)) <= model.config.block_size + 1)
+        losses = [mean_loss(model, [padded([pair])], torch.float32)[0] for pair in islice(fitting, 4)]
         right += losses[0] == min(losses)
     return 100 * right / len(records)
 
@@ -114,11 +116,10 @@ def main() -> None:
     config = ScoreConfig(**parse(__doc__, ScoreConfig))
     device, checkpoint = pick_device(config.device), load(config.ckpt)
     own = checkpoint.get("train", {}).get("dataset")
-    if not isinstance(config.dataset or own, str):
-        raise UserError("this checkpoint names no data set: give --dataset NAME")
+    require(isinstance(config.dataset or own, str), "the checkpoint names no data set: give --dataset NAME")
     folder, meta = read_meta(config.dataset or own)
-    if meta["kind"] != "instructions":
-        raise UserError(f"{folder} is text: name instruction data with --dataset NAME, or use eval_ppl.py")
+    instructions = meta["kind"] == "instructions"
+    require(instructions, f"{folder} is text: name instruction data with --dataset NAME, or use eval_ppl.py")
     path, split = folder / f"{config.split}.jsonl", meta["splits"][config.split]
     check_unchanged(path, split.get("jsonl_sha256"))
     if config.dataset in (None, own) and trained_on(checkpoint, config.split) != split["sha256"]:
@@ -130,8 +131,7 @@ def main() -> None:
     for model, tokenizer in models.values():
         most = model.config.block_size + 1  # the last token is no input
         fitting = [record for record in fitting if sum(map(len, encoded(record, tokenizer))) <= most]
-    if not fitting:
-        raise UserError(f"none of the {len(records)} examples fits the context: take a model of a longer one")
+    require(fitting, f"none of {len(records)} examples fits the context: take a model of a longer one")
     kept, left_out = fitting[: config.limit], len(records) - len(fitting)
     kept.sort(key=lambda record: len(record["instruction"] + record["input"]))  # for little padding
     results = {name: score(*model, kept, config) for name, model in models.items()}

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ def result(name: str) -> dict:
 
 def spread(values: list[float]) -> str:
     """The mean, and where there are several values its standard error."""
-    error = f" ± {stdev(values) / math.sqrt(len(values)):.2g}" if len(values) > 1 else ""
+    error = f" ± {np.std(values, ddof=1) / math.sqrt(len(values)):.2g}" if len(values) > 1 else ""
     return f"{mean(values):.5g}{error}"
 
 
@@ -171,8 +171,7 @@ def foreign() -> None:
 def tuning() -> Iterator[str]:
     """The scores of each task and way of tuning, what was forgotten, and answers of the first adapters."""
     rows: list[dict] = []
-    names = {key: key for key in SCORES} | {"own": "own text, ppl"}
-    names |= {"seconds": "training, s", "latency_p50": "latency, s"}
+    names = dict(zip(SCORES, SCORES), own="own text, ppl", seconds="training, s", latency_p50="latency, s")
     for (task, way), seeds in gathered("tuning-*-score.txt").items():
         if not rows or rows[-1]["task"] != task:
             before, own = result(f"tuning-{task}-before"), result("tuning-before-own")
@@ -242,7 +241,7 @@ def draw_bars(labels: Sequence[str], bars: dict[str, list[float]], form: str, ra
     for place, colour, (title, values) in zip(axes, plot.COLOURS, bars.items()):
         shown = place.barh(labels, values, color=colour)
         place.bar_label(shown, fmt=form, padding=3, fontsize=8)
-        place.set(title=title, xlim=(0, 1.4 * np.nanmax(values)), ylim=(len(labels) - 0.5, -0.5))
+        place.set(title=title, xlim=(0, 1.4 * np.nanmax([1, *values])), ylim=(len(labels) - 0.5, -0.5))
         if ratios:
             place.set(xscale="log", xlim=(0.9, 2e4), xticks=(1, 10, 100, 1000))
     return drawn

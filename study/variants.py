@@ -10,7 +10,6 @@ deviation 1 / sqrt(3 D), with which it multiplies by 0.29; its bias begins as ze
 """
 
 import math
-import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from statistics import median
 import torch
 
 import train
-from common import UserError, pick_device, pick_dtype
+from common import UserError, pick_device, pick_dtype, require
 from model import Llama, ModelConfig
 from study.bench import BenchConfig, configs, in_turns, random_step, ratios, show
 from train import TrainConfig
@@ -42,8 +41,7 @@ def change(model: Llama, how: str) -> None:
 
 def begin_main() -> None:
     how = sys.argv.pop(1) if len(sys.argv) > 1 else ""
-    if how not in ("scaled", "torch"):
-        raise UserError(f"begin {how}: give scaled or torch, then flags of train.py")
+    require(how in ("scaled", "torch"), f"begin {how}: give scaled or torch, then flags of train.py")
     train.main(None if "--resume" in sys.argv else partial(change, how=how))
 
 
@@ -56,7 +54,7 @@ class PaceConfig:
 
 def step_of(shape: str, config: BenchConfig) -> Callable:
     """A step of train.py with these flags, on random tokens."""
-    sys.argv = ["pace", "--batch_size", str(config.batch_size), *shlex.split(shape)]  # the last one counts
+    sys.argv = ["pace", "--batch_size", str(config.batch_size), *shape.split()]  # the last one counts
     (c, own), device = configs(__doc__, ModelConfig, TrainConfig), pick_device(config.device)
     size = own.batch_size, c.block_size
     return random_step(Llama(c).to(device), own, size, pick_dtype("auto", device))[0]

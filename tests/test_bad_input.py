@@ -113,7 +113,10 @@ search_groups.py run/ckpt.pt --out new.json --calibration_tokens 1024
 -m study
     score run/ckpt.pt --dataset data         eval_ppl.py
     plot loss data                           log.jsonl
+    plot loss bytes                          log.jsonl is damaged
     plot groups run/ckpt.pt --out new.jpg    --out
+    plot groups latent.pt                    latents
+    time-to-loss foo bar                     llama2.c
     attention                                --init_from
 """
 MODULES = ["train", "eval_ppl", "sample", "gqa", "search_groups", "data.prepare", "formats.__main__"]
@@ -146,6 +149,8 @@ def room(tiny_data, tiny_run, tmp_path_factory):
     records = [{"instruction": f"Repeat {n}.", "output": f"{n}"} for n in range(40)]
     (room / "tasks.json").write_text(json.dumps(records))
     save(room / "bare.pt", {**saved, "tokenizer": None})
+    latents = sharp_model(k_latent=[[1] * 4] * 2, v_latent=[6, 6])
+    save(room / "latent.pt", checkpoint_of(latents))
     save(room / "odd.pt", {**saved, "train": {"dataset": 3}})
     save(room / "lora.pt", {**checkpoint_of(adapt(sharp_model(), lora)), "lora": vars(lora)})
     again = {"train": {**saved["train"], "overwrite": True}}  # a guard must not take it from there
