@@ -101,8 +101,7 @@ def split_tokens(checkpoint: dict, tokenizer: Tokenizer, dataset, split: str) ->
     """A split of a prepared data set, the checkpoint's own unless another is named, and a word for it.
     Raises UserError for a data set that is not there, of instructions, or of another tokenizer."""
     name = dataset or checkpoint.get("train", {}).get("dataset")
-    if not isinstance(name, str):
-        raise UserError("this checkpoint names no data set: give --dataset NAME (eval_ppl.py: or --text)")
+    require(isinstance(name, str), "the checkpoint names no data set: give --dataset (or eval_ppl.py --text)")
     folder, meta = read_meta(name)
     if meta["kind"] == "instructions":
         raise UserError(f"{folder} holds instructions: python -m study score, or give --dataset of text")
@@ -160,8 +159,7 @@ def main() -> None:
         model.float()  # autocast rounds the operands of matrix products, and leaves all else in float32
     config.context = config.context or min(2048, model.config.block_size)
     config.stride = config.stride or max(1, config.context // 2)
-    if config.stride > config.context:
-        raise UserError(f"stride {config.stride} skips tokens: give --stride 1 to {config.context}")
+    require(config.stride <= config.context, f"tokens are skipped: give --stride 1 to {config.context}")
     if config.context > model.config.block_size:
         note(f"context {config.context} is beyond the {model.config.block_size} of the training")
     if not tokenizer.is_exact():

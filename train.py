@@ -114,8 +114,7 @@ def settle(flags: dict, checkpoint: dict) -> tuple[ModelConfig, LoRAConfig, Trai
         return c, lora, checked(TrainConfig, {**pick(TrainConfig, old), **run})
     if adapter and not lora.lora_r:
         raise UserError(f"--{min(adapter)} is of an adapter: give --lora_r 8, or drop it")
-    if lora.lora_r and not checkpoint:
-        raise UserError(f"--lora_r {lora.lora_r} adapts a trained model: give --init_from ckpt.pt")
+    require(not lora.lora_r or checkpoint, "--lora_r adapts a trained model: give --init_from ckpt.pt")
     defaults = {"dataset": old.get("dataset", "stdlib")}
     if lora.lora_r:
         defaults |= {"lr": 0.005, "optimizer": "adamw"}
