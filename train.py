@@ -120,7 +120,10 @@ def settle(flags: dict, checkpoint: dict) -> tuple[ModelConfig, LoRAConfig, Trai
         defaults |= {"lr": 0.005, "optimizer": "adamw"}
     elif checkpoint:
         defaults["lr"] = 0.001
-    return c, lora, checked(TrainConfig, {**defaults, **run})
+    config = checked(TrainConfig, {**defaults, **run})
+    require(config.teacher or "distil_weight" not in run, "--distil_weight is a teacher's: give --teacher")
+    require(config.optimizer == "muon" or "momentum" not in run, "--momentum is Muon's: leave it out")
+    return c, lora, config
 
 
 def default_out_dir(flags: dict, source: dict) -> str:
@@ -146,8 +149,7 @@ def open_tokens(config: TrainConfig, flags: dict, c: ModelConfig, checkpoint: di
         remedy = f"python data/prepare.py NAME --tokenizer {source} ..., and give --dataset NAME"
         raise UserError(f"{folder} has another tokenizer than the checkpoint: {remedy}")
     own = [trained_on(checkpoint, name) == splits[name].get("sha256") for name in ("train", "val")]
-    if config.resume and not all(own):
-        raise UserError(f"{folder} is not the data of the run: restore it, or start anew with --overwrite")
+    require(all(own) or not config.resume, f"{folder} is not the data of the run: restore it, or --overwrite")
     if meta["kind"] == "text" and train["tokens"] < 2 * c.block_size:
         few = f"{folder} has only {train['tokens']} train tokens, {2 * c.block_size} are needed"
         raise UserError(f"{few}: use more text, or a smaller --block_size")
@@ -474,8 +476,7 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
     c, lora, config = settle(flags, checkpoint)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
-    if config.fsdp and world() == 1:
-        raise UserError("--fsdp shards a model over processes: give --no-fsdp, or start some with torchrun")
+    require(world() > 1 or not config.fsdp, "--fsdp shards a model over processes: start some with torchrun")
 
     # ---- data
     with first_alone():  # what it prepares the others find

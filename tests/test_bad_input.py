@@ -47,6 +47,8 @@ train.py --dataset data --max_steps 1 --dim 32 --out_dir new
     --lora_r 2                               --init_from
     --teacher run/ckpt.pt --block_size 48    --block_size
     --teacher ''                             --teacher
+    --distil_weight 0.3                      --teacher
+    --optimizer adamw --momentum 0.9         --momentum
     --out_dir run                            --resume
     --out_dir /proc/none                     /proc/none
 train.py --out_dir run --resume
