@@ -85,7 +85,7 @@ def load(path: str | Path) -> dict:
 
 
 def trained_on(checkpoint: dict, split: str) -> str | None:
-    """The checksum of a split of the data that it was trained on, if it says so."""
+    """The checksum of a split of its training data; None if it has none."""
     try:
         return checkpoint["data"]["splits"][split]["sha256"]
     except (KeyError, TypeError):
@@ -103,7 +103,7 @@ def lora_config(checkpoint: dict) -> LoRAConfig:
 
 
 def empty_model(c: ModelConfig, lora: LoRAConfig | None = None) -> Llama:
-    """A model without memory, for weights that `load_weights` puts there."""
+    """A model whose weights have no memory yet: `load_weights` brings it."""
     with torch.device("meta"):
         return adapt(Llama(c), lora or LoRAConfig())
 

@@ -1,7 +1,7 @@
 """What every script shares: flags from dataclasses, one-line errors, the device, files that appear whole.
 
-A script's settings are a flat dataclass. The field `n_layer` is the flag `--n_layer`, the comment behind it
-its `--help`; a field without a default is positional. Scripts end with `exit_cleanly(main)`.
+A script's settings are a flat dataclass, its docstring their heading in `--help`. Field `n_layer` is the flag
+`--n_layer`, the comment after it its help; without a default it is positional. End with `exit_cleanly(main)`.
 
     flags = parse(__doc__, ModelConfig, TrainConfig)      # only what the user typed: {field name: value}
     config = ModelConfig(**pick(ModelConfig, flags))
@@ -86,7 +86,7 @@ def checked(cls: type, values: dict):
 
 
 def pick(cls: type, values: dict) -> dict:
-    """The part of a dict that are fields of `cls`."""
+    """The items of a dict that are fields of `cls`."""
     return {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values}
 
 

@@ -39,7 +39,7 @@ from model import Attention, Llama, Maps, ModelConfig
 from partition import Groups, best_partitions, knapsack
 from refit import STEPS, Statistics, divergence, refit, sensitivity, statistics
 
-Slot = tuple[int, str]  # (layer, "k", "v" or "joint"): what is grouped by itself
+Slot = tuple[int, str]  # (layer, "k", "v" or "joint"): heads that form groups
 Counts = dict[Slot, int]  # groups in each slot
 Directions = dict[Slot, tuple[torch.Tensor, ...]]
 TINY = 1e-300  # keeps weights that are zero from becoming nan
@@ -63,14 +63,14 @@ def value_heads(attention: Attention) -> tuple[torch.Tensor, list[torch.Tensor],
 
 
 def weighted_rows(attention: Attention, kind: str, stats: Statistics) -> tuple[torch.Tensor, ...]:
-    """(F, n, C) the rows of one layer's keys or values, the same weighted, and C (C, C). Keys: a complex row
-    a head for each of F = D/2 RoPE pairs, by sqrt(E|q_f|^2). Values: D real rows a head, F = 1, R W_v with
-    R^T R = the sum over its readers of W_o^T W_o."""
+    """One layer's key or value rows (F, n, C), the same weighted, and E[x x^T] of their inputs (C, C). Keys:
+    a complex row a head for each of F = D/2 RoPE pairs, times sqrt(E|q_f|^2). Values: F = 1, D real rows a
+    head, R W_v instead of W_v, where R^T R is the sum of W_o^T W_o over its readers."""
     if kind == "k":
         rows = complex_heads(attention.wk.weight, attention.head_dim).transpose(0, 1)
-        energy = stats.energy.new_zeros(rows.shape[1::-1])
+        energy = stats.energy.new_zeros(rows.shape[1::-1])  # (n, F)
         energy.index_add_(0, attention.k_groups.of_head, stats.energy)
-        # of a head whose queries are all near zero, too, the direction is defined
+        # a head whose queries are all near zero still gets a direction
         energy = energy.clamp(min=max(1e-6 * energy.mean().item(), TINY))
         return rows, energy.sqrt().T[..., None] * rows, stats.inputs.to(rows.dtype)
     values, readers, sizes = value_heads(attention)
@@ -82,21 +82,21 @@ def weighted_rows(attention: Attention, kind: str, stats: Statistics) -> tuple[t
     return values.flatten(0, 1)[None], weighted.flatten(0, 1)[None], stats.mixed
 
 
-def directions(plain: torch.Tensor, rows: torch.Tensor, C: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """e (..., n), z (..., n, C) and mix (..., n, n), of n rows and the same `rows` weighted: the last r of z,
-    with the last r columns of mix, restore the plain rows with the least squared error of the weighted ones
+def directions(rows: torch.Tensor, weighted: torch.Tensor, C: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """e (..., n), z (..., n, C) and mix (..., n, n), of n `rows` and the same `weighted`: the last r of z,
+    with the last r columns of mix, restore the rows with the least squared error of the weighted ones
     over inputs x, which is the sum of all other e (Eckart-Young).
 
     With N the weighted rows, C = E[x x^H] and N C N^H = U diag(e) U^H, e ascending, the best approximation of
     rank r of N C^(1/2) lies in the last r columns of U: z = U^H N, and least squares restores a row w from
-    U^H N x as w C N^H U / e. Of E|z x|^2 = e, z keeps the root: where all z x are rounded alike, this loses
-    least. Its length is that of the plain rows.
+    U^H N x as w C N^H U / e. z is scaled to E|z x|^2 ~ sqrt(e), which loses least if all z x are rounded
+    alike, and to the length of `rows`.
     """
-    e, U = torch.linalg.eigh(rows @ C @ rows.mH)
+    e, U = torch.linalg.eigh(weighted @ C @ weighted.mH)
     strength = e.clamp(min=max(1e-12 * e.max().item(), TINY))
-    z = strength[..., None] ** -0.25 * (U.mH @ rows)
-    size = (plain.abs().square().sum() / z.abs().square().sum()).sqrt().nan_to_num(1)  # of zeros only: any
-    return e, size * z, plain @ C @ rows.mH @ U / (size * strength**0.75)[..., None, :]
+    z = strength[..., None] ** -0.25 * (U.mH @ weighted)
+    size = (rows.abs().square().sum() / z.abs().square().sum()).sqrt().nan_to_num(1)  # all zero: any size
+    return e, size * z, rows @ C @ weighted.mH @ U / (size * strength**0.75)[..., None, :]
 
 
 # ---- groups ----
@@ -147,23 +147,23 @@ def merge_values(attention: Attention, groups: Groups, stats: Statistics) -> tup
         for head, part in zip(group, mix[:, -D:].split(D)):
             readers[head] = readers[head] @ part
         shared.append(z[-D:])
-    in_order = attention.v_groups.of_head.argsort(stable=True).argsort()
-    return torch.cat(shared), torch.cat(readers)[in_order].transpose(0, 1).flatten(1)
+    places = attention.v_groups.of_head.argsort(stable=True).argsort()  # of query heads in `readers`
+    return torch.cat(shared), torch.cat(readers)[places].transpose(0, 1).flatten(1)
 
 
 # ---- latents ----
 
 
 def all_directions(model: Llama, stats: list[Statistics]) -> Directions:
-    """Of each layer's K and V."""
+    """`directions` of each layer's K and V."""
     layers = [layer.attention for layer in model.layers]
     slots = product(range(len(layers)), "kv")
     return {(i, kind): directions(*weighted_rows(layers[i], kind, stats[i])) for i, kind in slots}
 
 
 def latent(found: tuple[torch.Tensor, ...], size: int) -> tuple[list, ...]:
-    """The rank of each of F, the latent's rows (R, C), and the coefficients (n, R) that restore n rows from
-    them, for a cache of `size` numbers: the strongest `directions` of all f."""
+    """The strongest R `directions` that fit `size` cached numbers: how many of each f, their rows (R, C), and
+    the coefficients (n, R) that restore the n rows from them."""
     e, z, mix = found
     n, strongest = e.shape[1], e.flatten().argsort(descending=True)[: size // 2 if z.is_complex() else size]
     ranks = torch.bincount(strongest // n, minlength=len(e)).tolist()
@@ -191,8 +191,8 @@ def to_latents(model: Llama, found: Directions, sizes: Counts) -> Llama:
 
 
 def latent_units(c: ModelConfig, share: float) -> tuple[int, int]:
-    """What a latent's size is a multiple of, and how many of it a share of the cache has. Raises UserError
-    below one for each layer's K and V."""
+    """The unit of latent sizes, in numbers, and how many units a share of the cache holds. Raises UserError
+    if that is below one for each layer's K and V."""
     unit, numbers = c.head_dim // 4 if c.head_dim % 8 == 0 else 2, c.kv_numbers_per_token
     total, least = int(share * numbers / unit + 1e-9), math.ceil(2000 * c.n_layer * unit / numbers) / 1000
     few = f"kv_budget {share} is below {unit} numbers of each layer's K and V: give --kv_budget {least} to 1"
@@ -201,8 +201,8 @@ def latent_units(c: ModelConfig, share: float) -> tuple[int, int]:
 
 
 def latent_sizes(model: Llama, found: Directions, tokens: torch.Tensor, share: float) -> Counts:
-    """How many numbers of each layer's K and V a share of the cache holds: where the divergences that their
-    latents cause, predicted from one backward pass at some sizes and interpolated, sum up to the least."""
+    """The latent sizes of each layer's K and V, together a share of the cache, with the least sum of the KL
+    divergences that they cause: predicted from one backward pass at some sizes, and interpolated."""
     (unit, total), gradients = latent_units(model.config, share), sensitivity(model, tokens)
     whole = {(i, kind): n for i, both in enumerate(model.config.kv_widths) for kind, n in zip("kv", both)}
     steps = sorted({1, *(max(whole.values()) // unit * i // 8 for i in range(1, 8))} - {0})
@@ -360,14 +360,14 @@ def mean(weight: torch.Tensor, groups: Groups) -> torch.Tensor:
 
 
 @torch.no_grad()
-def merge(model: Llama, groups: tuple[Maps, Maps], stats: list[Statistics], how: str = "closed") -> Llama:
+def merge(model: Llama, maps: tuple[Maps, Maps], stats: list[Statistics], how: str = "closed") -> Llama:
     """The model with its K and V heads merged into (k_groups, v_groups), in "closed" form or as the "mean";
     it shares all other weights."""
-    c, weights = merged_config(model.config, *groups), model.state_dict()
+    c, weights = merged_config(model.config, *maps), model.state_dict()
     for layer, block in enumerate(model.layers):
         attention, new = block.attention, {}
-        k = source_groups(attention.k_groups.of_list, groups[0][layer])
-        v = source_groups(attention.v_groups.of_list, groups[1][layer])
+        k = source_groups(attention.k_groups.of_list, maps[0][layer])
+        v = source_groups(attention.v_groups.of_list, maps[1][layer])
         if how == "closed":
             new["wq"], new["wk"] = merge_keys(attention, k, stats[layer])
             new["wv"], new["wo"] = merge_values(attention, v, stats[layer])
@@ -488,8 +488,8 @@ def main() -> None:
     out = Path(config.out)
     writable(out, config.overwrite)
     checkpoint, model, blocks, val, name = open_inputs(config)
-    groups = read_groups(Path(config.groups), model.config) if config.groups else None
-    counts = {} if groups or config.latent else asked_counts(config, model)
+    maps = read_groups(Path(config.groups), model.config) if config.groups else None
+    counts = {} if maps or config.latent else asked_counts(config, model)
     if config.latent:
         latent_units(model.config, config.kv_budget)  # raises now what it would raise in a minute
     unread = config.merge == "mean" and (config.groups or config.grouping != "best")
@@ -498,8 +498,8 @@ def main() -> None:
         found = all_directions(model, stats)
         small = to_latents(model, found, latent_sizes(model, found, blocks, config.kv_budget))
     else:
-        groups = groups or choose(model, stats, counts, config.grouping, config.seed)
-        small = merge(model, groups, stats, config.merge)
+        maps = maps or choose(model, stats, counts, config.grouping, config.seed)
+        small = merge(model, maps, stats, config.merge)
     if config.refit != "none":
         refit(small, model, blocks, STEPS * (config.refit == "all"), quiet=False)
     stored, wide = checkpoint["model"]["norm.weight"].dtype, model.norm.weight.dtype

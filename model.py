@@ -33,7 +33,7 @@ from common import IGNORE, NO_FLAG, bounded, require
 ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 CHUNK = 2**19  # logits widened at a time: 2 MiB in float32 stay in a CPU's cache; a GPU takes 64 times more
 RAISED = 2.0**14  # scale of the gradient stored for the backward: float16 underflows below 6e-8
-MOST, WIDEST = 2**20, 2**13  # of any size, of a head or a latent: what a damaged file may make us build
+MOST, WIDEST = 2**20, 2**13  # limits of any size, of a head's or a latent's: a file may be damaged
 Maps = list[list[int]]  # [layer][query head] -> the group that it reads
 
 
@@ -165,7 +165,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 class HeadGroups(nn.Module):
-    """Which of G groups each of H query heads reads, e.g. [0, 1, 1, 1]; holds no parameters.
+    """Which of G groups each of H query heads reads: `of_list`, e.g. [0, 1, 1, 1]; as a tensor, `of_head`.
 
     `gather` lays the heads of each group side by side as rows, so that one batched product serves all groups
     without a copy of K or V for every head; `scatter` restores the head order. Smaller groups are padded to
@@ -208,8 +208,8 @@ def hartley(n: int) -> torch.Tensor:
 
 
 def pack(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """x (B, G, T, X) -> uint8 (B, G, T, X * bits / 8 + 2): integers x / scale, and the scale, in bfloat16, of
-    each token and head, which makes its number furthest from zero the lowest integer."""
+    """x (B, G, T, X) -> uint8 (B, G, T, X * bits / 8 + 2): integers x / scale, then the bfloat16 scale, one a
+    token and head, by which the number furthest from zero becomes the lowest integer."""
     least, x = -(2 ** (bits - 1)), widen(x)
     scale = (x.gather(-1, x.abs().argmax(-1, keepdim=True)) / least).bfloat16()
     codes = (x / scale).nan_to_num().round().clamp(least, -1 - least).to(torch.int8)
@@ -244,7 +244,7 @@ class KVCache:
             new = new if self.bits == 16 else pack(new, self.bits)
             if store[layer] is None:
                 self.dtype, store[layer] = k.dtype, new.new_empty(*new.shape[:2], self.capacity, new.shape[3])
-            # torch.compile would make an assignment to a slice a copy of the whole cache; its k may be wider
+            # compiled, a slice assignment would copy the whole cache; RowLinear's k may be a wider dtype
             store[layer].index_copy_(2, positions, new.type_as(store[layer]))
         kept = self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
         return kept if self.bits == 16 else tuple(unpack(x, self.bits).to(self.dtype) for x in kept)
@@ -298,8 +298,8 @@ class Attention(nn.Module):
     """Causal self-attention; every query head reads its own key group and its own value group.
 
     Latent keys and values are shared by all heads and may have any width. The key holds r_f complex numbers
-    for each RoPE pair f; a head asks all of them with its own pair times its coefficients `k_mix`. `v_mix`
-    makes a head's output (D,) of the attended latent value.
+    for each RoPE pair f; a head's query repeats its pair for each, times its coefficients `k_mix`. `v_mix`
+    turns the attended latent value into a head's output (D,).
     """
 
     def __init__(self, config: ModelConfig, layer: int):
@@ -338,7 +338,7 @@ class Attention(nn.Module):
         q = x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         if self.k_mix is not None:
             q = q.unflatten(-1, (-1, 2))[..., self.pairs, :].flatten(-2)
-            q = rotate(q, *self.k_mix[:, None].unbind(-1))
+            q = rotate(q, *self.k_mix[:, None].unbind(-1))  # not a turn: a complex product with k_mix
             cos, sin = cos[..., self.pairs], sin[..., self.pairs]
         return rotate(q, cos, sin)
 
@@ -357,7 +357,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         elif self.kv_bits < 16:  # as a cache would round them; gradients pass as if it did not
-            k, v = (x + (unpack(pack(x, self.kv_bits), self.kv_bits).type_as(x) - x).detach() for x in (k, v))
+            k, v = (a + (unpack(pack(a, self.kv_bits), self.kv_bits).type_as(a) - a).detach() for a in (k, v))
         y = self.attend(q, k, v, self.k_groups, self.v_groups, mask)
         if self.kv_bits < 16:
             y = y @ self.v_turn.type_as(y)
@@ -462,15 +462,15 @@ class Llama(nn.Module):
         return cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def num_params(self) -> int:
-        """Weights, tied ones counted once, and those too that are stored in less than a Parameter."""
+        """How many weights: tied ones count once, and NF4's, which are no Parameters, count, too."""
         stored = sum(layer.num_weights for layer in self.modules() if hasattr(layer, "num_weights"))
         return stored + sum(p.numel() for p in self.parameters())
 
     def compile_step(self) -> None:
-        """From now on compile what adds one token to each text: tens of seconds for the first token, a
-        fraction of the time for all others. Weights may still change in place, but not their dtype, nor the
-        layers. A small model spends most of a token on calling kernels from Python, so the step becomes one
-        graph of loops: a twin with the same weights, its products and its attention written for one row."""
+        """Compile the step that adds one token to each text: the first token then takes tens of seconds, all
+        others a fraction of the time. Weights may still change in place, but not their dtype, nor the layers.
+        A small model's time goes into calling kernels from Python. So a twin with the same weights, but with
+        products and attention written as loops over one row, becomes one graph."""
         self.compiled_step = None
         shared = {id(x): x for x in (*self.parameters(), *self.buffers())}
         twin = copy.deepcopy(self, memo=shared).eval()

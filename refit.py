@@ -32,7 +32,7 @@ TINY = 1e-30
 
 
 def observed(T: int, device: torch.device) -> tuple[slice, torch.Tensor]:
-    """The observed queries among T, the last of them one, and the keys that they see, (queries, T)."""
+    """Which of T queries are observed, the last always, and a mask of the keys that they see (queries, T)."""
     every = max(1, T // QUERIES)
     some = slice((T - 1) % every, None, every)
     return some, torch.ones(T, T, dtype=torch.bool, device=device).tril()[some]
@@ -73,8 +73,8 @@ def statistics(model: Llama, tokens: torch.Tensor) -> list[Statistics]:
 
 @torch.enable_grad()
 def sensitivity(model: Llama, tokens: torch.Tensor) -> list[list[tuple]]:
-    """Of every layer and part of some tokens (N, T): the attention's arguments (x, cos, sin), its output y,
-    and the gradient at y, of the log-likelihood of tokens that the model draws; x, y and it are (B, T, C)."""
+    """[layer][batch], on the first tokens (N, T): the attention's arguments (x, cos, sin), its output y, and
+    the gradient at y of the log-likelihood of tokens drawn from the model; x, y, gradient are (B, T, C)."""
     tokens = tokens[: max(1, SENSED // tokens.shape[1])]
     found, generator = [[] for _ in model.layers], torch.Generator(tokens.device).manual_seed(0)
 
@@ -98,8 +98,8 @@ def divergence(attention: Attention, found: list[tuple]) -> float:
     """The KL divergence, nats a token, that an attention would cause in the place of the one whose
     `sensitivity` is `found`: E[(g . error)^2] / 2 to second order, since E[g g^T] over tokens drawn from the
     model is the Fisher information."""
-    squares = [(g * (attention(*args) - y)).sum(-1).square().mean() for args, y, g in found]
-    return torch.stack(squares).mean().item() / 2
+    squares = [(g * (attention(*args) - y)).sum(-1).square() for args, y, g in found]
+    return torch.cat(squares).mean().item() / 2
 
 
 # ---- refit ----

@@ -6,10 +6,9 @@
     python gqa.py ckpt.pt --groups groups.json --out grouped.pt
 
 The closed form decides which heads of a layer share (gqa.py); this searches for how many. `knapsack` predicts
-from one backward pass how far fewer groups in one layer's K or V move the model's predictions (KL
-divergence), and spends the budget where the sum is smallest; then it tries moving one group from one slot to
-another, starting from any grouping measured so far; the best prediction is measured first. `random` draws a
-group for every head.
+from one backward pass the KL divergence that fewer groups in one slot (a layer's K or V) would cause, and
+spends the budget so that the sum is smallest. Then it moves one group from one slot to another in any
+grouping measured so far; what is predicted best is measured first. `random` draws a group for every head.
 
 The val split is cut in three: the search reads the first part, the second ranks its best three and the
 baselines, the third gives the reported numbers. The evaluations are lines of a JSONL file: an interrupted
@@ -130,12 +129,12 @@ class Search:
         self.heads = head_counts(model, config.joint)
         self.total = None if config.kv_budget is None else budget(self.heads, config.kv_budget)
         third, least = (len(val) - 1) // 3, min(model.config.block_size, MOST_CONTEXT)
-        part = min(config.search_tokens, third)
+        size = min(config.search_tokens, third)
         few = f"search_tokens is {config.search_tokens}, a third of val {third}: give --search_tokens {least}"
-        require(part >= least, f"{few} or more, and three times as much val text")
-        texts = [val[start : start + part + 1] for start in (0, part, 2 * part)]
-        text = b"".join(part.tobytes() for part in (blocks.cpu().numpy(), *texts))
-        header = {"model": sha256_of(Path(config.ckpt)), "text": hashlib.sha256(text).hexdigest()}
+        require(size >= least, f"{few} or more, and three times as much val text")
+        texts = [val[start : start + size + 1] for start in (0, size, 2 * size)]
+        read = b"".join(x.tobytes() for x in (blocks.cpu().numpy(), *texts))
+        header = {"model": sha256_of(Path(config.ckpt)), "text": hashlib.sha256(read).hexdigest()}
         header |= {"refit": config.refit, "merge": config.merge}
         self.log, self.records = open_log(Path(config.log), header)
         self.judge, self.choice, self.report = (Judge(model, text) for text in texts)
@@ -153,7 +152,7 @@ class Search:
         return {"groups": heads / 2, "kv_bytes": kv_bytes, "k_groups": maps[0], "v_groups": maps[1]}
 
     def grouped(self, maps: tuple[Maps, Maps], part: int = 1) -> Llama:
-        """What gqa.py makes of these groups, or, with part 2, by half the blocks and half the steps."""
+        """What gqa.py makes of these groups, refitted with 1 / `part` of the blocks and of the steps."""
         small = merge(self.model, maps, self.stats, self.config.merge)
         if self.config.refit == "none":
             return small
@@ -294,7 +293,7 @@ def main() -> None:
         print(f"  {ratio} | {cache}{value} | {row['name']}")
     print(f"{search.evals} groupings looked at; all measurements are in {config.log}")
     how = f" --dataset {config.dataset}" if config.dataset else ""
-    how += f" --merge {config.merge} --refit {config.refit}" if config.merge != "closed" else ""
+    how += " --merge mean" * (config.merge == "mean") + " --refit none" * (config.refit == "none")
     print(f"--- next:\npython gqa.py {config.ckpt} --groups {config.out} --out grouped.pt{how}")
 
 

@@ -47,8 +47,8 @@ RUN_FIXED = {  # what a resumed run may not change, besides its shape and its ad
     "dataset", "init_from", "seed", "batch_size", "grad_accum", "teacher", "distil_weight", "optimizer",
     "momentum",
 }  # fmt: skip
-STREAM, COUNTED = 0.5, 10**7  # root mean square of first embeddings, and tokens that they are counted from
-# times lr, where Muon trains the blocks; the rest has 1 (tried, see docs/results.md)
+STREAM, COUNTED = 0.5, 10**7  # begin_embeddings: root mean square given, tokens read
+# factors of lr where Muon trains the blocks; all else 1 (see docs/results.md)
 RATES = {"wq": 2.0, "wk": 2.0, "w1": 0.7, "w2": 0.7, "w3": 0.7}
 STATE = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}  # of each parameter
 
@@ -67,7 +67,7 @@ class TrainConfig:
     max_steps: int = bounded(500, 1)  # optimizer steps
     epochs: float | None = bounded(None, 0, 1e6)  # passes over the train split, in place of max_steps
     lr: float | None = bounded(None, 0, 1e9)  # peak (default: muon .01, adamw .002, tuning .001, LoRA .005)
-    min_lr: float = bounded(0.0, 0, 1e9)  # learning rate behind the last step
+    min_lr: float = bounded(0.0, 0, 1e9)  # learning rate one step after the last
     warmup_steps: int = bounded(10, 0)  # steps over which the learning rate rises from 0
     weight_decay: float = bounded(0.1, 0, 1e9)  # on matrices only
     grad_clip: float = bounded(1.0, 0, 1e9)  # longest gradient; 0 does not clip
@@ -76,7 +76,7 @@ class TrainConfig:
     momentum: float = bounded(0.8, 0, 0.9999)  # of Muon; the usual 0.95 learns less in some hundred steps
     optimizer: Literal["adamw", "muon"] = "muon"  # muon: the blocks' matrices, AdamW the rest (LoRA: adamw)
     eval_every: int = bounded(100, 1)  # steps between checkpoints, each followed by an evaluation
-    eval_tokens: int = bounded(32768, 0)  # of val, in blocks spread evenly; the last one reads all; 0: none
+    eval_tokens: int = bounded(32768, 0)  # of val, evenly spread; the last evaluation reads all; 0: none
     seed: int = bounded(0, 0, 2**32 - 1)  # of weights, batches and dropout
     device: str = "auto"  # cuda, mps, cpu or auto
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products; weights stay in float32
@@ -98,16 +98,16 @@ def settle(flags: dict, checkpoint: dict) -> tuple[ModelConfig, LoRAConfig, Trai
     shape, adapter, run = (pick(cls, flags) for cls in (ModelConfig, LoRAConfig, TrainConfig))
     resume, old = flags.get("resume"), checkpoint.get("train", {})
     require(not {"epochs", "max_steps"} <= set(run), "--epochs and --max_steps: give one of them")
-    adapted = resume or "lora" in checkpoint  # its adapter is trained on; merged, it makes room for another
+    adapted = resume or "lora" in checkpoint  # its adapter goes on learning; for a new one, merge it first
     fixed = set(adapter) if adapted else set()  # the flags that must agree with the checkpoint
     if resume:
-        fixed |= set(shape) - {"attention"} | RUN_FIXED & set(run)
+        fixed |= (set(shape) - {"attention"}) | (RUN_FIXED & set(run))
     elif checkpoint:
         fixed |= set(shape) - SHAPE_FREE
-    saved = {"lora_r": 0, **checkpoint.get("config", {}), **checkpoint.get("lora", {}), **old}
+    kept = {"lora_r": 0, **checkpoint.get("config", {}), **checkpoint.get("lora", {}), **old}
     for name in sorted(fixed):
-        if flags[name] != saved.get(name):
-            raise UserError(f"--{name} {flags[name]}: the checkpoint has {saved.get(name)}, drop --{name}")
+        if flags[name] != kept.get(name):
+            raise UserError(f"--{name} {flags[name]}: the checkpoint has {kept.get(name)}, drop --{name}")
     c = model_config(checkpoint, **shape) if checkpoint else ModelConfig(**shape)
     lora = lora_config(checkpoint) if adapted else LoRAConfig(**adapter)
     if resume:
@@ -137,8 +137,8 @@ def default_out_dir(flags: dict, source: dict) -> str:
 
 
 def open_tokens(config: TrainConfig, flags: dict, c: ModelConfig, checkpoint: dict):
-    """Folder, record and tokenizer of the data set, which is prepared if need be. Raises UserError unless it
-    has the checkpoint's tokenizer, to resume the run's bytes, and enough tokens."""
+    """Folder, record and tokenizer of the data set, which is prepared if need be. Raises UserError if its
+    tokenizer is not the checkpoint's, if it is not the data of a resumed run, or has too few tokens."""
     source = f"{config.out_dir}/ckpt.pt" if config.resume else config.init_from
     how = ["--tokenizer", source] if checkpoint.get("tokenizer") else []  # without one, the data set's serves
     if "vocab_size" in flags and not how:
@@ -225,24 +225,24 @@ def begin_embeddings(model: Llama, tokens: np.ndarray) -> None:
 
 
 def make_optimizers(model: Llama, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for all that learns, or Muon for the blocks' matrices and AdamW for embeddings, output, norms,
-    biases, each with the learning rate times its RATES."""
-    matrices, embeddings, vectors, decay = [], [], [], config.weight_decay
+    """AdamW for all that learns; or Muon for the blocks' matrices, at lr times RATES, and AdamW for
+    embeddings, output, norms, biases."""
+    matrices, decayed, vectors, decay = [], [], [], config.weight_decay
     for name, p in filter(lambda named: named[1].requires_grad, model.named_parameters()):
         if p.dim() != 2:
             vectors.append(p)
         elif config.optimizer == "muon" and name.startswith("layers."):
             matrices.append({"params": [p], "rate": RATES.get(name.split(".")[-2], 1.0)})
         else:
-            embeddings.append(p)
-    groups = [{"params": embeddings, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+            decayed.append(p)
+    groups = [{"params": decayed, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
     betas = (0.8, 0.99) if matrices else (0.9, 0.95)
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
     return [Muon(matrices, config.lr, config.momentum, decay), adamw] if matrices else [adamw]
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up to lr, then in a line down to min_lr, which a step behind the last one would have."""
+    """Linear warm-up to lr, then a line down that would reach min_lr one step after the last."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     left = (config.max_steps - step) / (config.max_steps - config.warmup_steps)
@@ -320,10 +320,10 @@ def validate(model: Llama, data: Text | Examples, dtype: torch.dtype, most=None)
     """`mean_loss` on blocks of text, or on the answers of examples: on the whole split, or on some `most`
     tokens, evenly spread."""
     if isinstance(data, Text):
-        context, text = model.config.block_size, data.tokens
-        stride = max(context, context * len(text) // most) if most else context
-        starts = range(0, len(text) - 1, stride)
-        items = [(text[start : start + 1], text[start + 1 : start + context + 1]) for start in starts]
+        context, ids = model.config.block_size, data.tokens
+        stride = max(context, context * len(ids) // most) if most else context
+        starts = range(0, len(ids) - 1, stride)
+        items = [(ids[start : start + 1], ids[start + 1 : start + context + 1]) for start in starts]
     else:
         every = max(1, len(data.tokens) // most) if most else 1
         items = [data.parts(row) for row in range(0, len(data.spans), every)]
@@ -485,7 +485,7 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
         c = replace(c, vocab_size=tokenizer.vocab_size)
     data, val_data = (open_data(folder, meta, split, c.block_size) for split in ("train", "val"))
     if "epochs" in flags:
-        steps = round(config.epochs * epoch_steps(data, config, c.block_size), 6)  # 9 / 7 * 21 is not 27
+        steps = round(config.epochs * epoch_steps(data, config, c.block_size), 6)  # 9 / 7 * 21 > 27
         config.max_steps = max(1, math.ceil(steps))
     last = config.max_steps
 
@@ -534,12 +534,12 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
     # ---- the loop
     caught, batches = catch_signals(), []
     bar = tqdm(total=last, initial=step, disable=rank() > 0 or None)
-    while True:
+    while True:  # save and evaluate what `step` steps have made, then take another
         stop = sum_over_ranks(len(caught)) > 0  # all ranks at the same step
         due = step % config.eval_every == 0 and step < last and step not in log.evaluated
         if step > saved and (due or stop or step == last):
-            if step:  # what the last update did shows only in the loss after it
-                check_health(mean_loss(model, batches, dtype)[0], 0.0, c, step, saved)
+            # the last update may have diverged
+            check_health(mean_loss(model, batches, dtype)[0], 0.0, c, step, saved)
             state = {"model": model.state_dict(keep_vars=True)}
             state = whole(state | {"optimizers": [optimizer.state_dict() for optimizer in optimizers]})
             state |= {"step": step, "tokens": tokens, "seconds": seconds, "scaler": scaler.state_dict()}
