@@ -274,7 +274,7 @@ def held(folder: Path) -> Iterator[None]:
 def writable(path: Path, overwrite: bool) -> None:
     """Raise UserError if `path` is a folder, a file that must not be replaced, or where none can be made."""
     parent = next(folder for folder in path.resolve().parents if folder.exists())
-    require(parent.is_dir() and os.access(parent, os.W_OK), f"cannot write {path}: {parent} is no place")
+    require(parent.is_dir() and os.access(parent, os.W_OK), f"cannot write in {parent}: name another")
     taken = path.is_dir() or (path.exists() and not overwrite)
     require(not taken, f"{path} exists: give the name of a new file, or --overwrite one")
 

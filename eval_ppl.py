@@ -159,7 +159,7 @@ def main() -> None:
         model.float()  # autocast rounds the operands of matrix products, and leaves all else in float32
     config.context = config.context or min(2048, model.config.block_size)
     config.stride = config.stride or max(1, config.context // 2)
-    require(config.stride <= config.context, f"tokens are skipped: give --stride 1 to {config.context}")
+    require(config.stride <= config.context, f"stride {config.stride}: give --stride 1 to {config.context}")
     if config.context > model.config.block_size:
         note(f"context {config.context} is beyond the {model.config.block_size} of the training")
     if not tokenizer.is_exact():

@@ -165,7 +165,7 @@ def prepare(config: PrepareConfig) -> Path:
     with held(partial):
         try:
             done, others = folder / "meta.json", {path.name for path in folder.glob("*")} - ours
-            require(config.overwrite or not done.exists(), f"{folder} is already prepared: use --overwrite")
+            require(config.overwrite or not done.exists(), f"{folder} is prepared: use it, or --overwrite")
             require(not others, f"{folder} holds something else than a data set: give another name or --out")
             write_folder(config, partial)  # over what a preparation that was killed has left there
             done.unlink(missing_ok=True)  # first: a folder without it is no data set
