@@ -316,7 +316,7 @@ def fused(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: Tensor | No
 def why_not(model: Llama) -> str | None:
     """Why the kernels cannot run here, in words; None if they can."""
     weight, c = model.tok_embeddings.weight, model.config
-    if any(c.k_latent) or any(c.v_latent):
+    if any(c.k_latent + c.v_latent):
         return "it knows no latent keys and values"
     if c.head_dim not in HEAD_DIMS or weight.dtype == torch.float64:
         return f"it takes head_dim {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}, not {c.head_dim}, and no float64"

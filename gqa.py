@@ -427,8 +427,8 @@ def open_model(path: str, device: str) -> tuple[dict, Llama]:
     (an Apple GPU has no float64: on the CPU)."""
     place, checkpoint = pick_device(device), load(path)
     model = plain(build_model(checkpoint))
-    latents = model.config.v_latent + model.config.k_latent
-    require(not any(latents), f"{path} has latent keys or values: start from its original")
+    c = model.config
+    require(not any(c.k_latent + c.v_latent), f"{path} has latent keys or values: start from its original")
     wide = torch.promote_types(model.tok_embeddings.weight.dtype, torch.float32)
     return checkpoint, model.to("cpu" if place.type == "mps" else place, wide).eval().requires_grad_(False)
 
@@ -512,7 +512,7 @@ def main() -> None:
     print(f"KV cache: {old:,} -> {new:,} bytes a token ({100 * new / old:.1f}%)")
     ratio = f"perplexity {before:.4f} -> {after:.4f}, x {after / before:.4f}"
     print(f"{ratio} | {len(val) - 1:,} tokens of {name}")
-    heal = f"--init_from {out} --teacher {config.ckpt} --max_steps 40 --warmup_steps 5"
+    heal = f"--init_from {out} --teacher {config.ckpt} --distil_weight 1 --batch_size 4 --max_steps 100"
     heal += f" --dataset {config.dataset}" if config.dataset else ""
     print(f"--- next:\npython train.py {heal} --out_dir {out.with_suffix('')}-healed")
 

@@ -3,7 +3,7 @@
     python train.py --n_layer 6 --novel             # the default data, Python's own source, is prepared first
     python train.py --n_layer 6 --novel --resume    # go on after a crash, after Ctrl-C, to more --max_steps
     python train.py --init_from ckpt.pt --lora_r 8 --quantize nf4 --dataset alpaca    # QLoRA on instructions
-    python train.py --init_from grouped.pt --teacher ckpt.pt --max_steps 40           # heal after gqa.py
+    python train.py --init_from grouped.pt --teacher ckpt.pt --distil_weight 1        # heal after gqa.py
     torchrun --nproc_per_node 2 train.py --n_layer 6 --novel   # the same run, divided among two processes
 
 A run writes out/RUN/ckpt.pt and log.jsonl. A step's batch depends only on (seed, step), its dropout only on

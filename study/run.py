@@ -258,7 +258,7 @@ def write_texts(ckpt: str, folder: str, tokens: str) -> None:
 
 
 def first_lines(source: str, target: str, count: str) -> None:
-    Path(target).write_text("\n".join(Path(source).read_text().split("\n")[: int(count)]))
+    Path(target).write_text(re.match(f"(.*\n){{,{int(count)}}}", Path(source).read_text())[0])
 
 
 def steps(config: StudyConfig) -> dict[str, str]:
