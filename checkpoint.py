@@ -191,7 +191,7 @@ def show(path: str | Path) -> None:
     params, kind = model.num_params(), str(dtype).removeprefix("torch.")
     print(f"{path}: {params:,} parameters, {kind}, {Path(path).stat().st_size:,} bytes")
     for name, value in asdict(c).items():
-        if not name.endswith(("_groups", "_latent")) and value is not None:
+        if not name.endswith(("_groups", "_latent", "kv_head")) and value is not None:
             print(f"  {name:14} {value}")
     print("head groups\n" + "\n".join(picture(c)))
     cache = c.kv_bytes_per_token(dtype.itemsize)

@@ -7,7 +7,7 @@
 Three methods, over the same N tokens x_0 .. x_(N-1), of which all but the first are predicted once:
 
     blocks       exp(mean NLL): non-overlapping blocks of `context` predictions, each starting without a past
-    sliding      exp(mean NLL): every token has `context - stride` tokens before it, where the text has them
+    sliding      exp(mean NLL): each token has more than `context - stride` before it, where the text has them
     block_mean   the mean over the whole blocks of each block's exp(mean NLL). It lies above exp(mean NLL) of
                  the same blocks (Jensen) and depends on their length; some published numbers are of it.
 
@@ -89,7 +89,7 @@ def window_nll(
 
 def perplexity(nats: float) -> float:
     """exp, and infinity where a float ends."""
-    return math.exp(nats) if nats < 709 else math.inf
+    return math.inf if nats >= 709 else math.exp(nats)
 
 
 def mean_nll(windows: list[torch.Tensor]) -> float:
@@ -168,7 +168,7 @@ def main() -> None:
     began, digest = time.perf_counter(), hashlib.sha256(tokenizer.data).hexdigest()[:8]
     record, nats = evaluate(config, model, tokens, dtype)
     seconds = time.perf_counter() - began
-    kv = model.config.kv_bytes_per_token(model.tok_embeddings.weight.itemsize)
+    kv = model.config.kv_bytes_per_token(dtype.itemsize)
     record |= {"bits_per_byte": bits_per_byte(nats, tokens, tokenizer), "tokens": len(tokens) - 1}
     record |= {"context": config.context, "stride": config.stride, "params": model.num_params()}
     record |= {"tokenizer": f"{tokenizer.kind} {tokenizer.vocab_size:,} {digest}", "kv_bytes_per_token": kv}

@@ -185,7 +185,7 @@ def grad_kv_kernel(q, k, v, grad_out, grad_k, grad_v, k_groups, v_groups, lse, d
 def decode_kernel(q, k, v, k_groups, v_groups, parts, lse, begins, S, H, G_K, G_V, PART, D: constexpr,
                   PRECISION: constexpr, PAD_H: constexpr, M: constexpr, N: constexpr):  # fmt: skip
     """One part of the cache for one sequence and PAD_H heads: its own attention, parts (B, parts, H, D), and
-    lse (B, parts, H); grid (parts, B, blocks of heads). It reads each group's keys and values once, for a
+    lse (B, parts, H), natural here; grid (parts, B, blocks of heads). It reads each group once, for a
     product in which the rows of other groups' heads are zero: a tensor core takes 16 rows at least."""
     part, b = tl.program_id(0), tl.program_id(1)
     heads = tl.program_id(2) * PAD_H + tl.arange(0, PAD_H)

@@ -42,6 +42,7 @@ from refit import STEPS, Statistics, divergence, refit, sensitivity, statistics
 Slot = tuple[int, str]  # (layer, "k", "v" or "joint"): heads that form groups
 Counts = dict[Slot, int]  # groups in each slot
 Directions = dict[Slot, tuple[torch.Tensor, ...]]
+MOST_CONTEXT = 1024  # tokens; more change few choices
 TINY = 1e-300  # keeps weights that are zero from becoming nan
 
 
@@ -435,7 +436,7 @@ def open_model(path: str, device: str) -> tuple[dict, Llama]:
 
 def calibration_blocks(tokens: np.ndarray, model: Llama, count: int, seed: int) -> torch.Tensor:
     """(N, T) tokens, at most `count`, from N places of the text, T the model's context up to 1,024."""
-    T = min(model.config.block_size, 1024, len(tokens))
+    T = min(model.config.block_size, MOST_CONTEXT, len(tokens))
     rows, least = min(count, len(tokens)) // T, math.ceil(4 * model.config.dim / T)
     few = f"{rows * T:,} tokens of the {len(tokens):,} in the train split are too few"
     require(rows >= least, f"{few}: give --calibration_tokens {least * T} or more, and enough text")

@@ -49,7 +49,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.linear, self.scale = linear.requires_grad_(False), alpha / r
         weight = linear.codes if isinstance(linear, NF4Linear) else linear.weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)  # beside bfloat16, too: autocast joins them
+        dtype = torch.promote_types(weight.dtype, torch.float32)  # beside bfloat16, too, which autocast joins
         like = {"device": weight.device, "dtype": dtype}
         self.lora_A = nn.Parameter(torch.empty(r, linear.in_features, **like))
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, r, **like))
@@ -64,10 +64,9 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
         """One layer with W + (alpha / r) B A, summed in float32 or wider; W itself stays as it is."""
-        quantized = isinstance(self.linear, NF4Linear)
-        weight = (self.linear.to_linear() if quantized else self.linear).weight
-        total = widen(weight) + self.scale * widen(self.lora_B) @ widen(self.lora_A)
-        return linear_of(total if quantized else total.to(weight.dtype))
+        old = self.linear.to_linear() if isinstance(self.linear, NF4Linear) else self.linear
+        total = widen(old.weight) + self.scale * widen(self.lora_B) @ widen(self.lora_A)
+        return linear_of(total.to(old.weight.dtype) if old is self.linear else total)
 
 
 def replace(model: nn.Module, names: Iterable[str], kinds: type | tuple, make: Callable) -> None:

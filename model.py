@@ -6,7 +6,8 @@ public checkpoints load by name. What differs from the paper:
     groups   query heads read key and value groups of any size, given for K and for V by one list a layer:
              multi-head, grouped-query, multi-query and uneven grouping are one path (`HeadGroups`)
     novel    a small linear layer + SiLU on each head's output, shared by a layer's heads (experimental)
-    gated    a sigmoid gate on each head's output (arXiv 2505.06708, head-wise), to compare it with
+    gated    a sigmoid gate on each head's output (arXiv 2505.06708, head-wise), for comparison
+    latents  low-rank keys and values of all heads of a layer; kv_bits: a cache of integers
 
 Shapes: B batch, T time (tokens), S cached time, C model width, H query heads, G key/value groups, D head
 width, V vocabulary.
@@ -498,8 +499,8 @@ class Llama(nn.Module):
         or more (arXiv 1904.09751). Raises UserError for an empty prompt or one that leaves no room.
         """
         assert not self.training, "call model.eval() first: dropout would change the text"
+        require(prompts and all(prompts), "an empty prompt: give a token, such as the tokenizer's BOS")
         longest, room = max(map(len, prompts)), self.config.block_size
-        require(all(prompts), "an empty prompt: give at least one token, such as the tokenizer's BOS")
         require(longest < room, f"the prompt has {longest} tokens, the context {room}: shorten the prompt")
         device = self.tok_embeddings.weight.device
         tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
@@ -571,7 +572,7 @@ def pick_token(logits: torch.Tensor, temperature: float, top_p: float, generator
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits = widen(logits)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0: no temperature overflows
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)  # at most 0: no overflow
     probabilities, order = logits.softmax(-1).sort(descending=True)
     before = probabilities.cumsum(-1) - probabilities  # mass of the likelier tokens; the first always stays
     drawn = torch.multinomial(probabilities.masked_fill(before >= top_p, 0), 1, generator=generator)

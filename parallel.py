@@ -90,7 +90,7 @@ def divided(model: nn.Module, fsdp: bool, dtype: torch.dtype, device: torch.devi
     output and gradients keep their format. Raises UserError for float16.
     """
     if fsdp and dtype == torch.float16:
-        raise UserError("--fsdp has no gradient scaler: give --dtype bfloat16 or float32, or drop --fsdp")
+        raise UserError("--fsdp has no gradient scaler: give --dtype bfloat16 or float32, or --no-fsdp")
     if fsdp:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

@@ -21,7 +21,7 @@ from common import require
 from model import Attention, Llama, rope_angles, scores, widen
 
 SLICE = 64 if torch.cuda.is_available() else 8  # rows of text computed at a time
-QUERIES = 64  # sampled in each row of text, evenly spaced, to observe attention
+QUERIES = 64  # at least, evenly spaced in each row of text, to observe attention
 STEPS = 20  # of L-BFGS
 MOST_WEIGHTS = 2**28  # attention weights held of a layer, 1 GiB; beyond it fewer rows serve
 SENSED = 4096  # tokens of `sensitivity`

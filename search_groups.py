@@ -33,14 +33,12 @@ from checkpoint import picture
 from common import UserError, bounded, exit_cleanly, parse, replacing, require, sha256_of, writable
 from eval_ppl import MOST_LOGITS, perplexity
 from gqa import (
-    Counts, MergeConfig, Slot, as_maps, budget, choose, even_counts, head_counts, merge, merged_config,
-    open_inputs, slot_costs,
+    MOST_CONTEXT, Counts, MergeConfig, Slot, as_maps, budget, choose, even_counts, head_counts, merge,
+    merged_config, open_inputs, slot_costs,
 )  # fmt: skip
 from model import Llama, Maps, widen
 from partition import best_partitions, knapsack
 from refit import STEPS, divergence, refit, sensitivity, statistics
-
-MOST_CONTEXT = 1024  # tokens; longer contexts take much memory, and change few choices
 
 
 @dataclass
@@ -252,9 +250,9 @@ def contenders(search: Search) -> list[tuple[str, tuple[Maps, Maps]]]:
     even = even_counts(search.heads, total)
     found.append(("best groups, spread evenly", search.maps(even)))
     found.append(("neighbours, spread evenly", choose(model, search.stats, even, "neighbour")))
-    if not joint and model.config.k_groups == model.config.v_groups and total >= len(search.heads):
+    if not joint and model.config.k_groups == model.config.v_groups:
         even = even_counts(head_counts(model, joint=True), total // 2)
-        found.append(("best joint groups, spread evenly", choose(model, search.stats, even)))
+        found.append(("best joint groups, spread evenly", search.maps(even)))
     return found
 
 

@@ -3,7 +3,7 @@
     python train.py --n_layer 6 --novel             # the default data, Python's own source, is prepared first
     python train.py --n_layer 6 --novel --resume    # go on after a crash, after Ctrl-C, to more --max_steps
     python train.py --init_from ckpt.pt --lora_r 8 --quantize nf4 --dataset alpaca    # QLoRA on instructions
-    python train.py --init_from grouped.pt --teacher ckpt.pt --distil_weight 1        # heal after gqa.py
+    python train.py --init_from grouped.pt --teacher ckpt.pt --distil_weight 1    # heal after gqa.py
     torchrun --nproc_per_node 2 train.py --n_layer 6 --novel   # the same run, divided among two processes
 
 A run writes out/RUN/ckpt.pt and log.jsonl. A step's batch depends only on (seed, step), its dropout only on
@@ -48,7 +48,7 @@ RUN_FIXED = {  # what a resumed run may not change, besides its shape and its ad
     "momentum",
 }  # fmt: skip
 STREAM, COUNTED = 0.5, 10**7  # begin_embeddings: root mean square given, tokens read
-# factors of lr where Muon trains the blocks; all else 1 (see docs/results.md)
+# factors of lr where Muon trains; all else 1 (see docs/results.md)
 RATES = {"wq": 2.0, "wk": 2.0, "w1": 0.7, "w2": 0.7, "w3": 0.7}
 STATE = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}  # of each parameter
 
@@ -106,20 +106,19 @@ def settle(flags: dict, checkpoint: dict) -> tuple[ModelConfig, LoRAConfig, Trai
         fixed |= set(shape) - SHAPE_FREE
     kept = {"lora_r": 0, **checkpoint.get("config", {}), **checkpoint.get("lora", {}), **old}
     for name in sorted(fixed):
-        if flags[name] != kept.get(name):
-            raise UserError(f"--{name} {flags[name]}: the checkpoint has {kept.get(name)}, drop --{name}")
+        typed, own = flags[name], kept.get(name)
+        require(typed == own, f"--{name} {typed}: the checkpoint has {own}, drop --{name}")
     c = model_config(checkpoint, **shape) if checkpoint else ModelConfig(**shape)
     lora = lora_config(checkpoint) if adapted else LoRAConfig(**adapter)
     if resume:
+        old = {**old, "epochs": None} if "max_steps" in run else old
         return c, lora, checked(TrainConfig, {**pick(TrainConfig, old), **run})
     if adapter and not lora.lora_r:
         raise UserError(f"--{min(adapter)} is of an adapter: give --lora_r 8, or drop it")
     require(not lora.lora_r or checkpoint, "--lora_r adapts a trained model: give --init_from ckpt.pt")
     defaults = {"dataset": old.get("dataset", "stdlib")}
-    if lora.lora_r:
-        defaults |= {"lr": 0.005, "optimizer": "adamw"}
-    elif checkpoint:
-        defaults["lr"] = 0.001
+    if checkpoint:
+        defaults |= {"lr": 0.005, "optimizer": "adamw"} if lora.lora_r else {"lr": 0.001}
     config = checked(TrainConfig, {**defaults, **run})
     require(config.teacher or "distil_weight" not in run, "--distil_weight is a teacher's: give --teacher")
     require(config.optimizer == "muon" or "momentum" not in run, "--momentum is Muon's: leave it out")
@@ -165,8 +164,8 @@ def open_teacher(path: str, c: ModelConfig, tokenizer: Tokenizer, device: torch.
     teacher = build_model(checkpoint, device).requires_grad_(False)
     if checkpoint["tokenizer"] not in (None, tokenizer.data) or teacher.config.vocab_size != c.vocab_size:
         raise UserError(f"--teacher {path} has another tokenizer: give one of the same")
-    if (limit := teacher.config.block_size) < c.block_size:
-        raise UserError(f"--teacher {path} reads {limit} tokens: give --block_size {limit} or less")
+    most = teacher.config.block_size
+    require(most >= c.block_size, f"--teacher {path} reads {most} tokens: give --block_size {most} or less")
     return teacher
 
 
@@ -226,7 +225,7 @@ def begin_embeddings(model: Llama, tokens: np.ndarray) -> None:
 
 def make_optimizers(model: Llama, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW for all that learns; or Muon for the blocks' matrices, at lr times RATES, and AdamW for
-    embeddings, output, norms, biases."""
+    embeddings, output, norms, biases, and latents' mixes."""
     matrices, decayed, vectors, decay = [], [], [], config.weight_decay
     for name, p in filter(lambda named: named[1].requires_grad, model.named_parameters()):
         if p.dim() != 2:
@@ -341,7 +340,7 @@ class Log:
         self.path, kept = path, []
         if resumed_at is not None and path.exists():
             try:
-                whole_lines = path.read_text().split("\n")[:-1]  # a run that was killed may leave half a line
+                whole_lines = path.read_text().split("\n")[:-1]  # a killed run may leave half a line
                 kept = [record for record in map(json.loads, whole_lines) if record["step"] <= resumed_at]
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{path} is damaged: move it away, and the run goes on without it") from None
@@ -476,7 +475,7 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
     c, lora, config = settle(flags, checkpoint)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
-    require(world() > 1 or not config.fsdp, "--fsdp shards a model over processes: start some with torchrun")
+    require(world() > 1 or not config.fsdp, "--fsdp shards over processes: use torchrun, or give --no-fsdp")
 
     # ---- data
     with first_alone():  # what it prepares the others find

@@ -93,8 +93,8 @@ def test_the_command_prints_what_it_measures(tiny_run, tmp_path):
     assert record["params"] == sum(p.numel() for p in set(model.parameters()))
     assert record["kv_bytes_per_token"] == 2 * 2 * 32 * 4  # K and V, 2 layers, width 32, float32
     assert f"perplexity {record['sliding']:.4f} | sliding" in run("eval_ppl.py", tiny_run, *flags).stdout
-    few = scored(tiny_run, "--max_tokens", 100, "--split", "test")
-    assert few["tokens"] == 100 and few["sliding"] is None
+    few = scored(tiny_run, "--max_tokens", 100, "--split", "test", "--dtype", "bfloat16")
+    assert few["tokens"] == 100 and few["sliding"] is None and few["kv_bytes_per_token"] == 2 * 2 * 32 * 2
     assert scored(tiny_run)["blocks"] < 0.6 * model.config.vocab_size  # far better than a uniform guess
 
 

@@ -170,7 +170,7 @@ def test_sampling_follows_the_temperature_and_top_p_leaves_the_smallest_sufficie
     logits, generator = torch.tensor([[2.0, 1.0, 0.0]]).repeat(20000, 1), torch.Generator().manual_seed(0)
     share = torch.bincount(pick_token(logits, 2.0, 1.0, generator).flatten(), minlength=3) / len(logits)
     assert_close(share, (logits[0] / 2).softmax(-1), 0.021, "share")  # three standard errors, 0.0106, of 0.51
-    assert set(pick_token(logits[:100], 1e-40, 1.0).flatten().tolist()) == {0}
+    assert set(pick_token(logits[:100], 1e-46, 1.0).flatten().tolist()) == {0}
 
 
 @pytest.mark.parametrize("name, parameters", [("novel", 8 * 8 + 8), ("gated", 4 * 32)])
@@ -262,12 +262,12 @@ def test_cross_entropy_keeps_what_float16_would_lose():
     assert_close(logits.grad[0, 1:], exact, 2**-10, "gradient")
 
 
-@pytest.mark.parametrize("settings, prompt, word", [
-    ({"dim": 36}, [1], "head_dim is 9"), ({"k_groups": [[0, 0, 0, 0]]}, [1], "n_layer"),
-    ({"k_groups": [[0, 2, 2, 2]] * 2}, [1], "skip none"), ({"v_groups": [[0] * 3] * 2}, [1], "4 group"),
-    ({"rope_scaling": {**SCALED, "factor": 0.0}}, [1], "rope_scaling"),
-    ({}, [], "empty prompt"), ({}, [1] * 64, "context 64"),
+@pytest.mark.parametrize("settings, prompts, word", [
+    ({"dim": 36}, [[1]], "head_dim is 9"), ({"k_groups": [[0, 0, 0, 0]]}, [[1]], "n_layer"),
+    ({"k_groups": [[0, 2, 2, 2]] * 2}, [[1]], "skip none"), ({"v_groups": [[0] * 3] * 2}, [[1]], "4 group"),
+    ({"rope_scaling": {**SCALED, "factor": 0.0}}, [[1]], "rope_scaling"), ({}, [[1] * 64], "context 64"),
+    ({}, [[1], []], "empty prompt"), ({}, [], "empty prompt"),
 ])  # fmt: skip
-def test_impossible_shapes_and_prompts_are_refused_by_name(settings, prompt, word):
+def test_impossible_shapes_and_prompts_are_refused_by_name(settings, prompts, word):
     with pytest.raises(UserError, match=word):
-        sharp_model(**settings).generate([prompt], 5)
+        sharp_model(**settings).generate(prompts, 5)
