@@ -169,9 +169,8 @@ def refit_attention(theirs: Attention, ours: Attention, a, b, rope, steps: int) 
         for part, target in zip(b.split(SLICE), targets):
             q = ours.queries(part[:, some] @ weight(0).T, *(x[some] for x in rope))
             k = ours.keys(part @ weight(1).T, *rope)
-            # cross-entropy, KL but for a constant: log sum exp(scores) - sum target * scores
-            where = (q * (target @ ours.k_groups.expand(k))).sum() * q.shape[-1] ** -0.5
-            loss = (scores(q, k, ours.k_groups, seen).logsumexp(-1).sum() - where) / count
+            log_p = scores(q, k, ours.k_groups, seen).log_softmax(-1)
+            loss = -(target * log_p.masked_fill(~seen, 0)).sum() / count  # KL but for a constant
             loss.backward()
             total += loss.detach()
         return total
