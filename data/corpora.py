@@ -76,7 +76,7 @@ def split(pieces: list[Piece]) -> dict[str, list[Piece]]:
     """Whole files by a hash of their names, so that none is in two splits; few files are cut instead."""
     if len(pieces) < 20:
         return dict(zip(SPLITS, map(list, zip(*(cut(piece, b"\n", SHARES) for piece in pieces)))))
-    pieces = sorted(pieces, key=lambda piece: sha256(piece.name.encode()).digest())
+    pieces = sorted(pieces, key=lambda piece: sha256(os.fsencode(piece.name)).digest())
     total, parts = sum(piece.stop for piece in pieces), {}
     for name, share in zip(SPLITS[1:], SHARES[1:]):  # train is what remains
         # one huge file would be most of a small split, and the split would measure that file
@@ -155,6 +155,7 @@ def built_in(name: str, files: list[Path]) -> dict[str, list]:
         val, test = cut(valid, valid.separator, (0.5, 0.5))
         return {"train": cut(train, train.separator, (0.01,) * 100), "val": [val], "test": [test]}
     if folder.is_file():
+        shutil.rmtree(DATA / "downloads" / "wikitext-2-raw", ignore_errors=True)  # of another file
         try:
             shutil.unpack_archive(folder, DATA / "downloads", "zip")
         except Exception as error:

@@ -44,9 +44,9 @@ def records_of(path: Path, fields: str, instruction: str, target: Path | None = 
             rows = json.loads("\n".join(rows))
         for row in rows:
             row = {"input": "", **row}  # many instructions have none
-            texts = [instruction, *((row[name] or "").strip() for name in names)]
+            texts = [instruction, *((row[name] or "").strip() for name in names)][-3:]
             "".join(texts).encode()  # fails for lone surrogates
-            records.append(dict(zip(FIELDS, texts[-3:])))
+            records.append(dict(zip(FIELDS, [texts[0] or instruction, *texts[1:]])))
     except Exception as error:
         where = f"{path}{f' or {target}' if target else ''}, record {len(records) + 1},"
         raise UserError(f"{where} is unreadable, or without --fields {fields} ({error!r:.90})") from None

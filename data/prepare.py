@@ -106,12 +106,11 @@ def write_split(split: list, tokenizer: Tokenizer, path: Path, seen: dict[bytes,
             line = json.dumps(record, ensure_ascii=False) if record else text
             prompt_key, key = sha256(text.encode()).digest(), sha256(line.encode()).digest()
             repeated = key in seen or seen.get(prompt_key, path.stem) != path.stem
-            seen.setdefault(prompt_key, path.stem)
             empty = record and not (record["output"] and (record["instruction"] or record["input"]))
             if empty or repeated:
                 counts["empty" if empty else "repeated"] += 1
                 continue
-            seen[key] = path.stem
+            seen[key] = seen[prompt_key] = path.stem
             if not record:
                 ids, end = tokenizer.prompt(text), [tokenizer.eos][: tokenizer.eos >= 0]
             else:
@@ -163,10 +162,12 @@ def prepare(config: PrepareConfig) -> Path:
     partial = folder.with_name(folder.name + ".partial")
     ours = {"meta.json", "tokenizer.model", *(f"{name}{end}" for name in SPLITS for end in FILES)}
     with held(partial):
+        done, found = folder / "meta.json", [*folder.glob("*"), *partial.glob("*")]
+        require(config.overwrite or not done.exists(), f"{folder} is prepared: use it, or --overwrite")
+        others = {path.name for path in found} - ours
+        what = f"{folder} or its .partial holds something else than a data set"
+        require(not others, f"{what}: give another name or --out")
         try:
-            done, others = folder / "meta.json", {path.name for path in folder.glob("*")} - ours
-            require(config.overwrite or not done.exists(), f"{folder} is prepared: use it, or --overwrite")
-            require(not others, f"{folder} holds something else than a data set: give another name or --out")
             write_folder(config, partial)  # over what a preparation that was killed has left there
             done.unlink(missing_ok=True)  # first: a folder without it is no data set
             rmtree(folder, ignore_errors=True)

@@ -60,7 +60,7 @@ def import_model(source: Path, tokenizer: str | None, block_size: int | None) ->
         raise UserError(f"{source} contradicts itself: its embeddings are tied, and its output differs")
     check_finite(weights, source)
     if fields and not tokenizer:
-        data = gguf.tokenizer_of(source, fields)
+        data = gguf.tokenizer_of(source, fields, c.vocab_size)
     else:
         data = find_tokenizer(source, tokenizer, c.vocab_size)
     return {"model": weights, "config": settings, "tokenizer": data, "source": str(source)}

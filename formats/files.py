@@ -25,7 +25,7 @@ def reading(path: Path, what: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{'' if str(path) in str(error) else f'{path}: '}{error}") from None
-    except (FileNotFoundError, IsADirectoryError, PermissionError):  # which name the path
+    except (FileNotFoundError, IsADirectoryError, PermissionError, MemoryError):  # which say enough
         raise
     except ImportError as error:
         raise UserError(f"{path} needs a library to be read: pip install {error.name}") from None

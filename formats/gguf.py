@@ -67,7 +67,8 @@ def settings_of(fields: dict, tensors: set[str]) -> Settings:
     kind = fields["general.architecture"]
     require(kind in ("llama", "deci"), f"its architecture is {kind}: only llama and deci are supported")
     own = {name.removeprefix(f"{kind}."): value for name, value in fields.items()}
-    scaled = "rope_freqs.weight" in tensors or own.get("rope.scaling.type", "none") != "none"
+    factor = own.get("rope.scaling.factor", own.get("rope.scale_linear", 1))  # without a type, it is linear
+    scaled = "rope_freqs.weight" in tensors or own.get("rope.scaling.type", factor) not in ("none", 0, 1)
     require(not scaled, "its RoPE is scaled: import the model's Hugging Face folder instead")
     require(not own.get("expert_count"), "it is a mixture of experts")
     n_layer, n_head, dim = own["block_count"], one(own["attention.head_count"]), own["embedding_length"]
@@ -81,13 +82,13 @@ def settings_of(fields: dict, tensors: set[str]) -> Settings:
     return {
         "n_layer": n_layer, "n_head": n_head, **groups, "dim": dim, "head_dim": head_dim,
         "hidden_dim": one(own["feed_forward_length"]), "block_size": own["context_length"],
-        "vocab_size": own.get("vocab_size", len(fields["tokenizer.ggml.tokens"])),
+        "vocab_size": own.get("vocab_size") or len(fields["tokenizer.ggml.tokens"]),
         "norm_eps": own["attention.layer_norm_rms_epsilon"], "rope_theta": own.get("rope.freq_base", 10000.0),
         "tie_embeddings": "output.weight" not in tensors,
     }  # fmt: skip
 
 
-def tokenizer_of(path: Path, fields: dict) -> bytes:
+def tokenizer_of(path: Path, fields: dict, vocab_size: int) -> bytes:
     """The tokenizer in a file's fields, as bytes for the checkpoint. Raises UserError for an unknown kind."""
     own = {name.removeprefix("tokenizer.ggml."): value for name, value in fields.items()}
     with reading(path, "tokenizer"):
@@ -102,7 +103,12 @@ def tokenizer_of(path: Path, fields: dict) -> bytes:
         tokenizer = read_tokenizer(data)
         bos, eos = own.get("bos_token_id", tokenizer.bos), own.get("eos_token_id", tokenizer.eos)
         add_bos = own.get("add_bos_token", kind == "llama" or pre == "llama-bpe")
-        return with_special(tokenizer, bos, add_bos, [eos] * (eos >= 0)).data
+        tokenizer = with_special(tokenizer, bos, add_bos, [eos] * (eos >= 0))
+        needed = tokenizer.vocab_size
+        require(
+            needed <= vocab_size, f"its tokens need a vocabulary of {needed}, the model's is {vocab_size}"
+        )
+    return tokenizer.data
 
 
 def byte_level_of(own: dict, parted: list[dict]) -> bytes:

@@ -152,6 +152,10 @@ def test_prepared_data_is_not_replaced_unless_asked(tiny_data, tmp_path):
     for out, overwrite, word in ((tiny_data, False, "--overwrite"), (tmp_path, True, "something else")):
         with pytest.raises(UserError, match=word):
             prepare(PrepareConfig("x", text=text, out=str(out), overwrite=overwrite))
+    shutil.copytree(tmp_path, tmp_path / "out.partial")
+    with pytest.raises(UserError, match="something else"):
+        prepare(PrepareConfig("x", text=text, out=str(tmp_path / "out")))
+    shutil.rmtree(tmp_path / "out.partial")  # it was kept
     (tmp_path / "link").symlink_to("out")
     for size, out in ((274, "out"), (275, "out"), (276, "link")):
         assert made(tmp_path / out, "x", text=text, vocab_size=size, overwrite=True)[1].vocab_size == size
@@ -226,11 +230,11 @@ def test_an_example_is_prompt_answer_and_end_and_the_mask_is_the_answer(data):
 def test_a_prompt_is_in_one_split_only_and_given_splits_are_kept(tmp_path):
     same = [{"instruction": f"task {i % 40}", "input": "", "output": f"answer {i}"} for i in range(400)]
 
-    def splits_of(*parts: list[dict]) -> list[list[dict]]:
+    def splits_of(*parts: list[dict], instruction: str = "") -> list[list[dict]]:
         paths = [tmp_path / f"{i}.json" for i in range(len(parts))]
         for path, part in zip(paths, parts):
             path.write_text(json.dumps(part))
-        return list(read_files(paths, False, [], "").values())
+        return list(read_files(paths, False, [], instruction).values())
 
     prompts = [[record["instruction"] for record in part] for part in splits_of(same)]
     assert [len(set(part)) for part in prompts] == [34, 2, 4] and len(set(chain(*prompts))) == 40
@@ -238,9 +242,16 @@ def test_a_prompt_is_in_one_split_only_and_given_splits_are_kept(tmp_path):
     assert splits_of(same[:9], same[9:12], same[12:]) == [same[:9], same[9:12], same[12:]]
     both = {"instruction": "", "input": "the same", "output": "twice"}
     assert splits_of([*tasks(), {**both, "output": "other"}], [both])[2] == [both]
-    made(tmp_path / "out", "x", from_=[str(tmp_path / f"{i}.json") for i in (0, 1)], vocab_size=330)
+    how = {"from_": [str(tmp_path / f"{i}.json") for i in (0, 1)], "vocab_size": 330}
+    made(tmp_path / "out", "x", **how)
     kept = [(tmp_path / "out" / f"{name}.jsonl").read_text().count("the same") for name in SPLITS]
     assert kept == [0, 0, 1]
+    # a record that is left out for its empty answer takes its prompt from no other split
+    splits_of([*tasks(), both], [{**both, "output": ""}, tasks()[0]])
+    made(tmp_path / "out", "x", **how, overwrite=True)
+    assert "the same" in "".join((tmp_path / f"out/{n}.jsonl").read_text() for n in ("train", "val"))
+    (found, *_) = splits_of([{**row, "instruction": ""} for row in tasks()], instruction="Do.")
+    assert {row["instruction"] for row in found} == {"Do."}
 
 
 def test_records_come_from_other_fields_jsonl_parallel_texts_and_gzip(tmp_path):

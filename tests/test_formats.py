@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from checkpoint import build_model, load, save
-from common import peak_memory_bytes
+from common import UserError, peak_memory_bytes
 from data.tokenizer import SETTINGS, read_tokenizer
-from formats.gguf import PARTED
+from formats.gguf import PARTED, read_gguf, settings_of, tokenizer_of
 from formats.tokenizers import sentencepiece_of_llama2c, with_special
 from lora import TARGETS, LoRAConfig, adapt, adapters
 from model import ROPE_SCALING
@@ -434,6 +434,8 @@ def test_a_gguf_file_comes_back_and_is_the_same_model_to_transformers(tmp_path, 
     export_of(ours, tmp_path, data, "a.gguf")
     back, tokenizer = imported(tmp_path / "a.gguf", tmp_path / "back.pt")
     assert_close(logits(back), logits(ours.float()), TOLERANCE, "logits")
+    with pytest.raises(UserError, match="a vocabulary of 400, the model's is 399"):
+        tokenizer_of(tmp_path / "a.gguf", read_gguf(tmp_path / "a.gguf")[2], 399)
     if "k_groups" not in settings:
         assert all(torch.equal(x, ours.state_dict()[name]) for name, x in back.state_dict().items())
     assert all(tokenizer.prompt(text) == read_tokenizer(data).prompt(text) for text in (*TEXTS, *CORPUS))
@@ -442,6 +444,13 @@ def test_a_gguf_file_comes_back_and_is_the_same_model_to_transformers(tmp_path, 
     else:
         theirs = LlamaForCausalLM.from_pretrained(tmp_path, gguf_file="a.gguf", dtype=torch.float32).eval()
         assert_close(logits(theirs), logits(ours.float()), TOLERANCE, "transformers' logits")
+
+
+@pytest.mark.parametrize("name", ["rope.scaling.factor", "rope.scale_linear"])
+def test_a_gguf_file_whose_rope_is_scaled_is_refused(name):
+    """llama.cpp takes a factor without a type as linear."""
+    with pytest.raises(UserError, match="scaled"):
+        settings_of({"general.architecture": "llama", f"llama.{name}": 4.0}, set())
 
 
 @pytest.mark.parametrize("part", PARTED)
