@@ -36,10 +36,11 @@ def main() -> None:
     try:
         getattr(importlib.import_module(f"study.{module}"), function)()
     except ModuleNotFoundError as error:
-        extras = ["matplotlib", "optuna", "rapidfuzz", "rouge_score", "sacrebleu", "transformers"]
-        if error.name not in extras:
+        extra = ["llama_cpp", "matplotlib", "optuna", "rapidfuzz", "rouge_score", "sacrebleu", "transformers"]
+        if error.name not in extra:
             raise
-        raise UserError(f"{error}: pip install {error.name.replace('_', '-')}") from None
+        name = error.name.replace("_", "-").replace("llama-cpp", "llama-cpp-python")
+        raise UserError(f"{error}: pip install {name}") from None
 
 
 if __name__ == "__main__":  # benchmarks start processes, which import this file again

@@ -150,7 +150,8 @@ def random_step(model: nn.Module, train: TrainConfig, shape: tuple[int, int], dt
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     text = torch.randint(model.config.vocab_size, (shape[0], shape[1] + 1), device=device)
     batches = [(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()) for rows in text.chunk(parts)]
-    return partial(train_step, model, batches, optimizers, 1e-4, dtype, scaler), optimizers, batches
+    how = optimizers, 1e-4, dtype, scaler, train.grad_clip
+    return partial(train_step, model, batches, *how), optimizers, batches
 
 
 def train_speed(model: nn.Module, config: BenchConfig, dtype: torch.dtype, compiled=None, parts=1) -> dict:
@@ -177,7 +178,7 @@ def train_main() -> None:
     device, model, tokens = pick_device(config.device), Llama(c), config.batch_size * c.block_size
     dtype = pick_dtype("auto", device)
     found = train_speed(model, config, dtype)
-    if device.type == "cpu":  # the rate of a step's largest product, and the share of it that a step reaches
+    if device.type == "cpu":  # the rate of SwiGLU's product, and the share of it that a step reaches
         x, w = torch.randn(tokens, c.dim, dtype=dtype), torch.randn(c.hidden_dim, c.dim, dtype=dtype)
         rate = 2 * tokens * c.dim * c.hidden_dim / median_seconds(lambda: x @ w.T, 20)
         # 2 operations a weight and token in the forward, 4 in the backward; half the scores are hidden
@@ -226,7 +227,8 @@ def decode_main() -> None:
     device, shape = pick_device(config.device), (config.batch_size, c.block_size - config.steps - 1)
     heads, models = [c.n_head // i for i in (1, 2, 4, 8) if c.n_head % i == 0], {}
     for path, bits in product(written.ckpts or (), sorted({16, c.kv_bits}, reverse=True)):
-        models[f"{path}, {bits} bits"] = build(load(path), device, bits)[0]
+        cache = "floats" if bits == 16 else f"{bits} bits"
+        models[f"{path}, {cache}"] = build(load(path), device, bits)[0]
     if not models:
         models = {n: Llama(replace(c, n_kv_head=n, k_groups=None, v_groups=None)).to(device) for n in heads}
     prompt, runs, caches, rows = torch.ones(shape, dtype=torch.int64, device=device), {}, {}, []

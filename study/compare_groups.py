@@ -88,7 +88,7 @@ def main() -> None:
             cells[name, share].append(perplexity_on(test, small) / base)
     rows = {name: {"share of the KV cache": name} for name in ROWS}
     for (name, share), ratios in cells.items():
-        rows[name][f"{share:.3g}"] = f"{np.mean(ratios):.3f}"
+        rows[name][f"{totals[share] / whole:.3g}"] = f"{np.mean(ratios):.3f}"
     print(table(list(rows.values())))
 
 

@@ -22,6 +22,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -30,7 +31,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import train
-from common import IGNORE, bounded, require
+from common import IGNORE, bounded, replacing, require
 from model import Llama, ModelConfig
 from study.bench import BenchConfig, alone, configs, median_seconds, show, train_speed
 
@@ -106,8 +107,10 @@ def write(name: str, path: str, c: ModelConfig, texts: int) -> dict:
             list(islice(model.generate([1], temp=0.0, repeat_penalty=1.0), new))
     else:  # llama2.c's programs time themselves
         words = [*path.split(), "-t", "0", "-n", str(c.block_size)]
-        said = subprocess.run(words, capture_output=True, text=True, check=True).stderr
-        return {"tok_s": float(re.search(r"tok/s: ([\d.]+)", said)[1])}
+        said = subprocess.run(words, capture_output=True, text=True).stderr
+        rate = re.search(r"tok/s: ([\d.]+)", said)
+        require(rate, f"--run_c {path} prints no tok/s but {said[-80:]!r}")
+        return {"tok_s": float(rate[1])}
     return {"tok_s": texts * new / median_seconds(run, 3)}
 
 
@@ -120,11 +123,11 @@ def main() -> None:
         work[f"herd, compiled, texts: {texts}"] = write, "herd", "-", c, texts
         work[f"transformers, eager, texts: {texts}"] = write, "transformers", "-", c, texts
     for words in config.run_c or ():
-        work[f"{words.split()[0]}, texts: 1"] = write, "run.c", words, c, 1
+        work[f"{' '.join(words.split()[:2])}, texts: 1"] = write, "run.c", words, c, 1
     if config.gguf:
         work["llama.cpp, texts: 1"] = write, "llama.cpp", config.gguf, c, 1
     found: dict[str, list[dict]] = {name: [] for name in work}
-    with open(config.out, "w") as file:
+    with replacing(Path(config.out), "w") as file:
         for _ in tqdm(range(config.rounds), desc="rounds", disable=None):
             for name, (function, *args) in work.items():
                 found[name].append(alone(name, function, *args))
@@ -139,7 +142,7 @@ def main() -> None:
 def loss_main() -> None:
     """train.py, with the peer's model in place of the blocks of the Llama that it has made."""
     name, path, *_ = [*sys.argv[1:3], "", ""]
-    known = name == "transformers" or (name in ("llama2.c", "nanoGPT") and path.endswith(".py"))
+    known = path == "-" if name == "transformers" else name in ("llama2.c", "nanoGPT") and path[-3:] == ".py"
     require(known, "give llama2.c, nanoGPT or transformers, its model.py or -, and flags of train.py")
     del sys.argv[1:3]
 

@@ -72,6 +72,7 @@ def curve(folder: str, x: str) -> tuple[tuple, tuple, tuple]:
     training loss since the evaluation before (nan if a resumed run has trained no step since)."""
     epoch, position, points, since = math.nan, 0, [], []  # epoch: epochs a step
     for record in records(Path(folder, "log.jsonl")):
+        require("step" in record, f"{folder}/log.jsonl is damaged: train anew with --overwrite")
         if "epochs" in record:
             epoch = record["epochs"] / record["train"]["max_steps"]
         position = {**record, "epochs": epoch * record["step"]}.get(x, position)

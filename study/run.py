@@ -290,16 +290,20 @@ def steps(config: StudyConfig) -> dict[str, str]:
 def run(name: str, line: str) -> None:
     """Run a step unless its log is there; the log is written when all went well."""
     log, words, printed = Path("logs", f"{name}.txt"), shlex.split(line), ""
+    begun, resumed = Path("logs", f"{name}.begun"), Path(name, "ckpt.pt").exists()
     functions = {"download": download, "write_texts": write_texts, "first_lines": first_lines}
+    for path in [log] + [begun] * resumed:
+        if path.exists() and path.read_text().splitlines()[0] != line:
+            raise UserError(f"{path} is of another command: give another --out, or delete what it made")
     if log.exists():
-        if log.read_text().splitlines()[0] != line:
-            raise UserError(f"{log} is of another command: give another --out, or delete what it made")
         return
+    with replacing(begun, "w") as file:
+        print(line, file=file)
     if words[0] in functions:
         functions[words[0]](*words[1:])
     else:
         if words[0] == "train.py" or words[2:3] == ["begin"]:
-            words += ["--out_dir", name] + ["--resume"] * Path(name, "ckpt.pt").exists()
+            words += ["--out_dir", name] + ["--resume"] * resumed
         if words[0] != "-m":
             words[0] = str(ROOT / words[0])
         path = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -28,7 +28,8 @@ SCORES = (
 def result(name: str) -> dict:
     """The JSON object on the last line of a step's log; empty if the step has not run."""
     path = Path("logs", f"{name}.txt")
-    return json.loads(path.read_text().splitlines()[-1]) if path.exists() else {}
+    text = path.read_text().splitlines()[-1] if path.exists() else "{}"
+    return {key: math.nan if value is None else value for key, value in json.loads(text).items()}
 
 
 def spread(values: list[float]) -> str:

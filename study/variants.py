@@ -56,8 +56,10 @@ def step_of(shape: str, config: BenchConfig) -> Callable:
     """A step of train.py with these flags, on random tokens."""
     sys.argv = ["pace", "--batch_size", str(config.batch_size), *shape.split()]  # the last one counts
     (c, own), device = configs(__doc__, ModelConfig, TrainConfig), pick_device(config.device)
-    size = own.batch_size, c.block_size
-    return random_step(Llama(c).to(device), own, size, pick_dtype("auto", device))[0]
+    size = own.batch_size * own.grad_accum, c.block_size
+    model = Llama(c).to(device)
+    model.checkpoint_activations = own.checkpoint_activations
+    return random_step(model, own, size, pick_dtype(own.dtype, device), own.grad_accum)[0]
 
 
 def pace_main() -> None:

@@ -107,6 +107,15 @@ def test_a_choice_is_right_where_the_own_reference_has_the_least_loss(tiny_run, 
     assert score.word_f1("The cat sat", "the cat, the dog") == pytest.approx(2 * 2 / 7)
 
 
+def test_a_step_that_was_begun_by_another_command_does_not_go_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("logs/a.begun", "train.py --lr 1\n"), ("a/ckpt.pt", "")):
+        Path(name).parent.mkdir()
+        Path(name).write_text(text)
+    with pytest.raises(UserError, match="of another command"):
+        run.run("a", "train.py --lr 2")
+
+
 def test_every_step_has_flags_that_exist(monkeypatch):
     def parse_only(parser):
         parser.parse_args()
@@ -119,7 +128,7 @@ def test_every_step_has_flags_that_exist(monkeypatch):
     assert all(
         "/smol.pt --" in line for line in run.steps(run.StudyConfig(**other)).values() if "before" in line
     )
-    for line in run.steps(run.StudyConfig(fast=True)).values():
+    for line in [line for fast in (True, False) for line in run.steps(run.StudyConfig(fast=fast)).values()]:
         argv = shlex.split(line)
         module, function = argv[0].removesuffix(".py").replace("/", "."), "main"
         if argv[0] == "-m":
