@@ -155,12 +155,12 @@ def built_in(name: str, files: list[Path]) -> dict[str, list]:
         val, test = cut(valid, valid.separator, (0.5, 0.5))
         return {"train": cut(train, train.separator, (0.01,) * 100), "val": [val], "test": [test]}
     if folder.is_file():
-        shutil.rmtree(DATA / "downloads" / "wikitext-2-raw", ignore_errors=True)  # of another file
+        archive, folder = folder, DATA / "downloads" / "wikitext-2-raw"
+        shutil.rmtree(folder, ignore_errors=True)  # what another archive has left
         try:
-            shutil.unpack_archive(folder, DATA / "downloads", "zip")
+            shutil.unpack_archive(archive, folder.parent, "zip")
         except Exception as error:
-            raise UserError(f"{folder} is damaged or no zip file: {error}") from None
-        folder = DATA / "downloads" / "wikitext-2-raw"
+            raise UserError(f"{archive} is damaged or no zip file: {error}") from None
     files = [folder / f"wiki.{part}.raw" for part in ("train", "valid", "test")]
     return {split: [whole_file(file)] for split, file in zip(SPLITS, files)}
 

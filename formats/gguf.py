@@ -15,7 +15,7 @@ from common import UserError, checked, replacing, require
 from data.tokenizer import JsonTokenizer, Tokenizer, read_tokenizer
 from formats.files import Settings, Weights, reading
 from formats.models import exported, their_name
-from formats.tokenizers import ADDED, Kind, merges_of, sentencepiece_model, with_special
+from formats.tokenizers import ADDED, Kind, check_fits, merges_of, sentencepiece_model, with_special
 from model import ModelConfig
 
 NAMES = {  # ours: llama.cpp's; within a layer, and outside
@@ -104,10 +104,7 @@ def tokenizer_of(path: Path, fields: dict, vocab_size: int) -> bytes:
         bos, eos = own.get("bos_token_id", tokenizer.bos), own.get("eos_token_id", tokenizer.eos)
         add_bos = own.get("add_bos_token", kind == "llama" or pre == "llama-bpe")
         tokenizer = with_special(tokenizer, bos, add_bos, [eos] * (eos >= 0))
-        needed = tokenizer.vocab_size
-        require(
-            needed <= vocab_size, f"its tokens need a vocabulary of {needed}, the model's is {vocab_size}"
-        )
+    check_fits(path, tokenizer, vocab_size)
     return tokenizer.data
 
 

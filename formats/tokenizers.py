@@ -11,7 +11,7 @@ import struct
 from enum import IntEnum
 from pathlib import Path
 
-from common import UserError, note, require
+from common import note, require
 from data.tokenizer import SPACE, JsonTokenizer, Tokenizer, read_tokenizer
 from formats.files import read_json, reading
 
@@ -45,16 +45,20 @@ def find_tokenizer(source: Path, given: str | None, vocab_size: int) -> bytes | 
             tokenizer = with_special(tokenizer, *special_tokens(tokenizer, folder))
         beside = read_json(paths[1]) if len(paths) == 2 and not given else {}
         lost = {added["content"] for added in beside.get("added_tokens") or []} - {*tokenizer.pieces.values()}
-    needed = tokenizer.vocab_size
     # llama2.c's file does not hold the number of its tokens, and may have been cut
-    if needed > vocab_size or (llama2c and needed < vocab_size):
-        counts = f"its tokens, BOS and EOS need a vocabulary of {needed}, the model's is {vocab_size}"
-        raise UserError(f"{path}: {counts}; give the model's own, --tokenizer FILE, or correct eos_token_id")
+    check_fits(path, tokenizer, vocab_size, vocab_size if llama2c else 0)
     if lost:
         note(f"{path} lacks {len(lost)} tokens of {paths[1]}: to have them, import with that --tokenizer")
     if tokenizer.eos < 0:
         note("no token that ends a text is known: samples go on to the end of the context")
     return tokenizer.data
+
+
+def check_fits(path: Path, tokenizer: Tokenizer, most: int, least: int = 0) -> None:
+    """Raise UserError unless the model's vocabulary, `most`, holds the tokenizer's, of `least` or more."""
+    counts = f"its tokens, BOS and EOS need a vocabulary of {tokenizer.vocab_size}, the model's is {most}"
+    remedy = "give the model's own, --tokenizer FILE, or correct eos_token_id"
+    require(least <= tokenizer.vocab_size <= most, f"{path}: {counts}; {remedy}")
 
 
 def with_special(tokenizer: Tokenizer, bos: int, add_bos: bool, eos: list[int]) -> Tokenizer:

@@ -66,29 +66,28 @@ def main() -> None:
     least = len(heads[True]) / whole
     shares = config.shares or [x for x in (3 / 4, 2 / 3, 1 / 2, 1 / 3, 1 / 4, 1 / 8) if x >= least]
     require(all(least - 1e-9 <= x <= 1 for x in shares), f"--shares {shares}: give {least:.3f} to 1")
-    totals = {share: budget(heads[True], share) for share in shares}
-    base, cells = perplexity_on(test, model), {(name, share): [] for name in ROWS for share in shares}
+    totals = dict.fromkeys(budget(heads[True], share) for share in shares)  # what rounding leaves of them
+    base, cells = perplexity_on(test, model), {(name, total): [] for name in ROWS for total in totals}
     print(f"perplexity {base:.4f} | {len(test) - 1:,} tokens of {source}", flush=True)
     for seed in tqdm(range(config.seeds), desc="comparing", disable=None, leave=False):
         blocks, known = calibration_blocks(text, model, config.calibration_tokens, seed), {}
         stats = statistics(model, blocks)
         found = all_directions(model, stats)
-        # what rounding leaves of a share, for latents, too
-        sizes = {share: latent_sizes(model, found, blocks, totals[share] / whole) for share in shares}
-        for name, share in cells:
+        sizes = {total: latent_sizes(model, found, blocks, total / whole) for total in totals}
+        for name, total in cells:
             joint, grouping, how, steps = ROWS[name]
             if how == "latent":
-                small = to_latents(model, found, sizes[share])
+                small = to_latents(model, found, sizes[total])
             else:
                 # a joint group is a K and a V head: all rows keep as much
-                counts = even_counts(heads[joint], totals[share] * (2 - joint))
+                counts = even_counts(heads[joint], total * (2 - joint))
                 small = merge(model, choose(model, stats, counts, grouping, seed, known), stats, how)
             if steps is not None:
                 small = refit(small, model, blocks, steps)
-            cells[name, share].append(perplexity_on(test, small) / base)
+            cells[name, total].append(perplexity_on(test, small) / base)
     rows = {name: {"share of the KV cache": name} for name in ROWS}
-    for (name, share), ratios in cells.items():
-        rows[name][f"{totals[share] / whole:.3g}"] = f"{np.mean(ratios):.3f}"
+    for (name, total), ratios in cells.items():
+        rows[name][f"{total / whole:.3g}"] = f"{np.mean(ratios):.3f}"
     print(table(list(rows.values())))
 
 

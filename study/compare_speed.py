@@ -131,7 +131,7 @@ def main() -> None:
         for _ in tqdm(range(config.rounds), desc="rounds", disable=None):
             for name, (function, *args) in work.items():
                 found[name].append(alone(name, function, *args))
-                print(json.dumps({"row": name, **found[name][-1]}), file=file, flush=True)
+                print(json.dumps({"row": name, **found[name][-1]}), file=file)
     rows = []
     for name, each in found.items():
         medians = {key: median(record[key] for record in each) for key in each[0]}
@@ -142,7 +142,8 @@ def main() -> None:
 def loss_main() -> None:
     """train.py, with the peer's model in place of the blocks of the Llama that it has made."""
     name, path, *_ = [*sys.argv[1:3], "", ""]
-    known = path == "-" if name == "transformers" else name in ("llama2.c", "nanoGPT") and path[-3:] == ".py"
+    known = (name, path) == ("transformers", "-")
+    known = known or (name in ("llama2.c", "nanoGPT") and path.endswith(".py"))
     require(known, "give llama2.c, nanoGPT or transformers, its model.py or -, and flags of train.py")
     del sys.argv[1:3]
 

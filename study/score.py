@@ -5,7 +5,7 @@
     python -m study score any.pt --dataset alpaca --split val
 
     loss         nats a token of the references, given the prompts; compares between models of one tokenizer
-    choice       % of examples whose reference has less loss a token than those of three others (chance: 25)
+    choice       % of examples whose reference has less loss a token than up to three others (chance: 25)
     bleu, bleu1  sacreBLEU's corpus BLEU with its default tokenizer, and of single words (arXiv 1804.08771)
     chrf         sacreBLEU's chrF2, of characters: fairer to German, whose words have many forms
     rouge1/2/L   mean F1 (rouge-score, no stemmer; it keeps only a-z and 0-9)

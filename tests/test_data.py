@@ -149,12 +149,12 @@ def test_the_standard_library_is_code_and_no_question_stands_in_train(tmp_path, 
 def test_prepared_data_is_not_replaced_unless_asked(tiny_data, tmp_path):
     (tmp_path / "precious.txt").write_text("".join(f"mine {i}\n" for i in range(200)))
     text = [str(tmp_path / "precious.txt")]
-    for out, overwrite, word in ((tiny_data, False, "--overwrite"), (tmp_path, True, "something else")):
+    (tmp_path / "out.partial").mkdir()
+    shutil.copy(text[0], tmp_path / "out.partial")
+    taken = (tmp_path, True, "something else"), (tmp_path / "out", False, "something else")
+    for out, overwrite, word in ((tiny_data, False, "--overwrite"), *taken):
         with pytest.raises(UserError, match=word):
             prepare(PrepareConfig("x", text=text, out=str(out), overwrite=overwrite))
-    shutil.copytree(tmp_path, tmp_path / "out.partial")
-    with pytest.raises(UserError, match="something else"):
-        prepare(PrepareConfig("x", text=text, out=str(tmp_path / "out")))
     shutil.rmtree(tmp_path / "out.partial")  # it was kept
     (tmp_path / "link").symlink_to("out")
     for size, out in ((274, "out"), (275, "out"), (276, "link")):
