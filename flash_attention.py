@@ -50,9 +50,9 @@ class View(NamedTuple):  # a tensor (B, heads, T, D) of any strides; a kernel's 
 
 def tuned(narrow: list, wide: list):
     """Time these blocks (M queries, N keys, warps, stages) once for each head width and dtype, and keep the
-    fastest: `narrow` up to a width of 64, `wide` above. In bfloat16, causal, none spills registers, and all
+    fastest: `narrow` up to a width of 64, `wide` above. In bfloat16 none spills registers, and all
     fit the shared memory of an A100 (tests/compile_kernels.py). float32 needs twice the room."""
-    float32, key = [(32, 32, 8, 1), (16, 32, 8, 1)], ["D", "CAUSAL", "KEYS", "VALUES", "PAD_H"]
+    float32, key = [(32, 32, 8, 1), (16, 32, 8, 1)], ["D", "KEYS", "VALUES", "PAD_H"]
 
     def configs(blocks: list) -> list[triton.Config]:
         return [triton.Config({"M": m, "N": n}, warps, stages) for m, n, warps, stages in blocks]
@@ -94,7 +94,7 @@ def store(x, b, h, rows, T, result, D: constexpr):
 @tuned([(128, 64, 8, 3), (128, 64, 4, 3), (128, 32, 4, 3), (64, 128, 4, 2)],
        [(64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2)])  # fmt: skip
 @triton.jit(do_not_specialize=SIZES)
-def forward_kernel(q, k, v, out, k_groups, v_groups, lse, T, D: constexpr, CAUSAL: constexpr,
+def forward_kernel(q, k, v, out, k_groups, v_groups, lse, T, D: constexpr,
                    PRECISION: constexpr, M: constexpr, N: constexpr):  # fmt: skip
     """M rows of out (B, H, T, D) and of lse (B, H, T); grid (blocks of rows, H, B)."""
     # the last rows, which have the most keys, start first
@@ -104,12 +104,11 @@ def forward_kernel(q, k, v, out, k_groups, v_groups, lse, T, D: constexpr, CAUSA
     queries = load(q, b, h, rows, T, D)
     top, total = tl.full((M,), -float("inf"), tl.float32), tl.zeros((M,), tl.float32)
     acc = tl.zeros(queries.shape, tl.float32)
-    for start in range(0, tl.minimum(first + M, T) if CAUSAL else T, N):
+    for start in range(0, tl.minimum(first + M, T), N):
         columns = start + tl.arange(0, N)
         keys = load(k, b, k_group, columns, T, D)
         scores = tl.dot(queries, tl.trans(keys), None, PRECISION) * (D**-0.5 * LOG2_E)
-        seen = (columns[None, :] < T) & (columns[None, :] <= rows[:, None] if CAUSAL else True)
-        scores = tl.where(seen, scores, -float("inf"))
+        scores = tl.where(columns[None, :] <= rows[:, None], scores, -float("inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))  # finite: every query sees the first key
         weights, shrink = tl.exp2(scores - new_top[:, None]), tl.exp2(top - new_top)
         values = load(v, b, v_group, columns, T, D)
@@ -122,7 +121,7 @@ def forward_kernel(q, k, v, out, k_groups, v_groups, lse, T, D: constexpr, CAUSA
 @tuned([(128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2)], [(64, 64, 4, 2), (128, 32, 8, 2), (64, 32, 4, 2)])
 @triton.jit(do_not_specialize=SIZES)
 def grad_q_kernel(q, k, v, out, grad_out, grad_q, k_groups, v_groups, lse, delta, T, D: constexpr,
-                  CAUSAL: constexpr, PRECISION: constexpr, M: constexpr, N: constexpr):  # fmt: skip
+                  PRECISION: constexpr, M: constexpr, N: constexpr):  # fmt: skip
     """M rows of grad_q (B, H, T, D) and of delta (B, H, T); grid (blocks of rows, H, B)."""
     first, h, b = (tl.num_programs(0) - 1 - tl.program_id(0)) * M, tl.program_id(1), tl.program_id(2)
     k_group, v_group = tl.load(k_groups + h), tl.load(v_groups + h)
@@ -133,12 +132,12 @@ def grad_q_kernel(q, k, v, out, grad_out, grad_q, k_groups, v_groups, lse, delta
     tl.store(delta + at, its_delta, mask=rows < T)
     its_lse = tl.load(lse + at, mask=rows < T, other=0.0)
     acc = tl.zeros(queries.shape, tl.float32)
-    for start in range(0, tl.minimum(first + M, T) if CAUSAL else T, N):
+    for start in range(0, tl.minimum(first + M, T), N):
         columns = start + tl.arange(0, N)
         keys, values = load(k, b, k_group, columns, T, D), load(v, b, v_group, columns, T, D)
         scores = tl.dot(queries, tl.trans(keys), None, PRECISION) * (D**-0.5 * LOG2_E)
-        seen = (columns[None, :] < T) & (columns[None, :] <= rows[:, None] if CAUSAL else True)
-        slopes = tl.exp2(tl.where(seen, scores, -float("inf")) - its_lse[:, None])
+        scores = tl.where(columns[None, :] <= rows[:, None], scores, -float("inf"))
+        slopes = tl.exp2(scores - its_lse[:, None])
         slopes *= tl.dot(grads, tl.trans(values), None, PRECISION) - its_delta[:, None]
         acc = tl.dot(slopes.to(keys.dtype), keys, acc, PRECISION)
     store(grad_q, b, h, rows, T, acc * D**-0.5, D)
@@ -147,7 +146,7 @@ def grad_q_kernel(q, k, v, out, grad_out, grad_q, k_groups, v_groups, lse, delta
 @tuned([(32, 64, 4, 1), (16, 64, 4, 3), (16, 128, 8, 2)], [(16, 64, 8, 2), (32, 64, 4, 1), (16, 64, 4, 1)])
 @triton.jit(do_not_specialize=SIZES)
 def grad_kv_kernel(q, k, v, grad_out, grad_k, grad_v, k_groups, v_groups, lse, delta, T, H, D: constexpr,
-                   CAUSAL: constexpr, KEYS: constexpr, VALUES: constexpr, PRECISION: constexpr,
+                   KEYS: constexpr, VALUES: constexpr, PRECISION: constexpr,
                    M: constexpr, N: constexpr):  # fmt: skip
     """N rows of grad_k (KEYS), of grad_v (VALUES) or of both, of one group; grid (blocks of keys, G, B)."""
     start, g, b = tl.program_id(0) * N, tl.program_id(1), tl.program_id(2)
@@ -158,14 +157,14 @@ def grad_kv_kernel(q, k, v, grad_out, grad_k, grad_v, k_groups, v_groups, lse, d
         if tl.load((k_groups if KEYS else v_groups) + h) == g:
             keys = load(k, b, tl.load(k_groups + h), columns, T, D)
             values = load(v, b, tl.load(v_groups + h), columns, T, D)
-            for first in range(start // M * M if CAUSAL else 0, T, M):
+            for first in range(start // M * M, T, M):
                 rows = first + tl.arange(0, M)
                 queries, grads = load(q, b, h, rows, T, D), load(grad_out, b, h, rows, T, D)
                 at = (b.to(tl.int64) * H + h) * T + rows
                 its_lse = tl.load(lse + at, mask=rows < T, other=float("inf"))  # behind the end, no weights
                 # all blocks are (keys, queries) here, so that no result has to be transposed
                 scores = tl.dot(keys, tl.trans(queries), None, PRECISION) * (D**-0.5 * LOG2_E)
-                if CAUSAL and first < start + N:
+                if first < start + N:
                     scores = tl.where(columns[:, None] <= rows[None, :], scores, -float("inf"))
                 weights = tl.exp2(scores - its_lse[None, :])
                 if VALUES:
@@ -185,8 +184,8 @@ def grad_kv_kernel(q, k, v, grad_out, grad_k, grad_v, k_groups, v_groups, lse, d
 def decode_kernel(q, k, v, k_groups, v_groups, parts, lse, begins, S, H, G_K, G_V, PART, D: constexpr,
                   PRECISION: constexpr, PAD_H: constexpr, M: constexpr, N: constexpr):  # fmt: skip
     """One part of the cache for one sequence and PAD_H heads: its own attention, parts (B, parts, H, D), and
-    lse (B, parts, H), natural here; grid (parts, B, blocks of heads). It reads each group once, for a
-    product in which the rows of other groups' heads are zero: a tensor core takes 16 rows at least."""
+    lse (B, parts, H), natural here; grid (parts, B, blocks of heads). It reads each group once, whichever its
+    heads, for a product in which the rows of other groups' heads are zero: a tensor core takes 16 rows."""
     part, b = tl.program_id(0), tl.program_id(1)
     heads = tl.program_id(2) * PAD_H + tl.arange(0, PAD_H)
     k_of = tl.load(k_groups + heads, mask=heads < H, other=-1)
@@ -240,41 +239,41 @@ def outputs(q: Tensor, *_) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("herd::flash_attention", mutates_args=())
 def flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, k_groups: Tensor, v_groups: Tensor, causal: bool = True
-) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt(D)) v, (B, H, T, D), and lse (B, H, T), in base 2; one operator for torch.compile.
+    q: Tensor, k: Tensor, v: Tensor, k_groups: Tensor, v_groups: Tensor
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Causal attention's softmax(q k^T / sqrt(D)) v, (B, H, T, D), and lse (B, H, T), in base 2; one operator
+    for torch.compile.
     q (B, H, T, D), k (B, G_k, T, D) and v (B, G_v, T, D) may have any strides. k_groups and v_groups: (H,)
     integers below G_k and G_v, the groups that each query head reads; one tensor for both saves time."""
     (B, H, T, _), (out, lse) = q.shape, outputs(q)
     assert T == k.shape[2] == v.shape[2] and k_groups.shape == v_groups.shape == (H,), (k.shape, v.shape)
-    launch(forward_kernel, T, "M", (H, B), (q, k, v, out), k_groups, v_groups, lse, T, CAUSAL=causal)
+    launch(forward_kernel, T, "M", (H, B), (q, k, v, out), k_groups, v_groups, lse, T)
     return out, lse
 
 
 @torch.library.custom_op("herd::flash_attention_backward", mutates_args=())
 def flash_attention_backward(
     q: Tensor, k: Tensor, v: Tensor, k_groups: Tensor, v_groups: Tensor, out: Tensor, lse: Tensor,
-    grad_out: Tensor, causal: bool,
+    grad_out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q (B, H, T, D), k (B, G_k, T, D) and v (B, G_v, T, D)."""
     B, H, T, D = q.shape
     grad_q, grad_k, grad_v, delta = (torch.empty_like(x) for x in (q, k, v, lse))
     views, rest = (q, k, v, out, grad_out, grad_q), (k_groups, v_groups, lse, delta, T)
-    launch(grad_q_kernel, T, "M", (H, B), views, *rest, CAUSAL=causal)
+    launch(grad_q_kernel, T, "M", (H, B), views, *rest)
     views = (q, k, v, grad_out, grad_k, grad_v)
     fuse = k_groups.data_ptr() == v_groups.data_ptr() and D <= FUSED  # one tensor, though two Python objects
     for x, dk, dv in [(k, True, True)] if fuse else [(k, True, False), (v, False, True)]:
-        launch(grad_kv_kernel, T, "N", (x.shape[1], B), views, *rest, H, CAUSAL=causal, KEYS=dk, VALUES=dv)
+        launch(grad_kv_kernel, T, "N", (x.shape[1], B), views, *rest, H, KEYS=dk, VALUES=dv)
     return grad_q, grad_k, grad_v
 
 
 def keep(ctx, inputs, output) -> None:
-    *tensors, ctx.causal = inputs
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*inputs, *output)
 
 
 def differentiate(ctx, grad_out, grad_lse):  # lse is for the backward only: no gradient reaches it
-    return *flash_attention_backward(*ctx.saved_tensors, grad_out, ctx.causal), None, None, None
+    return *flash_attention_backward(*ctx.saved_tensors, grad_out), None, None
 
 
 flash_attention.register_fake(outputs)
@@ -317,7 +316,7 @@ def why_not(model: Llama) -> str | None:
     """Why the kernels cannot run here, in words; None if they can."""
     weight, c = model.tok_embeddings.weight, model.config
     if any(c.k_latent + c.v_latent):
-        return "it knows no latent keys and values"
+        return "its kernels do not support latent keys and values"
     if c.head_dim not in HEAD_DIMS or weight.dtype == torch.float64:
         return f"it takes head_dim {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}, not {c.head_dim}, and no float64"
     if INTERPRETED.value:
