@@ -16,32 +16,29 @@ class Writer:
     """Random sentences and functions from a seed. The first words of a list are drawn most often."""
 
     def __init__(self, seed: int):
-        self.rng = Random(seed)
+        self.random = Random(seed).random  # the same in every Python; other methods of Random may change
 
     def below(self, count: int) -> int:
-        # random() gives the same numbers in every Python version; the other methods of Random may change
-        return int(self.rng.random() * self.rng.random() * count)
+        return int(self.random() * self.random() * count)
 
-    def pick(self, words: str) -> str:
-        words = words.split("|")
-        return words[self.below(len(words))]
+    def pick(self, *lists: str) -> list[str]:
+        return [words[self.below(len(words))] for words in (text.split("|") for text in lists)]
 
     def sentence(self) -> str:
-        noun, verb, other = self.pick(NOUNS), self.pick(VERBS), self.pick(NOUNS)
-        adjective, place, mark = self.pick(ADJECTIVES), self.pick(PLACES), self.pick(".|.|!|?")
-        text = f"The {adjective} {noun} {verb} the {other} {place}{mark}"
-        return f"{text} {self.pick(PHRASES)}" if self.rng.random() < 0.12 else text
+        words = self.pick(NOUNS, VERBS, NOUNS, ADJECTIVES, PLACES, ".|.|!|?")
+        text = "The {3} {0} {1} the {2} {4}{5}".format(*words)
+        return " ".join([text, *self.pick(*[PHRASES] * (self.random() < 0.12))])
 
     def paragraph(self) -> str:
         return " ".join(self.sentence() for _ in range(3 + self.below(4))) + "\n\n"
 
     def function(self) -> str:
-        call, name, other = self.pick(CALLS), self.pick(NAMES), self.pick(NAMES)
+        call, name, other = self.pick(CALLS, NAMES, NAMES)
         lines = [f"def {call}_{name}({name}, {other}={self.below(100)}):", f'    """{self.sentence()}"""']
         for _ in range(1 + self.below(3)):
             lines += [f"    for {other} in range({self.below(32)}):"]
-            step = f"{self.pick(CALLS)}({other}, {self.pick(NAMES)}, {self.below(1000)})"
-            lines += [f"        {name} += {step}"]
+            called, more = self.pick(CALLS, NAMES)
+            lines += [f"        {name} += {called}({other}, {more}, {self.below(1000)})"]
         return "\n".join([*lines, f"    return {name} if {name} > {other} else None", "", "", ""])
 
 

@@ -1,6 +1,6 @@
 """Damaged and hostile inputs to every reader, at random; a table of what became of them.
 
-    OMP_NUM_THREADS=1 python tests/fuzz.py --inputs 1000 --seed 0
+    OMP_NUM_THREADS=1 python tests/fuzz.py 1000 0               # inputs, and the seed of the damage
 
 Each input is a good file in which bytes were cut, flipped, repeated or added, or one value was replaced. A
 command that reads it must refuse it (exit code 2, one line) or accept it: its result is then the good file's,
@@ -8,7 +8,6 @@ or that of another valid file. Anything else is a fault: a traceback, more than 
 times the input plus 24 MiB, code that ran.
 """
 
-import argparse
 import contextlib
 import gzip
 import json
@@ -207,14 +206,11 @@ def trials(good: Path, root: Path, inputs: int, seed: int) -> dict[str, Counter]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--inputs", type=int, default=1000, help="damaged files to read")
-    parser.add_argument("--seed", type=int, default=0, help="of the damage")
-    args = parser.parse_args()
+    inputs, seed = map(int, sys.argv[1:])
     os.environ["TQDM_DISABLE"] = "1"
     with tempfile.TemporaryDirectory() as root:
         good = good_files(Path(root, "good"))
-        counts = trials(good, Path(root, "trials"), args.inputs, args.seed)
+        counts = trials(good, Path(root, "trials"), inputs, seed)
     counts["all"] = sum(counts.values(), Counter())
     print(f"{'':32}" + "".join(f"{word:>11}" for word in FINE + FAULTS))
     for file, of_file in counts.items():

@@ -1,13 +1,12 @@
 """Kill preparing, training and searching at random moments, a hundred times, and check that nothing is lost.
 
-    python tests/soak.py --kills 100 --seed 0
+    python tests/soak.py 100 0               # kills of all three together, and the seed of the moments
 
 After SIGKILL the same command is started again (training with --resume), until one ends by itself. After
 each kill the files must be whole, and at most one checkpoint interval behind; in the end they must be those
 of an undisturbed run, bit for bit, and no others.
 """
 
-import argparse
 import random
 import shutil
 import subprocess
@@ -62,11 +61,7 @@ def contents(folder: Path) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100, help="of all three commands together")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    args = parser.parse_args()
-    rng = random.Random(args.seed)
+    most, rng = int(sys.argv[1]), random.Random(int(sys.argv[2]))
     with tempfile.TemporaryDirectory() as folder:
         root, out = Path(folder), Path(folder, "killed")
         write_corpus(root / "corpus")
@@ -75,7 +70,7 @@ def main() -> None:
             done = command(*line.format(r=root, o=root / name).split())
             assert done.returncode == 0, done.stderr
             shortest, line = min(8.0, time.monotonic() - began), line.format(r=root, o=out)
-            while kills < round(share * args.kills):
+            while kills < round(share * most):
                 last, longest, runs = 0, shortest, runs + 1
                 while killed(longest * rng.uniform(0.1, 1), line + " --resume" * (out / "ckpt.pt").exists()):
                     kills, before, last = kills + 1, last, progress(out)

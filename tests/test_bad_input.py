@@ -7,10 +7,8 @@ import importlib
 import io
 import json
 import re
-import resource
 import shlex
 import shutil
-import signal
 import struct
 import zipfile
 from dataclasses import fields
@@ -52,28 +50,22 @@ train.py --dataset data --max_steps 1 --dim 32 --out_dir new
     --out_dir run                            --resume
     --out_dir /proc/none                     /proc/none
 train.py --out_dir run --resume
-    --n_layer 3                              --n_layer
     --out_dir new                            --resume
     --out_dir moved                          not the data
     --out_dir torn                           log.jsonl is damaged
-    --out_dir bytes                          log.jsonl is damaged
-    --out_dir empty                          no run in empty
 train.py --init_from run/ckpt.pt --max_steps 1 --out_dir new
     --dim 48                                 --dim
     --dataset other                          other has another tokenizer
     --init_from odd.pt                       dataset 3
     --quantize nf4                           --lora_r
     --lora_alpha 3                           --lora_r
-    --lora_r 2 --lora_targets wq w9          --lora_targets
     --init_from lora.pt --lora_r 8           --lora_r
 data/prepare.py --out new mine
     --tokenizer run/ckpt.pt                  --text
     --text latin.txt                         latin.txt
     --text text.txt --vocab_size 9           --vocab_size
     --text text.txt --out /                  --out
-    --text ''                                --text
     --text text.txt --tokenizer nosuch.pt    nosuch.pt
-    --from torn.json                         torn.json
     --from tasks.json --fields a,b           --fields
     --parallel text.txt tasks.json           tasks.json
 eval_ppl.py run/ckpt.pt
@@ -96,14 +88,11 @@ gqa.py run/ckpt.pt --out new.pt --calibration_tokens 1024
     --n_kv_head 2 --latent                   --kv_budget
     --kv_budget 0.5 --latent --merge mean    --latent
     --kv_budget 0.01 --latent                --kv_budget
-    --groups torn.json                       torn.json
     --groups tasks.json                      tasks.json
     --kv_budget 0.5 --out run/ckpt.pt/x.pt   cannot write
 search_groups.py run/ckpt.pt --out new.json --calibration_tokens 1024
     --kv_budget 0.01                         --kv_budget
-    --groups_power nan                       --groups_power
     --kv_budget 0.5 --search_tokens 4        --search_tokens
-    --kv_budget 0.5 --log torn.json          torn.json
 -m formats
     import nosuch new.pt                     nosuch
     import hf new.pt --tokenizer text.txt    text.txt
@@ -143,11 +132,9 @@ def room(tiny_data, tiny_run, tmp_path_factory):
     (shutil.copytree(tiny_data, room / "kindless") / "meta.json").write_text(json.dumps({**meta, "kind": 0}))
     for name, line in (("torn", b'{"loss": 1}\n'), ("bytes", b"\xff\n")):
         (shutil.copytree(tiny_run.parent, room / name) / "log.jsonl").write_bytes(line)
-    (room / "empty").mkdir()
     shutil.copytree(tiny_run.parent, room / "run")
     (room / "text.txt").write_text("some words\n" * 99)
     (room / "latin.txt").write_text("Bj\xf6rk", "latin1")
-    (room / "torn.json").write_text("{")
     records = [{"instruction": f"Repeat {n}.", "output": f"{n}"} for n in range(40)]
     (room / "tasks.json").write_text(json.dumps(records))
     save(room / "bare.pt", {**saved, "tokenizer": None})
@@ -178,10 +165,9 @@ def test_every_flag_has_a_help_and_every_number_has_bounds(module):
     found = vars(importlib.import_module(module)).items()
     for cls in [value for name, value in found if name.endswith("Config")]:
         common.add_flags(common.Parser(), cls)  # which asserts that there is a help
-        kinds = get_type_hints(cls).items()
-        numbers = {name for name, kind in kinds if common.is_a(1, kind) or common.is_a(1.5, kind)}
-        bounded = {field.name for field in fields(cls) if "bounds" in field.metadata}
-        assert numbers - bounded <= {"kv_budget"}  # whose lower bound depends on the model
+        kinds = get_type_hints(cls)
+        loose = [field.name for field in fields(cls) if "bounds" not in field.metadata]
+        assert not [name for name in loose if common.is_a(1, kinds[name]) or common.is_a(1.5, kinds[name])]
 
 
 READERS = {"llama2c": "formats import {f}/model.bin {o} --tokenizer {f}/tok.bin"}
@@ -336,14 +322,3 @@ def test_a_diverging_run_keeps_the_last_good_checkpoint(tiny_data, tmp_path, eve
     for E in (saved["model"].pop(name) for name in ("tok_embeddings.weight", "output.weight")):
         assert E.norm(dim=1).max() < 1.001 * STREAM * E.shape[1] ** 0.5  # still as begin_embeddings made them
     assert saved["step"] == 0 and all(x.abs().max() < 2 for x in saved["model"].values())
-
-
-def test_a_full_disk_keeps_the_checkpoint_written_before(tiny_run, tmp_path):
-    def small_files_only():  # a log fits, a checkpoint does not
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-
-    out = shutil.copytree(tiny_run.parent, tmp_path / "run")
-    done = command("train.py", "--out_dir", out, "--resume", "--max_steps", 40, preexec_fn=small_files_only)
-    refused(done, "cannot write", "ckpt.pt", "kept")
-    assert (out / "ckpt.pt").read_bytes() == tiny_run.read_bytes() and not list(out.glob("*.tmp"))

@@ -1,18 +1,21 @@
 """Slices of products equal the whole; of the benchmarks' tables, what can be predicted."""
 
 import json
+import math
 import sys
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_close, quick, refused, sharp_model, small_run
+from conftest import assert_close, quick, records, refused, sharp_model, small_run
+from torch.utils.flop_counter import FlopCounterMode
 
+from checkpoint import load
 from common import UserError
 from lora import TARGETS, LoRAConfig, adapt, adapters
 from model import Llama, ModelConfig, rope_angles
-from study.attention import kernel_rows, multiply, prepare, slice_model
+from study.attention import kernel_rows, prepare, slice_model
 from study.bench import ROWS as ROWS_OF_MEMORY
 from study.compare_groups import ROWS
 from study.variants import change
@@ -24,14 +27,6 @@ def table(*args) -> list[dict]:
     done = quick("study", *args, "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)["rows"]
-
-
-def test_slices_are_rows_side_by_side_or_columns_added_up():
-    x, W = torch.randn(3, 6).double(), torch.randn(4, 6).double()
-    assert torch.equal(multiply(x, W, 2, columns=False), torch.cat((x @ W[:2].T, x @ W[2:].T), dim=1))
-    assert torch.equal(multiply(x, W, 2, columns=True), x[:, :3] @ W[:, :3].T + x[:, 3:] @ W[:, 3:].T)
-    with pytest.raises(UserError, match="3 slices do not divide the 32 of"):
-        slice_model(sharp_model(vocab_size=66), 3)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
@@ -57,6 +52,8 @@ def test_slices_equal_the_whole(kind):
     for n in (2, 4):
         for ours, theirs in zip(found[n], found[1], strict=True):
             assert_close(ours, theirs, 1e-12, f"{n} slices")
+    with pytest.raises(UserError, match="3 slices do not divide the 32 of"):
+        slice_model(sharp_model(vocab_size=66), 3)
 
 
 def test_each_attention_trains_to_the_same_loss(tiny_run):
@@ -71,10 +68,16 @@ def test_each_attention_trains_to_the_same_loss(tiny_run):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
 @mock.patch.multiple("study.attention", H=8, D=16)
-def test_kernel_rows_are_of_all_groups_directions_and_ways():
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = kernel_rows(1, 20, device, lambda run: 1.0 + 0 * len(run()))
-    assert len({(row["groups"], row["direction"], row["attention"]) for row in rows}) == len(rows) == 27
+def test_kernel_rows_count_the_operations_of_half_the_scores():
+    def counted(run):  # by PyTorch: of the textbook all scores, and 4 products in the backward, not 5
+        with FlopCounterMode(display=False) as seen:
+            run()
+        return max(1, seen.get_total_flops())
+
+    rows = kernel_rows(1, 20, torch.device("cuda" if torch.cuda.is_available() else "cpu"), counted)
+    found = {(row["groups"], row["attention"], row["direction"]): 1e9 * row["tflops"] for row in rows}
+    parts = [found["every head", "naive", part] for part in ("forward", "backward", "decode")]
+    assert parts == [1 / 2, 5 / 4 / 2, 1] and len(found) == len(rows) == 27
 
 
 def test_each_memory_saver_changes_what_it_should(monkeypatch):
@@ -91,25 +94,42 @@ def test_each_memory_saver_changes_what_it_should(monkeypatch):
         assert rows[f"LoRA + {how}"]["peak"] < 0.85 * lora["peak"]
 
 
-def test_decoding_training_and_texts_are_timed(tiny_run, monkeypatch):
-    rows = table("decode", *SHAPE, "--batch_size", 4, "--steps", 3)
-    assert [(r["model"], r["cache_bytes"]) for r in rows] == [(n, 4 * 40 * 2 * n * 8 * 4) for n in (4, 2, 1)]
+def test_rates_are_of_the_seconds_that_a_run_took(tiny_run, monkeypatch):
+    """Of each run 1, 2 and 3."""
+
+    def times(runs, *_, **how):
+        for run in runs.values():
+            run()
+        return {name: [1.0, 2.0, 3.0] for name in runs}
+
+    monkeypatch.setattr("study.bench.compiling_pays", lambda *_: False)  # it takes half a minute
+    monkeypatch.setattr("study.bench.in_turns", times)
+    rows = [list(row.values()) for row in table("decode", *SHAPE, "--batch_size", 4, "--steps", 3)]
+    assert rows == [[n, 4 * 40 * 2 * n * 8 * 4, 2000, 1] for n in (4, 2, 1)]  # bytes, ms, ratio
     rows = table("decode", "--ckpts", tiny_run, "--kv_bits", 8, "--block_size", 40, "--steps", 3)
     assert [r["cache_bytes"] for r in rows] == [16 * 40 * 4 * 128, 16 * 40 * (128 + 2 * 16)]  # 16 scales
     refused(quick("study", "decode", *SHAPE, "--steps", 39), "steps is 39", "1 to 38")
-    rows = table("latency", "--ckpts", tiny_run, "--steps", 3) + table("generate", *SHAPE, "--steps", 3)
-    assert all(0 < row["p5"] <= row["median"] <= row["p95"] for row in rows)
-    monkeypatch.setattr("study.bench.compiling_pays", lambda *_: False)  # it takes half a minute
+    for row, new in zip(table("latency", "--ckpts", tiny_run) + table("generate", *SHAPE), (31, 39)):
+        found = [row[key] for key in ("p5", "median", "p95", "tokens", "tok_s")]
+        assert found == pytest.approx([1100, 2000, 2900, new, 16 * new / 2])
     (row,) = table("train", *SHAPE, "--batch_size", 4)
-    assert min(row.values()) > 0
+    weights = 4 * 32**2 + 3 * 32 * 96 + 64 * 32 + 32 * 40  # and half of the scores
+    found = [row["train_tok_s"], row["eval_tok_s"], row["reached"]]  # 6 operations for each, by 2 of w1's
+    assert found == pytest.approx([4 * 40 / 2, 4 * 40 / 2, 6 * weights / (2 * 32 * 96)])
 
 
-def test_comparisons_have_their_rows(tiny_run, tiny_data, tmp_path):
-    done = quick("study", "compare-groups", tiny_run, "--calibration_tokens", 2048, "--shares", 0.5)
-    assert all(f"| {name} | " in done.stdout for name in ROWS), done.stderr
-    run = [*small_run(tiny_data, tmp_path / "run"), "--max_steps", 2]
-    done = quick("study", "time-to-loss", "transformers", "-", *run)
-    assert done.returncode == 0 and "val perplexity" in done.stdout, done.stderr
+def test_comparisons_measure_what_their_rows_say(tiny_run, tiny_data, tmp_path):
+    flags = ["--calibration_tokens", 2048, "--shares", 0.5, 1, "--seeds", 1]
+    _, *lines = quick("study", "compare-groups", tiny_run, *flags).stdout.splitlines()
+    cells = {name: cells for name, *cells in (line.strip("| ").split(" | ") for line in lines[2:])}
+    assert list(cells) == list(ROWS) and {whole for _, whole in cells.values()} == {"1.000"}
+    halves = [half for half, _ in cells.values()]
+    assert halves[0] > halves[3] > halves[6] > halves[10], "means, closed form, refitted, latents"
+    run = small_run(tiny_data, tmp_path / "run")
+    done = quick("study", "time-to-loss", "transformers", "-", *run, "--max_steps", 2)
+    assert "val perplexity" in done.stdout, done.stderr
+    assert records(tmp_path / "run/log.jsonl")[1]["loss"] == pytest.approx(math.log(400), rel=0.01)  # a guess
+    assert "layers.0.model.model.embed_tokens.weight" in load(tmp_path / "run/ckpt.pt")["model"]
 
 
 def test_a_scaled_block_begins_as_small_as_a_novel_one():

@@ -131,15 +131,6 @@ def test_compiled_models_write_their_own_text_and_do_not_compile_anew():
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_the_cache_holds_one_head_a_group(name):
-    model, cache = sharp_model(**SHAPES[name]), KVCache(ModelConfig(**{**TINY, **SHAPES[name]}), capacity=20)
-    model(tokens_of((3, 11)), cache=cache)
-    groups = sum(len(set(layer)) for layer in model.config.k_groups + model.config.v_groups)
-    assert sum(x.nbytes for x in cache.keys + cache.values) == 3 * 20 * groups * model.config.head_dim * 4
-    assert model.config.kv_numbers_per_token == groups * model.config.head_dim
-
-
-@pytest.mark.parametrize("name", SHAPES)
 def test_later_tokens_do_not_change_earlier_logits(name):
     model, x = sharp_model(**SHAPES[name]), tokens_of((1, 30))
     changed = x.clone()

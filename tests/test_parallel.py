@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -117,10 +118,8 @@ def test_float16_cannot_be_shared():
 @pytest.mark.parametrize("how", [[], ["--fsdp"]])
 def test_two_gpus_train_as_one_process_does(tiny_data, tmp_path, how):
     losses = []
-    for name, start, more in (
-        ("one", command, []),
-        ("two", lambda *line: together(2, *line, gpus="0,1"), how),
-    ):
+    two = partial(together, 2, gpus="0,1")
+    for name, start, more in (("one", command, []), ("two", two, how)):
         flags = [*small_run(tiny_data, tmp_path / name), "--dtype", "float32", "--max_steps", 8, *more]
         done = start("train.py", *flags)
         assert done.returncode == 0, done.stderr

@@ -4,7 +4,7 @@ import copy
 import fcntl
 import json
 import math
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -59,24 +59,13 @@ def test_what_is_reported_was_read_neither_by_the_search_nor_by_the_choice(tiny_
     for third in range(3):
         marked[f"third {third}"] = {"val": val.copy()}
         marked[f"third {third}"]["val"][third * 512 + 1 : (third + 1) * 512] = 42
-    model, seen, reported = build_model(load(tiny_run)), {}, {}
+    seen, reported = {}, {}
     for name, splits in marked.items():
         data = variant(tiny_data, tmp_path / name, **splits)
-        flags = [
-            "--max_evals",
-            3,
-            "--method",
-            "random",
-            "--merge",
-            "mean",
-            "--dataset",
-            data,
-        ]  # all are judged
-        found, evaluations = search(tiny_run, data / "out.json", *HALF, *flags)
+        flags = ["--max_evals", 3, "--method", "random", "--merge", "mean"]  # all are judged
+        found, evaluations = search(tiny_run, data / "x.json", *HALF, *flags, "--dataset", data)
         seen[name] = [record["loss"] for record in evaluations]
         reported[name] = {str(row["k_groups"] + row["v_groups"]): row["loss"] for row in found["judged"]}
-        small = merge(model, (found["k_groups"], found["v_groups"]), [], "mean")
-        assert found["loss"] == pytest.approx(nll(small, splits.get("val", val)[1024:1537]), rel=1e-5)
     assert [name for name in seen if seen[name] != seen["none"]] == ["third 0"]
     assert list(reported["third 2"]) == list(reported["none"]), "the choice has read the last third"
     for name, rows in reported.items():
@@ -97,7 +86,6 @@ def test_search_keeps_to_the_budget_and_reports_what_gqa_makes_of_it(tiny_run, t
     small, _ = grouped(tiny_run, tmp_path / "x.pt", *flags)
     assert small["config"]["k_groups"] == found["k_groups"] == found["judged"][0]["k_groups"]
     assert found["loss"] == pytest.approx(nll(build_model(small), third), rel=1e-6)
-    refused(quick("search_groups.py", tiny_run, "--out", out, *HALF), "exists", "--overwrite")
 
 
 def test_the_published_search_runs_as_published(tiny_run, tiny_data, tmp_path):
@@ -234,16 +222,6 @@ def test_healing_brings_a_grouped_model_back(tiny_run, tiny_data, tmp_path):
     assert after < 0.9 * before, (before, after)
 
 
-def all_partitions(heads: list[int]):
-    if not heads:
-        yield []
-        return
-    for rest in all_partitions(heads[1:]):
-        yield [[heads[0]], *rest]
-        for i in range(len(rest)):
-            yield [*rest[:i], [heads[0], *rest[i]], *rest[i + 1 :]]
-
-
 @pytest.mark.parametrize("n", range(1, 8))
 def test_the_partition_is_the_cheapest_of_all(n):
     rng = np.random.default_rng(n)
@@ -253,9 +231,9 @@ def test_the_partition_is_the_cheapest_of_all(n):
         return np.array([table[tuple(s)] for s in sets.tolist()])
 
     least = dict.fromkeys(range(1, n + 1), math.inf)
-    for groups in all_partitions(list(range(n))):
-        total = sum(table[tuple(sorted(g))] for g in groups)
-        least[len(groups)] = min(least[len(groups)], total)
+    for labels in product(*map(range, range(1, n + 1))):  # each head's: some head up to itself
+        groups = [tuple(h for h in range(n) if labels[h] == label) for label in set(labels)]
+        least[len(groups)] = min(least[len(groups)], sum(map(table.get, groups)))
     for g, (total, groups) in best_partitions(n, cost).items():
         assert len(groups) == g and sorted(h for group in groups for h in group) == list(range(n))
         assert math.isclose(total, least[g]) and math.isclose(total, sum(table[tuple(x)] for x in groups))

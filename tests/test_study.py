@@ -1,6 +1,5 @@
 """Figures, scores of answers and the study: what can be known of them in advance."""
 
-import importlib
 import json
 import shlex
 import sys
@@ -10,18 +9,16 @@ import numpy as np
 import pytest
 import sacrebleu
 import torch
-from conftest import quick, sharp_model, to_hugging_face
+from conftest import quick, records, sharp_model, to_hugging_face
 from nltk import edit_distance  # rouge-score needs it
 from PIL import Image  # matplotlib needs it, too
 from rouge_score.rouge_scorer import RougeScorer
 
-import train
 from checkpoint import build, load
 from common import IGNORE, UserError
 from data.instruct import encoded
 from study import run, score, tables
-from study.__main__ import COMMANDS
-from study.plot import attention_weights, draw_together
+from study.plot import attention_weights, curve, draw_together
 
 
 @pytest.mark.parametrize("settings", [{}, {"n_kv_head": 2}])
@@ -31,7 +28,7 @@ def test_attention_maps_equal_those_of_transformers(settings):
     assert torch.allclose(attention_weights(model, ids), torch.cat(theirs), atol=1e-5)
 
 
-def test_every_figure_is_drawn(tiny_run, tmp_path):
+def test_every_figure_is_drawn(tiny_run, tiny_data, tmp_path):
     for action in ("loss", "attention", "similarity", "groups", "architecture"):
         source = tiny_run.parent if action == "loss" else tiny_run
         curves = ["--train", "--x", "epochs"] if action == "loss" else []
@@ -41,6 +38,10 @@ def test_every_figure_is_drawn(tiny_run, tmp_path):
             picture = Image.open(tmp_path / f"{name}.png").convert("RGB")
             assert picture.getpixel((0, 0)) == paper
             assert len(picture.resize((64, 64)).getcolors(4096)) > 20, "it is nearly empty"
+    (at,), _, (own,) = curve(tiny_run.parent, "epochs")
+    losses = [record["loss"] for record in records(tiny_run.parent / "log.jsonl") if "loss" in record]
+    size = (tiny_data / "train.bin").stat().st_size / 2
+    assert own == pytest.approx(np.mean(losses)) and at == pytest.approx(30 * 4 * 32 / size), "30 steps"
 
 
 def test_heads_that_share_are_counted(tmp_path):
@@ -107,41 +108,17 @@ def test_a_choice_is_right_where_the_own_reference_has_the_least_loss(tiny_run, 
     assert score.word_f1("The cat sat", "the cat, the dog") == pytest.approx(2 * 2 / 7)
 
 
-def test_a_step_that_was_begun_by_another_command_does_not_go_on(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name, text in (("logs/a.begun", "train.py --lr 1\n"), ("a/ckpt.pt", "")):
-        Path(name).parent.mkdir()
-        Path(name).write_text(text)
-    with pytest.raises(UserError, match="of another command"):
-        run.run("a", "train.py --lr 2")
-
-
 def test_every_step_has_flags_that_exist(monkeypatch):
-    def parse_only(parser):
-        parser.parse_args()
-        raise InterruptedError
-
-    monkeypatch.setattr("common.Parser.parse_intermixed_args", parse_only)
+    monkeypatch.setattr("common.Parser.parse_intermixed_args", lambda self: sys.exit(self.parse_args() and 7))
     other = {"ckpt": "smol.pt", "dataset": "wiki", "shape": "--dim 768", "parts": ["tuning"], "only": "multi"}
     for config in ({}, {"fast": True}, other):
-        assert not set("[]<>") & set("".join(run.steps(run.StudyConfig(**config)).values()))
-    assert all(
-        "/smol.pt --" in line for line in run.steps(run.StudyConfig(**other)).values() if "before" in line
-    )
-    for line in [line for fast in (True, False) for line in run.steps(run.StudyConfig(fast=fast)).values()]:
-        argv = shlex.split(line)
-        module, function = argv[0].removesuffix(".py").replace("/", "."), "main"
-        if argv[0] == "-m":
-            argv, module = argv[1:], f"{argv[1]}.__main__"
-        if argv[0] == "study":
-            argv, (module, function) = argv[1:], f"study.{COMMANDS[argv[1]][0]}".rsplit(".", 1)
-        if argv[0] == "begin":
-            argv.pop(1)  # it is read before the flags
-            monkeypatch.setattr("study.variants.begin_main", train.main)
-        if module not in ("download", "write_texts", "first_lines"):  # functions
-            monkeypatch.setattr(sys, "argv", argv)
-            with pytest.raises(InterruptedError):
-                getattr(importlib.import_module(module), function)()
+        steps = run.steps(run.StudyConfig(**config))
+        assert not set("[]<>") & set("".join(steps.values()))
+        for words in (shlex.split(line.removeprefix("-m ")) for line in steps.values()):
+            if words[0] not in ("download", "write_texts", "first_lines"):  # functions
+                done = quick(*words)
+                assert done.returncode == 7, f"{words}: {done.stderr}"
+    assert "/smol.pt --" in steps["tuning-multi30k-before"]
 
 
 def test_steps_are_skipped_resumed_or_leave_no_log(tmp_path, tiny_data, monkeypatch):
@@ -156,6 +133,8 @@ def test_steps_are_skipped_resumed_or_leave_no_log(tmp_path, tiny_data, monkeypa
         run.run("bad", "checkpoint.py show nosuch.pt")
     assert not log.with_name("bad.txt").exists()
     log.unlink()  # as if killed before it was written
+    with pytest.raises(UserError, match="begun is of another command"):
+        run.run("short", f"{line} --lr 1")
     run.run("short", line)
     assert (tmp_path / "short" / "log.jsonl").read_text().count('"loss"') == 3, "it began anew"
 
@@ -164,24 +143,29 @@ def test_tables_hold_what_the_logs_say(tmp_path, monkeypatch):
     """At 5 layers novel's perplexity is 1.1 of plain's, then 0.9; groups double it, 1.5 times when healed."""
     monkeypatch.chdir(tmp_path)
 
-    def written(name: str, **printed) -> None:
+    def written(name: str, *log: dict, **printed) -> None:
         Path("logs", f"{name}.txt").write_text("...\nnote: ...\n" + json.dumps(printed))
+        if log:  # that of the run NAME of NAME-test
+            (folder := Path(name.rpartition("-")[0])).mkdir()
+            (folder / "log.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in log))
 
     Path("logs").mkdir()
     both = [f"depth-short-5-{kind}-{seed}" for kind in ("plain", "novel") for seed in "01"]
     unfinished = ["tuning-part-full-0", "tuning-part-full-1"]  # text of before is not yet measured
+    first = {"params": 9, "trainable": 7, "step": 0, "epochs": 2.0, "train": {"max_steps": 4}}
+    last = {"step": 3, "tokens": 1, "seconds": 60.0, "val_loss": 3.0}
     for name, perplexity in zip([*both, "tuning-few-full-0", *unfinished], (10.0, 20.0, 11.0, 18.0, 0, 0, 0)):
-        written(f"{name}-test", blocks=perplexity)
-        Path(name).mkdir()
-        first = {"params": 9, "trainable": 7, "step": 0}
-        last = {"step": 3, "tokens": 1, "seconds": 60.0, "val_loss": 3.0}
-        Path(name, "log.jsonl").write_text(f"{json.dumps(first)}\n{json.dumps(last)}\n")
+        written(f"{name}-test", first, last, blocks=perplexity)
+    evaluated = {"step": 2, "loss": 3.0, "val_loss": 2.0}, {"step": 4, "loss": 1.0, "val_loss": 2.5}
+    written("few-full-own", first, *evaluated, blocks=40.0)
     scores, answer = dict.fromkeys([*tables.SCORES, "latency_p50"], 5.0), {"ckpt": "a\u2028line"}
     Path("tuning-few-lora8-0").mkdir()
     answer = json.dumps({"input": "", "output": "", "answers": answer}, ensure_ascii=False)
     Path("tuning-few-lora8-0/ckpt-answers-few.jsonl").write_text(f"{{}}\n{answer}\n")
-    for name in ("tuning-few-full-0", *unfinished):
-        written(f"{name}-score", ckpt=scores, examples=8)
+    for name in ("tuning-few-full-0-score", *(f"{name}-score" for name in unfinished), "tuning-few-before"):
+        written(name, ckpt=scores, examples=8)
+    written("depth-latency-eager", rows=[{"ckpt": f"{both[0]}/x.pt", "p5": 1.0, "median": 2.0, "p95": 3.0}])
+    written("depth-pace", rows=[{"variant": "slow", "ms": 7.0}])
     for protocol in ("sliding", "block_mean"):  # of a merge that is not yet healed
         written(f"published-original-before-{protocol}", **{protocol: 20.0})
     written("tuning-few-full-0-own", blocks=40.0)
@@ -199,9 +183,11 @@ def test_tables_hold_what_the_logs_say(tmp_path, monkeypatch):
             written(f"published-{recipe}-{when}-sliding", sliding=ppl - 5)
     tables.report(run.LOOPS)
     text = Path("tables.md").read_text()
-    assert "| short | 5 | plain | 9 | 3 | 60 ± 0 | 15 ± 5 | 1 ± 0 |" in text
+    assert "| short | 5 | plain | 9 | 3 | 60 ± 0 | 15 ± 5 | 1 ± 0 | 1 | 2 | 3 |" in text
     assert "| short | 5 | novel | 9 | 3 | 60 ± 0 | 14.5 ± 3.5 | 1 ± 0.1 |" in text
     assert f"| few | full | 8 |{' 5 |' * len(tables.SCORES)} 40 | 60 | 5 | 7 |" in text
+    assert f"| few | no | 8 | 5.000000 |{' 5 |' * (len(tables.SCORES) - 1)}" in text
+    assert "| full | 2.000000 | 1 | 2.500000 | 1.000000 | 40 |" in text and "| slow | 7 |" in text
     assert r"> 'a\u2028line'" in text
     assert "| 512 | naive | 2,000" in text and "| 512 | sdpa | 1,000" in text
     healed = "32 | 20.00 (2.000) | 15.00 (3.000)" + " | 15.00 (2.000) | 10.00 (4.000)" * 2
