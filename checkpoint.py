@@ -108,8 +108,8 @@ def empty_model(c: ModelConfig, lora: LoRAConfig | None = None) -> Llama:
         return adapt(Llama(c), lora or LoRAConfig())
 
 
-def load_weights(model: Llama, weights: dict[str, torch.Tensor], where: str = "the checkpoint") -> Llama:
-    """The model with these tensors, not copied. Raises UserError unless it has these names and shapes."""
+def load_weights(model: Llama, weights: dict[str, torch.Tensor], where: str = "the checkpoint") -> None:
+    """Give the model these tensors, not copied. Raises UserError unless it has these names and shapes."""
     try:
         model.load_state_dict(weights, assign=True)
     except Exception as error:
@@ -118,13 +118,12 @@ def load_weights(model: Llama, weights: dict[str, torch.Tensor], where: str = "t
     if model.config.tie_embeddings:  # assigning has made two parameters of the one
         output = model.output.linear if isinstance(model.output, LoRALinear) else model.output
         output.weight = model.tok_embeddings.weight
-    return model
 
 
-def build_model(checkpoint: dict, device: str | torch.device = "cpu") -> Llama:
-    """The model of a loaded checkpoint, in eval mode. Its weights are the mapped file's unless another device
-    is asked for; weights of several dtypes become float32."""
-    model = empty_model(model_config(checkpoint), lora_config(checkpoint))
+def build_model(checkpoint: dict, device: str | torch.device = "cpu", **changes) -> Llama:
+    """The model of a loaded checkpoint, some fields of its config replaced, in eval mode. Its weights are the
+    mapped file's unless another device is asked for; weights of several dtypes become float32."""
+    model = empty_model(model_config(checkpoint, **changes), lora_config(checkpoint))
     load_weights(model, checkpoint["model"])
     if len({p.dtype for p in model.parameters()}) > 1:
         model.float()
@@ -133,8 +132,8 @@ def build_model(checkpoint: dict, device: str | torch.device = "cpu") -> Llama:
 
 def build(checkpoint: dict, device="cpu", kv_bits: int | None = None) -> tuple[Llama, Tokenizer]:
     """The model, in eval mode, and the tokenizer of a loaded checkpoint; `kv_bits` replaces its cache's."""
-    config = checkpoint["config"] | ({"kv_bits": kv_bits} if kv_bits else {})
-    return build_model({**checkpoint, "config": config}, device), read_tokenizer(checkpoint["tokenizer"])
+    changes = {"kv_bits": kv_bits} if kv_bits else {}
+    return build_model(checkpoint, device, **changes), read_tokenizer(checkpoint["tokenizer"])
 
 
 def with_model(checkpoint: dict, model: Llama) -> dict:
@@ -201,8 +200,8 @@ def show(path: str | Path) -> None:
         t = read_tokenizer(checkpoint["tokenizer"])
         print(f"tokenizer: {t.kind}, {t.vocab_size:,} tokens, BOS {t.bos}, EOS {t.eos}")
     if lora.lora_r:
-        params = sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in adapters(model))
-        print(f"LoRA: {params:,} parameters, not merged")
+        added = sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in adapters(model))
+        print(f"LoRA: {added:,} parameters, not merged")
     if stored := [layer for layer in model.modules() if isinstance(layer, NF4Linear)]:
         weights, size = sum(x.num_weights for x in stored), sum(b.nbytes for x in stored for b in x.buffers())
         print(f"NF4: {weights:,} weights in {size:,} bytes ({8 * size / weights:.3f} bits each)")

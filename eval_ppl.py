@@ -11,7 +11,7 @@ Three methods, over the same N tokens x_0 .. x_(N-1), of which all but the first
     block_mean   the mean over the whole blocks of each block's exp(mean NLL). It lies above exp(mean NLL) of
                  the same blocks (Jensen) and depends on their length; some published numbers are of it.
 
-Perplexities compare between models only with the same tokenizer; bits per byte compare always.
+Perplexities compare by one method on the same tokens; bits per byte also across tokenizers, on all of a text.
 """
 
 import hashlib
@@ -51,7 +51,7 @@ class EvalConfig:
     batch_size: int = bounded(16, 1)  # windows at a time; fewer where their logits would fill the memory
     device: str = "auto"  # cuda, mps, cpu or auto
     dtype: Literal["own", "auto", "float32", "bfloat16", "float16"] = "own"  # of products; own: the weights'
-    kv_bits: int | None = bounded(None, 4, 16)  # as if the KV cache held numbers of so many bits (16, 8, 4)
+    kv_bits: int | None = bounded(None, 4, 16)  # as if the KV cache held integers of 8 or 4 bits; 16: floats
     json: bool = False  # print one JSON object and nothing else
 
 
@@ -68,22 +68,22 @@ def window_nll(
     device, last, windows, scored = model.tok_embeddings.weight.device, len(tokens) - 1, [], 0
     for start in range(0, max(1, last - context + stride), stride):
         end = min(start + context, last)
-        windows.append((start, end, end - scored))
+        windows.append((start, scored, end))
         scored = end
     batch_size = max(1, min(batch_size, MOST_LOGITS // (context * model.config.vocab_size)))
     batches, losses = range(0, len(windows), batch_size), []
     for first in tqdm(batches, desc="evaluating", disable=quiet or None, leave=False):
         batch = windows[first : first + batch_size]
-        longest = max(end - start for start, end, _ in batch)
+        longest = max(end - start for start, _, end in batch)
         ids = torch.zeros(len(batch), longest + 1, dtype=torch.int64)  # padded behind, where no one looks
-        for row, (start, end, _) in enumerate(batch):
+        for row, (start, _, end) in enumerate(batch):
             ids[row, : end + 1 - start] = torch.from_numpy(tokens[start : end + 1].astype(np.int64))
         with autocast(device, dtype):
             logits = widen(model(ids[:, :-1].to(device)))
         # over the last axis: over a strided one float32 sums 49,152 classes 1e-4 nats too low
         nll = -logits.log_softmax(-1).gather(-1, ids[:, 1:, None].to(device))[..., 0].cpu()  # (B, T)
-        for row, (start, end, new) in enumerate(batch):
-            losses.append(nll[row, end - start - new : end - start].clone())
+        for row, (start, scored, end) in enumerate(batch):
+            losses.append(nll[row, scored - start : end - start].clone())
     return losses
 
 
@@ -134,7 +134,7 @@ def evaluate(config: EvalConfig, model: Llama, tokens: np.ndarray, dtype: torch.
         whole = [block for block in blocks if len(block) == context] or blocks
         record["blocks"] = perplexity(nats)
         record["block_mean"] = float(np.mean([perplexity(mean_nll([block])) for block in whole]))
-    return {method: record.get(method) if method in asked else None for method in METHODS}, nats
+    return {method: record[method] if method in asked else None for method in METHODS}, nats
 
 
 def read_tokens(config: EvalConfig, checkpoint: dict, tokenizer: Tokenizer) -> tuple[np.ndarray, str]:
@@ -173,7 +173,8 @@ def main() -> None:
     record |= {"context": config.context, "stride": config.stride, "params": model.num_params()}
     record |= {"tokenizer": f"{tokenizer.kind} {tokenizer.vocab_size:,} {digest}", "kv_bytes_per_token": kv}
     if config.json:
-        print(json.dumps({k: None if v in (math.inf, -math.inf) or v != v else v for k, v in record.items()}))
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        print(json.dumps(finite))
         return
     print(f"{config.ckpt} on {source}, {str(dtype).removeprefix('torch.')} products")
     protocol = f"{record['tokens']:,} tokens, context {config.context}, {record['tokenizer']}"

@@ -99,6 +99,5 @@ def plain(model: Llama) -> Llama:
     """An ordinary Llama: adapters merged, quantized layers dequantized, the wrappers gone."""
     if isinstance(model.output, LoRALinear):  # an adapted output is no longer the embeddings
         model.config.tie_embeddings = False
-    replace(model, TARGETS, LoRALinear, LoRALinear.to_linear)
-    replace(model, TARGETS, NF4Linear, NF4Linear.to_linear)
+    replace(model, TARGETS, (LoRALinear, NF4Linear), lambda layer: layer.to_linear())
     return model.requires_grad_(True)

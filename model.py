@@ -21,7 +21,6 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Literal
 
 import torch
@@ -59,7 +58,7 @@ class ModelConfig:
     gated: bool = False  # a sigmoid of the layer's input, one number a head, multiplies each head's output
     dropout: float = bounded(0.0, 0, 0.99)  # on the embeddings and on both residual branches
     attention: Literal["auto", "naive", "sdpa", "triton"] = "auto"  # how it is computed
-    kv_bits: int = bounded(16, 4, 16)  # the KV cache holds floats (16), or integers of 8 or 4 bits
+    kv_bits: int = bounded(16, 4, 16)  # 8 or 4: the KV cache holds such integers; 16: floats, as computed
     k_groups: Maps | None = field(default=None, metadata=NO_FLAG)  # equal runs of heads unless given
     v_groups: Maps | None = field(default=None, metadata=NO_FLAG)
     # instead of groups (see Attention): [layer][RoPE pair] -> complex numbers cached, [layer] -> numbers
@@ -89,13 +88,13 @@ class ModelConfig:
                 require(dense, f"{name} has {of_head}: give {H} group numbers that skip none from 0 on")
         self.k_latent = [r if any(r) else [] for r in self.k_latent or [[]] * self.n_layer]
         self.v_latent = self.v_latent or [0] * self.n_layer
-        pairs, widths = {len(ranks) for ranks in self.k_latent}, [2 * sum(ranks) for ranks in self.k_latent]
-        sound = len(self.k_latent) == len(self.v_latent) == self.n_layer and pairs <= {0, self.head_dim // 2}
-        sound = sound and min(chain(*self.k_latent, self.v_latent), default=0) >= 0
-        sound = sound and max(widths + self.v_latent) <= min(H * self.head_dim, WIDEST)
-        require(sound, "k_latent or v_latent is of another model")
+        wrong = "k_latent or v_latent is of another model"
+        require(len(self.k_latent) == len(self.v_latent) == self.n_layer, wrong)
+        for ranks, v_rank in zip(self.k_latent, self.v_latent):
+            sound = len(ranks) in (0, self.head_dim // 2) and min([*ranks, v_rank]) >= 0
+            require(sound and max(2 * sum(ranks), v_rank) <= min(H * self.head_dim, WIDEST), wrong)
         require(self.kv_bits > 4 or not any(r % 2 for r in self.v_latent), "v_latent is odd: use --kv_bits 8")
-        self.k_groups = [[0] * H if any(r) else groups for r, groups in zip(self.k_latent, self.k_groups)]
+        self.k_groups = [[0] * H if r else groups for r, groups in zip(self.k_latent, self.k_groups)]
         self.v_groups = [[0] * H if r else groups for r, groups in zip(self.v_latent, self.v_groups)]
         require(self.kv_bits in (4, 8, 16), f"kv_bits is {self.kv_bits}: give --kv_bits 4, 8 or 16")
 
@@ -157,7 +156,8 @@ def rope_angles(c: ModelConfig, positions: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn each interleaved pair (2f, 2f+1) of x (B, H or G, T, D) by the angle of its position."""
+    """Multiply each interleaved pair (2f, 2f+1) of x (B, H or G, T, D), as a complex number, by cos + i sin:
+    it turns by the angle of its position."""
     a, b = x[..., 0::2], x[..., 1::2]
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).type_as(x)
 
@@ -175,12 +175,10 @@ class HeadGroups(nn.Module):
 
     def __init__(self, of_head: list[int]):
         super().__init__()
-        members: list[list[int]] = [[] for _ in range(max(of_head) + 1)]
-        for head, group in enumerate(of_head):
-            members[group].append(head)
+        members = [[h for h, g in enumerate(of_head) if g == group] for group in range(max(of_head) + 1)]
         self.of_list, self.n_group, self.size = list(of_head), len(members), max(map(len, members))
-        rows = [heads[i] if i < len(heads) else heads[0] for heads in members for i in range(self.size)]
-        slots = [group * self.size + members[group].index(head) for head, group in enumerate(of_head)]
+        rows = [head for heads in members for head in heads + heads[:1] * (self.size - len(heads))]
+        slots = [rows.index(head) for head in range(len(of_head))]
         self.in_order = slots == list(range(len(rows)))  # MHA, GQA, MQA: gather and scatter are views
         for name, index in (("of_head", of_head), ("rows", rows), ("slots", slots)):
             # on the CPU even inside `with torch.device("meta")`: a checkpoint does not hold these
@@ -284,7 +282,7 @@ def sdpa(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.Tensor
 
 def auto(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.Tensor | None) -> torch.Tensor:
     """Up to 512 queries in half precision on a CPU, batched products beat PyTorch's fused kernel, most of all
-    its backward; everywhere else the kernel wins."""
+    its backward, though they round scores and weights, too; everywhere else the kernel wins."""
     small = q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and 1 < q.shape[2] <= 512
     return (naive if small else sdpa)(q, k, v, k_groups, v_groups, mask)
 
@@ -339,7 +337,7 @@ class Attention(nn.Module):
         q = x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         if self.k_mix is not None:
             q = q.unflatten(-1, (-1, 2))[..., self.pairs, :].flatten(-2)
-            q = rotate(q, *self.k_mix[:, None].unbind(-1))  # not a turn: a complex product with k_mix
+            q = rotate(q, *self.k_mix[:, None].unbind(-1))
             cos, sin = cos[..., self.pairs], sin[..., self.pairs]
         return rotate(q, cos, sin)
 
@@ -435,7 +433,7 @@ class Llama(nn.Module):
         padding: (B,) the number of tokens at each row's left that are no text and are not seen. They shift
         the row's positions, which changes nothing: rotary attention depends on differences of positions only.
         """
-        T, past = tokens.shape[1], cache.length if cache else 0
+        T, past = tokens.shape[1], (cache.length if cache else 0)
         positions, mask = torch.arange(past, past + T, device=tokens.device), None
         if padding is not None or (past and T > 1):
             seen = torch.arange(past + T, device=tokens.device)

@@ -4,7 +4,7 @@ A gradient's matrix is dominated by few directions. Muon replaces it, G = U S V^
 get a step of the same length. Five Newton-Schulz iterations come near that with matrix products only, which
 run fast in bfloat16: with M = X X^T, X -> A X + (B M + C M^2) X applies the odd polynomial A s + B s^3 + C
 s^5 to every singular value s. These coefficients have the steepest slope at 0, so small singular values grow
-fast, and leave s somewhere in 0.7 .. 1.2.
+fast: 500-fold in five iterations. Those above some 0.002 of the norm end somewhere in 0.7 .. 1.2.
 
 It is for the matrices of the blocks. Embeddings, output, norms and biases stay with AdamW.
 """
@@ -20,14 +20,15 @@ STEPS, A, B, C = 5, 3.4445, -4.7750, 2.0315
 
 def orthogonalised(G: torch.Tensor) -> torch.Tensor:
     """G (m, n) = U S V^T -> about U V^T, in bfloat16."""
-    X = G.bfloat16()
     if G.shape[0] > G.shape[1]:
-        X = X.T  # the smaller Gram matrix
+        return orthogonalised(G.T).T  # M is smaller so
+    X = G.bfloat16()
     X = X / X.norm().clamp(min=1e-7)  # no singular value is above 1
     for _ in range(STEPS):
-        gram = X @ X.T
-        X = torch.addmm(X, torch.addmm(gram, gram, gram, beta=B, alpha=C), X, beta=A)
-    return X.T if G.shape[0] > G.shape[1] else X
+        M = X @ X.T
+        polynomial = torch.addmm(M, M, M, beta=B, alpha=C)  # B M + C M^2
+        X = torch.addmm(X, polynomial, X, beta=A)
+    return X
 
 
 class Muon(torch.optim.Optimizer):

@@ -42,11 +42,11 @@ def processes() -> Iterator[None]:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield
         return
-    gpus = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])  # else see pick_device
-    if gpus:
+    gpu_each = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])  # else see pick_device
+    if gpu_each:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # others wait while rank 0 prepares data
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(hours=2))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu_each else "gloo", timeout=timedelta(hours=2))
     if rank():
         sys.stdout = open(os.devnull, "w", errors="replace")  # noqa: SIM115
     yield

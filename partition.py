@@ -99,7 +99,7 @@ def knapsack(values: list[np.ndarray]) -> tuple[np.ndarray, list[list[int]]]:
     """values[i][g - 1], what g groups cost in slot i -> for every total number of groups the least sum (inf:
     there is none), and the groups of each slot that give it."""
     most = sum(map(len, values))
-    best, counts = np.full(most + 1, np.inf), [[] for _ in range(most + 1)]  # of no slots, then of one more
+    best, counts = np.full(most + 1, np.inf), [[] for _ in range(most + 1)]  # of the slots so far
     best[0] = 0
     for value in values:
         options = np.full((len(value), most + 1), np.inf)  # [g - 1, total]

@@ -96,8 +96,8 @@ def sensitivity(model: Llama, tokens: torch.Tensor) -> list[list[tuple]]:
 @torch.no_grad()
 def divergence(attention: Attention, found: list[tuple]) -> float:
     """The KL divergence, nats a token, that an attention would cause in the place of the one whose
-    `sensitivity` is `found`: E[(g . error)^2] / 2 to second order, since E[g g^T] over tokens drawn from the
-    model is the Fisher information."""
+    `sensitivity` is `found`: to second order E[(g . error)^2] / 2, as E[g g^T] over tokens drawn from the
+    model is the Fisher information, if errors at two positions are unrelated."""
     squares = [(g * (attention(*args) - y)).sum(-1).square() for args, y, g in found]
     return torch.cat(squares).mean().item() / 2
 

@@ -29,7 +29,7 @@ class SampleConfig:
     top_p: float = bounded(0.95, 1e-9, 1)  # draw from the likeliest tokens of this probability together
     num_samples: int = bounded(1, 1)  # texts to write
     seed: int = bounded(0, 0, 2**63 - 1)  # of the first text; the next has seed + 1
-    kv_bits: int | None = bounded(None, 4, 16)  # hold the KV cache in so many bits a number (16, 8, 4)
+    kv_bits: int | None = bounded(None, 4, 16)  # KV cache in integers of 8 or 4 bits, or in floats (16)
     compile: bool = False  # compile the step of a token: half a minute at first, then several times the speed
     device: str = "auto"  # cuda, mps, cpu or auto
 
@@ -69,10 +69,10 @@ def main() -> None:
         )  # fmt: skip
         if config.num_samples > 1:
             print(f"--- sample {number + 1}, seed {config.seed + number}")
-        ids, waiting = list(prompt), config.prompt  # waits for the first token: an error may come before it
-        for piece in readable(ids, (row[0] for row in steps), tokenizer):
-            print(waiting + piece, end="", flush=True)
-            waiting = ""
+        pieces = readable(ids := list(prompt), (row[0] for row in steps), tokenizer)
+        print(config.prompt + next(pieces), end="", flush=True)  # an error may come before the first token
+        for piece in pieces:
+            print(piece, end="", flush=True)
         print()
         if len(ids) == model.config.block_size < len(prompt) + config.max_new_tokens:
             print(f"(stopped: the model's context of {len(ids)} tokens is full)", file=sys.stderr)

@@ -95,8 +95,8 @@ def open_log(path: Path, header: dict) -> tuple[IO, dict[str, dict]]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         file.seek(0)
         text = file.read()
-        lines = [line for line in text.splitlines() if line.endswith("}")] if text else [json.dumps(header)]
-        first, *records = map(json.loads, lines)
+        lines = (text or json.dumps(header)).splitlines()
+        first, *records = [json.loads(line) for line in lines if line.endswith("}")]
         numbers = [record[name] for record in records for name in ("loss", "kl", "groups", "kv_bytes")]
         require(all(map(math.isfinite, numbers)) and all(r["note"] for r in records), "a damaged record")
         found = {str((record["k_groups"], record["v_groups"])): record for record in records}
@@ -150,7 +150,7 @@ class Search:
         return {"groups": heads / 2, "kv_bytes": kv_bytes, "k_groups": maps[0], "v_groups": maps[1]}
 
     def grouped(self, maps: tuple[Maps, Maps], part: int = 1) -> Llama:
-        """What gqa.py makes of these groups, refitted with 1 / `part` of the blocks and of the steps."""
+        """What gqa.py makes of these groups, refitted with 1 / `part` of the blocks and, at most, steps."""
         small = merge(self.model, maps, self.stats, self.config.merge)
         if self.config.refit == "none":
             return small
@@ -183,7 +183,7 @@ def predict(search: Search) -> dict[Slot, np.ndarray]:
     for slot, n in heads.items():
         search.known[slot] = best_partitions(n, slot_costs(model, search.stats, slot))  # for all g at once
         values[slot] = np.zeros(n)
-    for kind, g in product(dict.fromkeys(kind for _, kind in heads), range(1, max(heads.values()))):
+    for kind, g in product({kind for _, kind in heads}, range(1, max(heads.values()))):
         fewer = {slot: g for slot, n in heads.items() if slot[1] == kind and g < n}
         small = merge(model, search.maps({**heads, **fewer}), search.stats, search.config.merge)
         for layer, _ in fewer:
@@ -196,12 +196,12 @@ def knapsack_search(search: Search) -> None:
     """Spend each budget where the sum of the predicted KL divergences is smallest; then, until max_evals,
     measure the untried counts with the best prediction. A neighbour of measured counts, one group given from
     one slot to another, is predicted to have their loss plus the change of the two slots' divergence."""
-    kl_of, start, moves = predict(search), search.judge(search.model)[0], set()
+    kl_of, original_loss = predict(search), search.judge(search.model)[0]
     sums, counts = knapsack(list(kl_of.values()))
-    predicted, measured = {}, set()  # {numbers of groups in all slots: value}
+    predicted, measured, moves = {}, set(), set()  # {numbers of groups in all slots: value}
     for total in [search.total] if search.total else np.flatnonzero(np.isfinite(sums)).tolist():
         sizes = search.described(search.maps(dict(zip(search.heads, counts[total]))))
-        predicted[tuple(counts[total])] = search.value({**sizes, "loss": float(start + sums[total])})
+        predicted[tuple(counts[total])] = search.value({**sizes, "loss": float(original_loss + sums[total])})
     while predicted and search.evals < search.config.max_evals:
         best = min(predicted, key=predicted.get)
         del predicted[best]

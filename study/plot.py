@@ -90,7 +90,7 @@ def draw_loss(runs: list[str], x: str, train: bool) -> Figure:
     """A curve for each FOLDER or NAME=FOLDER, with `train` two."""
     figure, [[axes]] = grid(1, 1)
     for run, colour in zip(runs, itertools.cycle(COLOURS)):
-        name, folder = (Path(run).name, run) if Path(run).is_dir() else run.rpartition("=")[::2]
+        name, _, folder = ("", "", run) if Path(run).is_dir() else run.rpartition("=")
         name, (at, val, own) = name or Path(folder).name, curve(folder, x)
         axes.plot(at, val, marker="o", markersize=3, color=colour, label=name)
         if train:
@@ -139,12 +139,12 @@ def draw_attention(ckpt: str | Path, text: str) -> Figure:
 
 
 def similarity(cost: Costs) -> np.ndarray:
-    """(n, n): 1 where two heads share one at no cost, 0 where one of them is lost."""
+    """(n, n): 1 where two heads share one at no cost, 0 where one of them is lost (or worse: by a mean)."""
     sizes = cost.gram.diagonal(dim1=-2, dim2=-1).real.unflatten(-1, (cost.n, -1)).sum((0, 2)).numpy()
     (a, b), alike = np.tril_indices(cost.n, -1), np.eye(cost.n)
     least = np.maximum(np.minimum(sizes[a], sizes[b]), TINY)
     alike[a, b] = alike[b, a] = 1 - cost(np.stack((a, b), 1)) / least
-    return alike
+    return alike.clip(min=0)
 
 
 def draw_similarity(ckpt: str | Path) -> Figure:

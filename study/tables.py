@@ -97,8 +97,8 @@ def groups(merges: Iterable[str], shares: Iterable[str]) -> Iterator[str]:
     """Perplexity of each merge by the original's, before and after both were healed."""
     base = {when: result(f"{when}-base") for when in ("before", "after")}
     done = {key: result("-".join(key)) for key in product(base, merges, shares)}
-    done = {key: said for key, said in done.items() if said and base[key[0]]}
-    ratio = {key: said["blocks"] / base[key[0]]["blocks"] for key, said in done.items()}
+    done = {key: found for key, found in done.items() if found and base[key[0]]}
+    ratio = {key: found["blocks"] / base[key[0]]["blocks"] for key, found in done.items()}
     shares = [share for share in shares if all((*key, share) in ratio for key in product(base, merges))]
     if not shares:
         return
