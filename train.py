@@ -117,8 +117,10 @@ def settle(flags: dict, checkpoint: dict) -> tuple[ModelConfig, LoRAConfig, Trai
         raise UserError(f"--{min(adapter)} is of an adapter: give --lora_r 8, or drop it")
     require(not lora.lora_r or checkpoint, "--lora_r adapts a trained model: give --init_from ckpt.pt")
     defaults = {"dataset": old.get("dataset", "stdlib")}
-    if checkpoint:
-        defaults |= {"lr": 0.005, "optimizer": "adamw"} if lora.lora_r else {"lr": 0.001}
+    if lora.lora_r:
+        defaults |= {"lr": 0.005, "optimizer": "adamw"}
+    elif checkpoint:
+        defaults |= {"lr": 0.001}
     config = checked(TrainConfig, {**defaults, **run})
     require(config.teacher or "distil_weight" not in run, "--distil_weight is a teacher's: give --teacher")
     require(config.optimizer == "muon" or "momentum" not in run, "--momentum is Muon's: leave it out")
@@ -185,7 +187,7 @@ def starting_model(c: ModelConfig, lora: LoRAConfig, checkpoint: dict, device: t
     """The model to train: new, or a checkpoint's in float32, with the adapter that it has or gets."""
     if not checkpoint:
         return Llama(c).to(device).train()
-    model = build_model({**checkpoint, "config": asdict(c)})
+    model = build_model(checkpoint, **asdict(c))
     if not checkpoint.get("lora"):
         # layer by layer, from the mapped file: what is quantized never stands here in full
         adapt(model, lora)
@@ -310,19 +312,16 @@ def mean_loss(model: Llama, batches: list[Batch], dtype: torch.dtype) -> tuple[f
     device, tokens = model.tok_embeddings.weight.device, target_tokens(batches)
     # compiling once more, for other shapes, would take longer than this
     with autocast(device, dtype), torch.compiler.set_stance("force_eager"):
-        rows = [[part.to(device) for part in own_rows(*batch)] for batch in batches]
-        loss = sum(model(x, y).item() for x, y in rows)
+        loss = sum(model(*(part.to(device) for part in own_rows(*batch))).item() for batch in batches)
     return sum_over_ranks(loss) / max(1, tokens), tokens
 
 
 def validate(model: Llama, data: Text | Examples, dtype: torch.dtype, most=None) -> tuple[float, int]:
-    """`mean_loss` on blocks of text, or on the answers of examples: on the whole split, or on some `most`
-    tokens, evenly spread."""
+    """`mean_loss` on all blocks of text or answers of examples, or on some `most` tokens, evenly spread."""
     if isinstance(data, Text):
-        context, ids = model.config.block_size, data.tokens
-        stride = max(context, context * len(ids) // most) if most else context
-        starts = range(0, len(ids) - 1, stride)
-        items = [(ids[start : start + 1], ids[start + 1 : start + context + 1]) for start in starts]
+        T, ids = model.config.block_size, data.tokens
+        starts = range(0, len(ids) - 1, max(T, T * len(ids) // most) if most else T)
+        items = [(ids[at : at + 1], ids[at + 1 : at + T + 1]) for at in starts]  # as prompt and answer
     else:
         every = max(1, len(data.tokens) // most) if most else 1
         items = [data.parts(row) for row in range(0, len(data.spans), every)]
@@ -344,7 +343,8 @@ class Log:
                 kept = [record for record in map(json.loads, whole_lines) if record["step"] <= resumed_at]
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{path} is damaged: move it away, and the run goes on without it") from None
-        self.evaluated = {record["step"] for record in kept if "val_loss" in record}
+            # the evaluation of this step is made again: it may have been the last, of the whole split
+            kept = [r for r in kept if not (r["step"] == resumed_at and "val_loss" in r)]
         if rank() == 0:
             with replacing(path, "w") as file:
                 file.writelines(json.dumps(record) + "\n" for record in kept)
@@ -371,8 +371,8 @@ def describe(model: Llama, config: TrainConfig, lora: LoRAConfig, data: Text | E
     heads = f"{c.n_head} heads of {c.head_dim}" + ", novel" * c.novel + ", gated" * c.gated
     print(f"model: {params:,} parameters | {c.n_layer} layers | width {c.dim} | {heads}")
     if lora.lora_r:
-        how = f"LoRA of rank {lora.lora_r} on {' '.join(lora.lora_targets)}, base in {lora.quantize}"
-        print(f"trainable: {trainable:,} of {params:,} parameters ({100 * trainable / params:.2f}%) | {how}")
+        on = f"LoRA of rank {lora.lora_r} on {' '.join(lora.lora_targets)}, base in {lora.quantize}"
+        print(f"trainable: {trainable:,} of {params:,} parameters ({100 * trainable / params:.2f}%) | {on}")
     rows, text = config.batch_size * config.grad_accum, isinstance(data, Text)
     size, unit = (rows * c.block_size, "tokens") if text else (rows, "examples, loss on answers only")
     epochs = config.max_steps / epoch_steps(data, config, c.block_size)
@@ -504,6 +504,7 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
             use_kernels(model)
         except ImportError as error:  # Triton is for Linux
             note(f"no triton attention: {error}; sdpa takes its place")
+    # each shape of a batch of examples would be compiled
     planned = last * config.batch_size * config.grad_accum * c.block_size * isinstance(data, Text)
     config.compile = compiling_pays(config, 6 * model.num_params() * planned / world(), device)
     if config.compile:
@@ -531,11 +532,12 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
     print(f"on {device}, {how} -> {path.parent}{since}", flush=True)
 
     # ---- the loop
+    constants = dtype, scaler, config.grad_clip, teacher, config.distil_weight
     caught, batches = catch_signals(), []
     bar = tqdm(total=last, initial=step, disable=rank() > 0 or None)
     while True:  # save and evaluate what `step` steps have made, then take another
         stop = sum_over_ranks(len(caught)) > 0  # all ranks at the same step
-        due = step % config.eval_every == 0 and step < last and step not in log.evaluated
+        due = step % config.eval_every == 0 and step < last
         if step > saved and (due or stop or step == last):
             # the last update may have diverged
             check_health(mean_loss(model, batches, dtype)[0], 0.0, c, step, saved)
@@ -556,10 +558,10 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
         began, lr = time.perf_counter(), learning_rate(config, step)
         batches = data.step_batches(config.batch_size, config.grad_accum, config.seed, step)
         torch.manual_seed(config.seed + 1_000_003 * (step + 1) + 7919 * rank())  # of dropout
-        rest = (dtype, scaler, config.grad_clip, teacher, config.distil_weight)
-        loss, norm = train_step(learner, batches, optimizers, lr, *rest)
+        loss, norm = train_step(learner, batches, optimizers, lr, *constants)
         # to the scaler, an infinite norm only means: a smaller scale next
-        check_health(loss, 0.0 if scaler.is_enabled() else norm, c, step + 1, saved)
+        scalable = scaler.is_enabled() and scaler.get_scale() >= 1
+        check_health(loss, 0.0 if scalable else norm, c, step + 1, saved)
         # input tokens, without the padding after the last target of a row
         count = sum(((y != IGNORE).flip(1).cumsum(1) > 0).sum().item() for _, y in batches)
         now = time.perf_counter() - began
