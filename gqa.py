@@ -28,7 +28,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from checkpoint import build_model, load, picture, save, with_model
 from common import UserError, bounded, exit_cleanly, is_a, parse, pick_device, require, writable
@@ -75,11 +74,11 @@ def weighted_rows(attention: Attention, kind: str, stats: Statistics) -> tuple[t
         energy = energy.clamp(min=max(1e-6 * energy.mean().item(), TINY))
         return rows, energy.sqrt().T[..., None] * rows, stats.inputs.to(rows.dtype)
     values, readers, sizes = value_heads(attention)
-    weighted = sizes.clamp(min=TINY).sqrt()[:, None, None] * values
     if attention.novel is None:
-        missing = max(0, values.shape[1] - values.shape[2])  # with fewer rows than columns R would be wide
-        stacks = [F.pad(wo.flatten(0, 1), (0, 0, 0, missing)) for wo in readers]
-        weighted = torch.stack([torch.linalg.qr(x, mode="r").R @ wv for x, wv in zip(stacks, values)])
+        e, U = torch.linalg.eigh(torch.stack([(wo.mT @ wo).sum(0) for wo in readers]))
+        weighted = e.clamp(min=0).sqrt()[..., None] * (U.mT @ values)
+    else:
+        weighted = sizes.clamp(min=TINY).sqrt()[:, None, None] * values
     return values.flatten(0, 1)[None], weighted.flatten(0, 1)[None], stats.mixed
 
 
@@ -130,8 +129,8 @@ def merge_values(attention: Attention, groups: Groups, stats: Statistics) -> tup
     """wv (g D, C) and wo, of its old shape, when the value heads of each group share one.
 
     The stack of W_o^h W_v^h C^(1/2) gets its best approximation of rank D, C of the inputs as attention
-    mixes them. The novel layer behind wv leaves no symmetry: its heads share the mean, weighted by
-    |W_o^h|^2.
+    mixes them, over all heads, whose errors are taken to be independent. The novel layer behind wv leaves no
+    symmetry: its heads share the mean, weighted by |W_o^h|^2.
     """
     values, readers, sizes = value_heads(attention)
     _, rows, C = weighted_rows(attention, "v", stats)
@@ -181,7 +180,8 @@ def to_latents(model: Llama, found: Directions, sizes: Counts) -> Llama:
         attention, name = model.layers[layer].attention, f"layers.{layer}.attention."
         ranks, z, mix = latent(found[layer, kind], size)
         if kind == "k":  # attention divides by the root of the key's width, not of D
-            k_latent[layer], z = ranks, torch.view_as_real(z).transpose(1, 2).flatten(0, 1)
+            k_latent[layer] = ranks
+            z = torch.view_as_real(z).transpose(1, 2).flatten(0, 1)
             mix = torch.view_as_real(mix.conj()[attention.k_groups.of_head]) * math.sqrt(len(z) / D)
         else:
             v_latent[layer], mix = len(z), mix.unflatten(0, (-1, D)).mT[attention.v_groups.of_head]
@@ -203,10 +203,10 @@ def latent_units(c: ModelConfig, share: float) -> tuple[int, int]:
 
 def latent_sizes(model: Llama, found: Directions, tokens: torch.Tensor, share: float) -> Counts:
     """The latent sizes of each layer's K and V, together a share of the cache, with the least sum of the KL
-    divergences that they cause: predicted from one backward pass at some sizes, and interpolated."""
+    divergences caused, predicted by one backward pass at some sizes; none for what stays as it is."""
     (unit, total), gradients = latent_units(model.config, share), sensitivity(model, tokens)
     whole = {(i, kind): n for i, both in enumerate(model.config.kv_widths) for kind, n in zip("kv", both)}
-    steps = sorted({1, *(max(whole.values()) // unit * i // 8 for i in range(1, 8))} - {0})
+    steps = sorted({max(1, max(whole.values()) // unit * i // 8) for i in range(8)})
     known = {slot: {n // unit: 0.0} for slot, n in whole.items()}
     for kind, step in product("kv", steps):
         sizes = {slot: step * unit for slot, n in whole.items() if slot[1] == kind and step * unit < n}
@@ -214,7 +214,8 @@ def latent_sizes(model: Llama, found: Directions, tokens: torch.Tensor, share: f
         for slot in sizes:
             known[slot][step] = divergence(small.layers[slot[0]].attention, gradients[slot[0]])
     values = [np.interp(range(1, max(of) + 1), *zip(*sorted(of.items()))) for of in known.values()]
-    return {slot: unit * n for slot, n in zip(whole, knapsack(values)[1][total])}
+    units = zip(whole.items(), knapsack(values)[1][total])
+    return {slot: unit * n for (slot, all_of_it), n in units if unit * n < all_of_it}
 
 
 # ---- which heads ----
@@ -279,11 +280,11 @@ def head_counts(model: Llama, joint: bool = False) -> Counts:
 
 def budget(heads: Counts, share: float) -> int:
     """Groups, over all slots, in a share of the model's cache. Raises UserError below one a slot."""
-    total = sum(heads.values())
-    if not len(heads) / total - 1e-9 <= share <= 1:
-        least = math.ceil(1000 * len(heads) / total) / 1000
-        raise UserError(f"kv_budget {share} is below one head a layer: give --kv_budget {least} to 1")
-    return int(share * total + 1e-9)
+    whole = sum(heads.values())
+    total, least = int(share * whole + 1e-9), math.ceil(1000 * len(heads) / whole) / 1000
+    few = f"kv_budget {share} is below one head a layer: give --kv_budget {least} to 1"
+    require(total >= len(heads), few)
+    return total
 
 
 def even_counts(heads: Counts, total: int) -> Counts:
