@@ -105,10 +105,10 @@ def forward_kernel(q, k, v, out, k_groups, v_groups, lse, T, D: constexpr,
     top, total = tl.full((M,), -float("inf"), tl.float32), tl.zeros((M,), tl.float32)
     acc = tl.zeros(queries.shape, tl.float32)
     for start in range(0, tl.minimum(first + M, T), N):
-        columns = start + tl.arange(0, N)
+        columns = start + tl.arange(0, N)  # below, < T goes without saying, but spares registers
         keys = load(k, b, k_group, columns, T, D)
         scores = tl.dot(queries, tl.trans(keys), None, PRECISION) * (D**-0.5 * LOG2_E)
-        scores = tl.where(columns[None, :] <= rows[:, None], scores, -float("inf"))
+        scores = tl.where((columns[None, :] < T) & (columns[None, :] <= rows[:, None]), scores, -float("inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))  # finite: every query sees the first key
         weights, shrink = tl.exp2(scores - new_top[:, None]), tl.exp2(top - new_top)
         values = load(v, b, v_group, columns, T, D)
