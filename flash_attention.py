@@ -240,9 +240,8 @@ def outputs(q: Tensor, *_) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("herd::flash_attention", mutates_args=())
 def flash_attention(
     q: Tensor, k: Tensor, v: Tensor, k_groups: Tensor, v_groups: Tensor
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Causal attention's softmax(q k^T / sqrt(D)) v, (B, H, T, D), and lse (B, H, T), in base 2; one operator
-    for torch.compile.
+) -> tuple[Tensor, Tensor]:
+    """Causal softmax(q k^T / sqrt(D)) v, (B, H, T, D), and lse (B, H, T), in base 2; opaque to torch.compile.
     q (B, H, T, D), k (B, G_k, T, D) and v (B, G_v, T, D) may have any strides. k_groups and v_groups: (H,)
     integers below G_k and G_v, the groups that each query head reads; one tensor for both saves time."""
     (B, H, T, _), (out, lse) = q.shape, outputs(q)

@@ -335,16 +335,15 @@ def validate(model: Llama, data: Text | Examples, dtype: torch.dtype, most=None)
 class Log:
     """log.jsonl, one JSON object a line; a resumed run drops what was written after its checkpoint."""
 
-    def __init__(self, path: Path, resumed_at: int | None):
+    def __init__(self, path: Path, resumed_at: int | None, again: bool):
         self.path, kept = path, []
         if resumed_at is not None and path.exists():
             try:
-                whole_lines = path.read_text().split("\n")[:-1]  # a killed run may leave half a line
-                kept = [record for record in map(json.loads, whole_lines) if record["step"] <= resumed_at]
+                records = map(json.loads, path.read_text().split("\n")[:-1])  # the last may be half a line
+                # its step is evaluated again: it may have been the last, on the whole split
+                kept = [r for r in records if (r["step"], again and "val_loss" in r) <= (resumed_at, False)]
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{path} is damaged: move it away, and the run goes on without it") from None
-            # the evaluation of this step is made again: it may have been the last, of the whole split
-            kept = [r for r in kept if not (r["step"] == resumed_at and "val_loss" in r)]
         if rank() == 0:
             with replacing(path, "w") as file:
                 file.writelines(json.dumps(record) + "\n" for record in kept)
@@ -524,7 +523,7 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
     constant = {"config": asdict(c), "train": asdict(config), "data": meta, "tokenizer": tokenizer.data}
     constant |= {"grouped": checkpoint["grouped"]} if "grouped" in checkpoint else {}
     constant |= {"lora": asdict(lora)} if lora.lora_r else {}
-    log = Log(path.with_name("log.jsonl"), step if config.resume else None)
+    log = Log(path.with_name("log.jsonl"), step if config.resume else None, config.eval_tokens > 0)
     log.write(step=step, **describe(model, config, lora, data))
     how = str(dtype).removeprefix("torch.") + ", compiled" * config.compile
     how += f", {world()} processes" * (world() > 1) + " that share the weights" * config.fsdp

@@ -124,10 +124,11 @@ def content(path: Path) -> object:
     """What must be equal in two files that the same command wrote: no seconds, no folder's name."""
     if path.suffix == ".pt":
         found = load(path)
-        tensors = [x.tolist() for x in tree_leaves(found) if isinstance(x, torch.Tensor)]
-        return found["config"], found["tokenizer"], tensors
+        tensors = [(x.dtype, x.tolist()) for x in tree_leaves(found) if isinstance(x, torch.Tensor)]
+        return found["config"], found["tokenizer"], list(found["model"]), tensors
     if path.name == "log.jsonl":
-        return [(r["step"], r["loss"], r["norm"]) for r in records(path) if "loss" in r]
+        numbers = ("step", "loss", "norm", "val_loss")
+        return [[r.get(key) for key in numbers] for r in records(path) if {"loss", "val_loss"} & {*r}]
     if path.name == "groups.json":
         return [json.loads(path.read_text())[key] for key in ("k_groups", "v_groups", "loss", "kl", "judged")]
     return path.name if path.name == "groups.jsonl" else path.read_bytes()

@@ -27,7 +27,7 @@ class Writer:
     def sentence(self) -> str:
         words = self.pick(NOUNS, VERBS, NOUNS, ADJECTIVES, PLACES, ".|.|!|?")
         text = "The {3} {0} {1} the {2} {4}{5}".format(*words)
-        return " ".join([text, *self.pick(*[PHRASES] * (self.random() < 0.12))])
+        return f"{text} {self.pick(PHRASES)[0]}" if self.random() < 0.12 else text
 
     def paragraph(self) -> str:
         return " ".join(self.sentence() for _ in range(3 + self.below(4))) + "\n\n"

@@ -94,6 +94,8 @@ def run_part(name: str, paths: dict[str, Path]) -> dict[str, str]:
     paths[name] = next((path for path in outs if path.exists()), folder)
     files = [path for path in sorted(folder.rglob("*")) if path.name.endswith(KEPT)]
     found = {path.name: content(path) for path in files} or {"printed": done.stdout}
+    if (log := folder / "out/groups.jsonl").exists():
+        found["evaluations"] = log.read_text().splitlines()[1:]  # behind a line that describes the search
     return {f"{name}: {what}": sha256(repr(value).encode()).hexdigest() for what, value in found.items()}
 
 

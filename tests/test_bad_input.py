@@ -7,8 +7,10 @@ import importlib
 import io
 import json
 import re
+import resource
 import shlex
 import shutil
+import signal
 import struct
 import zipfile
 from dataclasses import fields
@@ -322,3 +324,14 @@ def test_a_diverging_run_keeps_the_last_good_checkpoint(tiny_data, tmp_path, eve
     for E in (saved["model"].pop(name) for name in ("tok_embeddings.weight", "output.weight")):
         assert E.norm(dim=1).max() < 1.001 * STREAM * E.shape[1] ** 0.5  # still as begin_embeddings made them
     assert saved["step"] == 0 and all(x.abs().max() < 2 for x in saved["model"].values())
+
+
+def test_a_full_disk_keeps_the_checkpoint_written_before(tiny_run, tmp_path):
+    def small_files_only():  # a log fits, a checkpoint does not
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+    out = shutil.copytree(tiny_run.parent, tmp_path / "run")
+    done = command("train.py", "--out_dir", out, "--resume", "--max_steps", 40, preexec_fn=small_files_only)
+    refused(done, "cannot write", "ckpt.pt", "kept")
+    assert (out / "ckpt.pt").read_bytes() == tiny_run.read_bytes() and not list(out.glob("*.tmp"))

@@ -21,6 +21,7 @@ from common import IGNORE, UserError, autocast, exit_cleanly, replacing
 from data.loader import read_meta, step_batches
 from lora import LoRAConfig, adapt
 from model import Llama, ModelConfig
+from muon import orthogonalised
 from train import TrainConfig, begin_embeddings, distilled, make_optimizers, train_step
 
 CPU = torch.device("cpu")
@@ -116,6 +117,15 @@ def test_embeddings_begin_as_alike_as_the_company_of_their_tokens():
     logits = model.norm.weight * E[:20].norm(dim=1, keepdim=True)
     assert_close(logits, torch.full_like(logits, 0.02 * V**0.5), 1e-6)  # as large as with init_weights
     assert not E[20:].any()
+
+
+def test_orthogonalised_equals_the_svd():
+    """Singular vectors stay; singular values, here from 0.02 to 1 of the largest, come to some 0.7 to 1.2."""
+    for shape in ((48, 48), (64, 32), (32, 64)):
+        U, S, Vh = torch.linalg.svd(torch.randn(shape, generator=seeded()), full_matrices=False)
+        inside = U.T @ orthogonalised(U * torch.logspace(0, -1.7, len(S)) @ Vh).float() @ Vh.T
+        values = inside.diagonal()
+        assert values.min() > 0.65 and values.max() < 1.25 and (inside - values.diag()).abs().max() < 0.05
 
 
 @pytest.mark.parametrize("masked", [False, True])
