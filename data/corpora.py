@@ -83,9 +83,9 @@ def split(pieces: list[Piece]) -> dict[str, list[Piece]]:
         limit = max(share * total / 4, 2 * total / len(pieces))
         small = [piece for piece in pieces if piece.stop <= limit]
         before = accumulate((piece.stop for piece in small), initial=0)
-        parts[name] = [piece for piece, size in zip(small, before) if size < share * total]
+        parts[name] = dict.fromkeys(piece for piece, size in zip(small, before) if size < share * total)
         pieces = [piece for piece in pieces if piece not in parts[name]]
-    return {"train": sorted(pieces, key=lambda piece: piece.name), **parts}
+    return {"train": sorted(pieces), **{name: list(part) for name, part in parts.items()}}
 
 
 def own_text(patterns: list[str]) -> list[Piece]:
