@@ -14,17 +14,10 @@ from checkpoint import empty_model
 from common import UserError, checked, replacing, require
 from data.tokenizer import JsonTokenizer, Tokenizer, read_tokenizer
 from formats.files import Settings, Weights, reading
-from formats.models import exported, their_name
+from formats.models import exported
 from formats.tokenizers import ADDED, Kind, check_fits, merges_of, sentencepiece_model, with_special
 from model import ModelConfig
 
-NAMES = {  # ours: llama.cpp's; within a layer, and outside
-    "attention.wq": "attn_q", "attention.wk": "attn_k",
-    "attention.wv": "attn_v", "attention.wo": "attn_output",
-    "feed_forward.w1": "ffn_gate", "feed_forward.w2": "ffn_down", "feed_forward.w3": "ffn_up",
-    "attention_norm": "attn_norm", "ffn_norm": "ffn_norm",
-    "tok_embeddings": "token_embd", "norm": "output_norm", "output": "output",
-}  # fmt: skip
 LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 LLAMA3 = (  # the pattern of Llama 3's tokenizer.json
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -41,13 +34,14 @@ PARTED = {  # llama.cpp's names of the ways to part a text before its pieces are
 def read_gguf(path: Path) -> tuple[Settings, Weights, dict]:
     """Settings, weights, and all fields of a file. Raises UserError if it is damaged, or no Llama of ours."""
     with reading(path, "GGUF file"):
-        from gguf import GGUFReader, dequantize
+        from gguf import MODEL_ARCH, GGUFReader, dequantize, get_tensor_name_map
 
         file, weights = GGUFReader(path), {}
         fields = {name: field.contents() for name, field in file.fields.items()}
         settings = settings_of(fields, {tensor.name for tensor in file.tensors})
-        names = empty_model(checked(ModelConfig, settings)).state_dict()
-        ours = {their_name(name, NAMES, "blk"): name for name in names}
+        c = checked(ModelConfig, settings)
+        theirs = get_tensor_name_map(MODEL_ARCH.LLAMA, c.n_layer)  # it has Meta's names, too, which are ours
+        ours = {theirs.get_name(name, [".weight"]): name for name in empty_model(c).state_dict()}
         for tensor in file.tensors:
             plain = tensor.data.dtype.kind == "f"  # float32 and float16
             x = tensor.data.copy() if plain else dequantize(tensor.data, tensor.tensor_type)
@@ -145,11 +139,12 @@ def write_gguf(path: Path, out: Path) -> None:
         writer.add_rope_freq_base(c.rope_theta)
         writer.add_vocab_size(c.vocab_size)
         write_tokenizer(writer, tokenizer, c.vocab_size)
+        theirs = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c.n_layer)
         for name, x in weights.items():
             x = x.float() if x.dim() == 1 else x
             raw = gguf.GGMLQuantizationType.BF16 if x.dtype == torch.bfloat16 else None
             data = x.contiguous().view(torch.uint8) if raw else x.contiguous()
-            writer.add_tensor(their_name(name, NAMES, "blk"), data.numpy(), raw_dtype=raw)
+            writer.add_tensor(theirs.get_name(name, [".weight"]), data.numpy(), raw_dtype=raw)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

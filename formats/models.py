@@ -54,10 +54,10 @@ LLAMA2C_ORDER = ("tok_embeddings", "attention_norm", "wq", "wk", "wv", "wo", "ff
 LLAMA2C_ORDER += ("norm", "cos", "sin", "output")
 
 
-def their_name(ours: str, names: dict[str, str] = NAMES, layers: str = "model.layers") -> str:
+def their_name(ours: str) -> str:
     """layers.3.attention.wq.weight -> model.layers.3.self_attn.q_proj.weight"""
     layer, part = re.fullmatch(r"(layers\.\d+\.)?(.+)\.weight", ours).groups()
-    return f"{(layer or '').replace('layers', layers)}{names[part]}.weight"
+    return f"{'model.' + layer if layer else ''}{NAMES[part]}.weight"
 
 
 def permute_rows(weights: Weights, head_dim: int, names: tuple[str, ...], to_pairs: bool) -> None:
