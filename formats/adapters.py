@@ -27,7 +27,6 @@ PLAIN = {  # an ordinary LoRA's settings; others would make another function of 
     "layer_replication": (None, []), "layers_to_transform": (None, []),
 }  # fmt: skip
 HARMLESS = ("use_rslora", "loftq_config", "eva_config")  # other use_... and ..._config are variants of LoRA
-ROTATED = ("wq.lora_B", "wk.lora_B")
 
 
 def check_order(c: ModelConfig) -> None:
@@ -57,7 +56,7 @@ def with_adapter(base: dict, source: Path) -> dict:
         raise UserError(f"{source} is an adapter of another model: {shapes}")
     check_finite(tensors, source)
     if peft:
-        permute_rows(tensors, model.config.head_dim, ROTATED, to_pairs=True)
+        permute_rows(tensors, model.config.head_dim, to_pairs=True)
     adapt(model, settings).load_state_dict(tensors, strict=False, assign=True)
     kept = {key: x for key, x in base.items() if key in ("config", "tokenizer", "data", "train")}
     return {**kept, "model": model.state_dict(), "lora": asdict(settings), "source": str(source)}
@@ -110,7 +109,7 @@ def export(source: Path, out: Path, overwrite: bool) -> None:
         save(out, {"lora": asdict(settings), "adapter": tensors})
     else:
         check_order(model.config)
-        permute_rows(tensors, model.config.head_dim, ROTATED, to_pairs=False)
+        permute_rows(tensors, model.config.head_dim, to_pairs=False)
         write_peft(out, settings, tensors, str(source))
     if settings.quantize != "none":
         note(f"it was trained on a base in {settings.quantize}: use it on such a base")

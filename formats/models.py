@@ -44,7 +44,7 @@ ACCEPTED = {  # what config.json may give, if it gives it; all else makes anothe
     "attention_bias": (False,), "mlp_bias": (False,), "quantization_config": (),
     "hidden_act": ("silu", "swish"), "rope_type": ("default", "llama3"), "partial_rotary_factor": (1,),
 }  # fmt: skip
-ROTATED = ("attention.wq.weight", "attention.wk.weight")
+ROTATED = ("wq.weight", "wk.weight", "wq.lora_B", "wk.lora_B")  # their rows are permuted
 # what params.json may give; the weights show what multiple_of and ffn_dim_multiplier lead to
 PARAMS = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "norm_eps", "rope_theta", "max_seq_len"}
 PARAMS |= {"use_scaled_rope", "rope_scaling_factor", "rope_high_freq_factor", "max_batch_size"}
@@ -60,12 +60,12 @@ def their_name(ours: str) -> str:
     return f"{'model.' + layer if layer else ''}{NAMES[part]}.weight"
 
 
-def permute_rows(weights: Weights, head_dim: int, names: tuple[str, ...], to_pairs: bool) -> None:
-    """Put rows f, f + D/2 of each head of (H*D, C) at 2f, 2f + 1, or back, in the weights whose names end so.
-    In place: a mapped file's pages become private ones, and nothing is held twice."""
+def permute_rows(weights: Weights, head_dim: int, to_pairs: bool) -> None:
+    """Put rows f, f + D/2 of each head of the ROTATED weights (H*D, C) at 2f, 2f + 1, or back. In place: a
+    mapped file's pages become private ones, and nothing is held twice."""
     split = (2, head_dim // 2) if to_pairs else (head_dim // 2, 2)
     for name, x in weights.items():
-        if name.endswith(names):
+        if name.endswith(ROTATED):
             x.copy_(x.unflatten(0, (-1, *split)).transpose(1, 2).flatten(0, 2))
 
 
@@ -80,7 +80,7 @@ def read_hugging_face(folder: Path) -> tuple[Settings, Weights]:
     # old releases saved RoPE's buffers
     weights = {ours.get(name, name): x for name, x in found.items() if ".rotary_emb." not in name}
     with reading(folder, "LlamaForCausalLM"):
-        permute_rows(weights, c.head_dim, ROTATED, to_pairs=True)
+        permute_rows(weights, c.head_dim, to_pairs=True)
     return settings, weights
 
 
@@ -196,7 +196,7 @@ def export(path: Path, folder: Path) -> None:
     """Write the Hugging Face folder of a checkpoint. Raises UserError for what it cannot hold."""
     c, weights, (heads, *_), tokenizer = exported(path)
     require(c.dim % c.n_head == 0, f"transformers needs n_head to divide dim: {c.n_head} and {c.dim}")
-    permute_rows(weights, c.head_dim, ROTATED, to_pairs=False)
+    permute_rows(weights, c.head_dim, to_pairs=False)
     dtype = max((x.dtype for x in weights.values()), key=lambda dtype: dtype.itemsize)
     config = config_of(c, heads, tokenizer, dtype)
     with new_folder(folder) as partial:
