@@ -47,10 +47,9 @@ def read_tensors(path: Path) -> Weights:
     """The tensors of a .safetensors or torch.save file, mapped: a page takes memory once it is used."""
     with reading(path, "file of tensors"):
         if path.suffix == ".safetensors":
-            from safetensors import safe_open
+            import safetensors.torch
 
-            with safe_open(path, framework="pt") as file:
-                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            weights = safetensors.torch.load_file(path)
         else:
             weights = {name: x.detach() for name, x in map_file(path).items()}
         check_tensors(weights, path.stat().st_size)
