@@ -172,7 +172,7 @@ def write_tokenizer(writer, tokenizer: Tokenizer, vocab_size: int) -> None:
         writer.add_tokenizer_pre(names[0])
         writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
     else:
-        sp, plain = tokenizer.sp, merges_of(tokenizer) is not None and tokenizer.is_exact()
+        sp, plain = tokenizer.sp, merges_of(tokenizer) is not None
         require(plain, f"tokenizer.model is no plain BPE, or changes text: {remedy}")
         special = {Kind.BYTE: sp.is_byte, Kind.UNKNOWN: sp.is_unknown, Kind.UNUSED: sp.is_unused}
         for kind, is_of in special.items():

@@ -160,20 +160,20 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def merges_of(tokenizer: Tokenizer) -> list[str] | None:
-    """The pairs of pieces that BPE joins, best first, written "l r"; None if the model is no plain BPE.
-    SentencePiece joins the two neighbours whose joint piece has the best score, `tokenizers` goes by a list
-    of pairs. So the list has the pieces by score, each with all its ways to be cut into two."""
+    """The pairs of pieces that BPE joins, best first, written "l r"; None if the model is no plain BPE, or
+    changes text. SentencePiece joins the two neighbours whose joint piece has the best score, `tokenizers`
+    goes by a list of pairs. So it has the pieces by score, each with all its ways to be cut into two."""
     sp, merges = tokenizer.sp, []
     other = (sp.is_control, sp.is_unknown, sp.is_byte, sp.is_unused)
     scores = {p: sp.get_score(i) for i, p in tokenizer.pieces.items() if not any(kind(i) for kind in other)}
     several = [score for piece, score in scores.items() if len(piece) > 1]
-    if len(set(several)) < len(several):  # user-defined pieces, never joined, have the score of the first
+    # user-defined pieces, never joined, have the score of the first
+    if len(set(several)) < len(several) or not tokenizer.is_exact():
         return None
     for piece in sorted(scores, key=lambda piece: -scores[piece]):
         cuts = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
         pairs = [f"{left} {right}" for left, right in cuts if left in scores and right in scores]
-        # unigram models have logarithms for scores
-        if scores[piece] != round(scores[piece]) or (cuts and not pairs):
+        if scores[piece] != round(scores[piece]) or (cuts and not pairs):  # a unigram's are logarithms
             return None
         merges += pairs
     return merges
@@ -182,7 +182,7 @@ def merges_of(tokenizer: Tokenizer) -> list[str] | None:
 def tokenizer_json(tokenizer: Tokenizer) -> dict | None:
     """The tokenizer.json of a SentencePiece model; None if that is no plain BPE, or changes text."""
     sp, merges = tokenizer.sp, merges_of(tokenizer)
-    if merges is None or not tokenizer.is_exact():
+    if merges is None:
         return None
     special = sorted({*tokenizer.silent, sp.unk_id()})
     prefix = [{"type": "Prepend", "prepend": SPACE}] if tokenizer.dummy_prefix else []
