@@ -19,13 +19,10 @@ from lora import TARGETS, LoRAConfig, adapt
 from model import Llama, ModelConfig
 
 SHORT = {ours.split(".")[-1]: theirs.split(".")[-1] for ours, theirs in NAMES.items()}  # w3: up_proj
-PLAIN = {  # an ordinary LoRA's settings; others would make another function of the same tensors
-    "peft_type": ("LORA",), "bias": (None, "none"), "lora_bias": (None, False),
-    "init_lora_weights": (None, True, False, "gaussian"), "fan_in_fan_out": (None, False),
-    "modules_to_save": (None, []), "rank_pattern": (None, {}), "alpha_pattern": (None, {}),
-    "trainable_token_indices": (None, []), "alora_invocation_tokens": (None, []),
-    "layer_replication": (None, []), "layers_to_transform": (None, []),
-}  # fmt: skip
+# an ordinary LoRA's settings; others would make another function of the same tensors
+PLAIN = {"peft_type": ["LORA"], "bias": [None, "none"], "init_lora_weights": [None, True, False, "gaussian"]}
+EMPTY = ("lora_bias", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern")
+EMPTY += ("trainable_token_indices", "alora_invocation_tokens", "layer_replication", "layers_to_transform")
 HARMLESS = ("use_rslora", "loftq_config", "eva_config")  # other use_... and ..._config are variants of LoRA
 
 
@@ -75,8 +72,8 @@ def read_peft(folder: Path, base: Llama) -> tuple[LoRAConfig, Weights]:
     check_order(base.config)
     config = read_json(folder / "adapter_config.json")
     unlike = [name for name, accepted in PLAIN.items() if config.get(name) not in accepted]
-    variants = [name for name, value in config.items() if value and re.match("use_|.+_config$", name)]
-    unlike += [name for name in variants if name not in HARMLESS]
+    present = [name for name, value in config.items() if value and name not in HARMLESS]
+    unlike += [name for name in present if name in EMPTY or re.match("use_|.+_config$", name)]
     if unlike:
         given = f"{unlike[0]} {str(config.get(unlike[0]))[:60]}"
         raise UserError(f"{folder} is not supported, it has {given}: plain LoRA is")
