@@ -56,9 +56,9 @@ def import_model(source: Path, tokenizer: str | None, block_size: int | None) ->
     if c.tie_embeddings and "tok_embeddings.weight" in weights:
         weights.setdefault("output.weight", weights["tok_embeddings.weight"])
     load_weights(empty_model(c), weights, str(source))
+    check_finite(weights, source)
     if c.tie_embeddings and not torch.equal(weights["output.weight"], weights["tok_embeddings.weight"]):
         raise UserError(f"{source} contradicts itself: its embeddings are tied, and its output differs")
-    check_finite(weights, source)
     if fields and not tokenizer:
         data = gguf.tokenizer_of(source, fields, c.vocab_size)
     else:
