@@ -14,11 +14,10 @@ import torch
 from checkpoint import build_model, check_tensors, empty_model, load, lora_config, map_file, save
 from common import UserError, checked, note, require, writable
 from formats.files import Weights, check_finite, new_folder, read_json, read_tensors, reading, write_tensors
-from formats.models import NAMES, permute_rows, their_name
+from formats.models import permute_rows, their_name
 from lora import TARGETS, LoRAConfig, adapt
 from model import Llama, ModelConfig
 
-SHORT = {ours.split(".")[-1]: theirs.split(".")[-1] for ours, theirs in NAMES.items()}  # w3: up_proj
 # an ordinary LoRA's settings; others would make another function of the same tensors
 PLAIN = {"peft_type": ["LORA"], "bias": [None, "none"], "init_lora_weights": [None, True, False, "gaussian"]}
 EMPTY = ("lora_bias", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern")
@@ -34,8 +33,7 @@ def check_order(c: ModelConfig) -> None:
 
 def peft_name(ours: str) -> str:
     """layers.3.attention.wq.lora_A -> base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight"""
-    layer, part = ours.rsplit(".", 1)
-    return f"base_model.model.{their_name(layer + '.weight').removesuffix('weight')}{part}.weight"
+    return f"base_model.model.{their_name(ours)}.weight"
 
 
 def with_adapter(base: dict, source: Path) -> dict:
@@ -117,7 +115,8 @@ def export(source: Path, out: Path, overwrite: bool) -> None:
 
 def write_peft(folder: Path, settings: LoRAConfig, tensors: Weights, base: str) -> None:
     """Write PEFT's folder, whole or not at all."""
-    alpha, targets = settings.lora_alpha, [SHORT[name] for name in settings.lora_targets]
+    alpha, theirs = settings.lora_alpha, {peft_name(name): x for name, x in tensors.items()}
+    targets = list(dict.fromkeys(name.split(".")[-3] for name in theirs))  # such as q_proj
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "bias": "none",
         "r": settings.lora_r, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
@@ -125,6 +124,5 @@ def write_peft(folder: Path, settings: LoRAConfig, tensors: Weights, base: str) 
         "fan_in_fan_out": False, "use_dora": False, "use_rslora": False, "inference_mode": True,
     }  # fmt: skip
     with new_folder(folder) as partial:
-        theirs = {peft_name(name): x for name, x in tensors.items()}
         write_tensors(theirs, partial / "adapter_model.safetensors")
         (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")

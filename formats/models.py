@@ -55,9 +55,9 @@ LLAMA2C_ORDER += ("norm", "cos", "sin", "output")
 
 
 def their_name(ours: str) -> str:
-    """layers.3.attention.wq.weight -> model.layers.3.self_attn.q_proj.weight"""
-    layer, part = re.fullmatch(r"(layers\.\d+\.)?(.+)\.weight", ours).groups()
-    return f"{'model.' + layer if layer else ''}{NAMES[part]}.weight"
+    """layers.3.attention.wq.weight -> model.layers.3.self_attn.q_proj.weight; lora_A stays so."""
+    layer, part, kind = re.fullmatch(r"(layers\.\d+\.)?(.+)\.(\w+)", ours).groups()
+    return f"{'model.' + layer if layer else ''}{NAMES[part]}.{kind}"
 
 
 def permute_rows(weights: Weights, head_dim: int, to_pairs: bool) -> None:
