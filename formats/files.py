@@ -65,7 +65,7 @@ def check_finite(weights: Weights, path: Path) -> None:
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `folder`, empty or new, when the block ends without an error."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not an empty folder: give another name, or delete it first")
     folder = folder.resolve()
     try:

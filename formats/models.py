@@ -198,20 +198,8 @@ def export(path: Path, folder: Path) -> None:
     require(c.dim % c.n_head == 0, f"transformers needs n_head to divide dim: {c.n_head} and {c.dim}")
     permute_rows(weights, c.head_dim, to_pairs=False)
     dtype = max((x.dtype for x in weights.values()), key=lambda dtype: dtype.itemsize)
-    config = config_of(c, heads, tokenizer, dtype)
-    with new_folder(folder) as partial:
-        write_tensors({their_name(name): x for name, x in weights.items()}, partial / "model.safetensors")
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        if tokenizer:
-            write_tokenizer(tokenizer, partial)
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    print(f"wrote {folder}, {size:,} bytes, {heads} K/V heads of {c.n_head}")
-
-
-def config_of(c: ModelConfig, heads: int, tokenizer: Tokenizer | None, dtype: torch.dtype) -> dict:
-    """config.json, in the words that transformers 4 and 5, vLLM and llama.cpp all read."""
     bos, eos = (tokenizer.bos, tokenizer.special["eos"]) if tokenizer else (-1, [])
-    return {
+    config = {  # in the words that transformers 4 and 5, vLLM and llama.cpp all read
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
         **{theirs: getattr(c, ours) for ours, (theirs, *_) in FIELDS.items()}, "num_key_value_heads": heads,
         "rope_scaling": {"rope_type": "llama3", **c.rope_scaling} if c.rope_scaling else None,
@@ -219,6 +207,13 @@ def config_of(c: ModelConfig, heads: int, tokenizer: Tokenizer | None, dtype: to
         # a missing BOS would mean 1, and a missing EOS 2
         "bos_token_id": bos if bos >= 0 else None, "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
     }  # fmt: skip
+    with new_folder(folder) as partial:
+        write_tensors({their_name(name): x for name, x in weights.items()}, partial / "model.safetensors")
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if tokenizer:
+            write_tokenizer(tokenizer, partial)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    print(f"wrote {folder}, {size:,} bytes, {heads} K/V heads of {c.n_head}")
 
 
 def expand_latents(weights: Weights, c: ModelConfig) -> ModelConfig:
