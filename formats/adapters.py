@@ -3,7 +3,6 @@ PEFT's folder (adapter_config.json, adapter_model.safetensors), where the rows o
 their lora_B, stand in Hugging Face's order.
 """
 
-import json
 import math
 import re
 from dataclasses import asdict, replace
@@ -13,7 +12,7 @@ import torch
 
 from checkpoint import build_model, check_tensors, empty_model, load, lora_config, map_file, save
 from common import UserError, checked, note, require, writable
-from formats.files import Weights, check_finite, new_folder, read_json, read_tensors, reading, write_tensors
+from formats.files import Weights, check_finite, read_json, read_tensors, reading, write_folder
 from formats.models import permute_rows, their_name
 from lora import TARGETS, LoRAConfig, adapt
 from model import Llama, ModelConfig
@@ -123,6 +122,4 @@ def write_peft(folder: Path, settings: LoRAConfig, tensors: Weights, base: str) 
         "lora_dropout": settings.lora_dropout, "target_modules": targets, "modules_to_save": None,
         "fan_in_fan_out": False, "use_dora": False, "use_rslora": False, "inference_mode": True,
     }  # fmt: skip
-    with new_folder(folder) as partial:
-        write_tensors(theirs, partial / "adapter_model.safetensors")
-        (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_folder(folder, {"adapter_model.safetensors": theirs, "adapter_config.json": config})

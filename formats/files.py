@@ -62,32 +62,30 @@ def check_finite(weights: Weights, path: Path) -> None:
         require(all(bound.isfinite() for bound in x.aminmax()), f"{path} is damaged: {name} is not finite")
 
 
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `folder`, empty or new, when the block ends without an error."""
+def write_folder(folder: Path, files: dict[str, Weights | bytes | dict]) -> None:
+    """Write a new or empty folder of tensors (.safetensors), bytes and JSON, whole or not at all."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not an empty folder: give another name, or delete it first")
     folder = folder.resolve()
     try:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=folder.name + ".", dir=folder.parent) as temporary:
             partial = Path(temporary) / folder.name
             partial.mkdir()
-            yield partial
+            for name, content in files.items():
+                path = partial / name
+                if path.suffix == ".safetensors":
+                    save_file(content, path, {"format": "pt"})
+                    path.chmod(0o666 & partial.stat().st_mode)  # the library lets only the owner read it
+                elif isinstance(content, bytes):
+                    path.write_bytes(content)
+                else:
+                    path.write_text(json.dumps(content, indent=2) + "\n")
             partial.rename(folder)
     except ImportError as error:
         raise UserError(f"cannot write {folder} without a library: pip install {error.name}") from None
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {folder}: {error}") from None
-
-
-def write_tensors(weights: Weights, path: Path) -> None:
-    """Write a .safetensors file, inside `new_folder`."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file(weights, path, {"format": "pt"})
-    except SafetensorError as error:  # such as a full disk
-        raise OSError(error) from None
-    path.chmod(0o666 & path.parent.stat().st_mode)  # the library lets only the owner read it

@@ -8,7 +8,6 @@ are permuted on the way. And its K/V groups are equal runs of heads: uneven ones
 number of K/V heads that represents them exactly.
 """
 
-import json
 import math
 import re
 import struct
@@ -21,8 +20,8 @@ import torch
 from checkpoint import empty_model, load, load_weights, model_config
 from common import UserError, checked, note, require
 from data.tokenizer import Tokenizer, read_tokenizer
-from formats.files import Settings, Weights, new_folder, read_json, read_tensors, reading, write_tensors
-from formats.tokenizers import write_tokenizer
+from formats.files import Settings, Weights, read_json, read_tensors, reading, write_folder
+from formats.tokenizers import tokenizer_files
 from model import ROPE_SCALING, ModelConfig, rope_angles
 
 NAMES = {  # ours: Hugging Face's; within a layer, and outside
@@ -207,11 +206,9 @@ def export(path: Path, folder: Path) -> None:
         # a missing BOS would mean 1, and a missing EOS 2
         "bos_token_id": bos if bos >= 0 else None, "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
     }  # fmt: skip
-    with new_folder(folder) as partial:
-        write_tensors({their_name(name): x for name, x in weights.items()}, partial / "model.safetensors")
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        if tokenizer:
-            write_tokenizer(tokenizer, partial)
+    weights = {their_name(name): x for name, x in weights.items()}
+    files = {"model.safetensors": weights, "config.json": config}
+    write_folder(folder, files | (tokenizer_files(tokenizer) if tokenizer else {}))
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"wrote {folder}, {size:,} bytes, {heads} K/V heads of {c.n_head}")
 

@@ -136,27 +136,28 @@ def varint(value: int) -> bytes:
     return bytes([value & 127 | 128]) + varint(value >> 7) if value > 127 else bytes([value])
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes | dict]:
     """tokenizer_config.json, tokenizer.json, and for llama.cpp the SentencePiece model. transformers 5 would
     make merges of it in the vocabulary's order: with Llama 2's, runs of spaces become other tokens."""
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     settings |= {"add_bos_token": tokenizer.add_bos, "add_eos_token": False}
     special = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
     settings |= {name: tokenizer.pieces[i] for name, i in special.items() if i in tokenizer.pieces}
+    files = {"tokenizer_config.json": settings}
     if isinstance(tokenizer, JsonTokenizer):
         fields, own = json.loads(tokenizer.file), JsonTokenizer(tokenizer.file)
         if (own.bos, own.add_bos) != (tokenizer.bos, tokenizer.add_bos):
             fields["post_processor"] = bos_template(tokenizer)
     else:
-        (folder / "tokenizer.model").write_bytes(tokenizer.file)
+        files["tokenizer.model"] = tokenizer.file
         settings["add_prefix_space"] = tokenizer.dummy_prefix
         fields = tokenizer_json(tokenizer)
     if fields:
-        (folder / "tokenizer.json").write_text(json.dumps(fields, ensure_ascii=False), encoding="utf-8")
+        files["tokenizer.json"] = json.dumps(fields, ensure_ascii=False).encode()
     else:
         settings["tokenizer_class"] = "LlamaTokenizer"
         note("tokenizer.model is no plain BPE; transformers converts it (pip install protobuf)")
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    return files
 
 
 def merges_of(tokenizer: Tokenizer) -> list[str] | None:
