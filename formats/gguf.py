@@ -24,10 +24,10 @@ LLAMA3 = (  # the pattern of Llama 3's tokenizer.json
     r"|\s+(?!\S)|\s+"
 )
 SPLIT = {"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated", "invert": False}
-PARTED = {  # llama.cpp's names of the ways to part a text before its pieces are joined
-    "gpt-2": [LEVEL],
-    "smollm": [{"type": "Digits", "individual_digits": True}, LEVEL],
-    "llama-bpe": [SPLIT, {**LEVEL, "use_regex": False}],
+PARTED = {  # llama.cpp's names of the ways to part a text; whether a part that is a piece stays whole
+    "gpt-2": ([LEVEL], False),
+    "smollm": ([{"type": "Digits", "individual_digits": True}, LEVEL], False),
+    "llama-bpe": ([SPLIT, {**LEVEL, "use_regex": False}], True),
 }
 
 
@@ -93,7 +93,7 @@ def tokenizer_of(path: Path, fields: dict, vocab_size: int) -> bytes:
         else:
             known = kind == "gpt2" and pre in PARTED
             require(known, f"its tokenizer is {kind}, {pre}: import with --tokenizer FILE")
-            data = byte_level_of(own, PARTED[pre])
+            data = byte_level_of(own, *PARTED[pre])
         tokenizer = read_tokenizer(data)
         bos, eos = own.get("bos_token_id", tokenizer.bos), own.get("eos_token_id", tokenizer.eos)
         add_bos = own.get("add_bos_token", kind == "llama" or pre == "llama-bpe")
@@ -102,13 +102,13 @@ def tokenizer_of(path: Path, fields: dict, vocab_size: int) -> bytes:
     return tokenizer.data
 
 
-def byte_level_of(own: dict, parted: list[dict]) -> bytes:
+def byte_level_of(own: dict, parted: list[dict], whole: bool) -> bytes:
     """A tokenizer.json, whose added tokens are those that no merge makes."""
     added = []
     for i, (piece, kind) in enumerate(zip(own["tokens"], own["token_type"])):
         if kind in (Kind.CONTROL, Kind.USER_DEFINED):
             added.append({"id": i, "content": piece, **ADDED, "special": kind == Kind.CONTROL})
-    model = {"type": "BPE", "ignore_merges": parted == PARTED["llama-bpe"], "merges": own["merges"]}
+    model = {"type": "BPE", "ignore_merges": whole, "merges": own["merges"]}
     model["vocab"] = {token: i for i, token in enumerate(own["tokens"])}
     fields = {"version": "1.0", "added_tokens": added, "normalizer": None, "post_processor": None}
     fields |= {"pre_tokenizer": {"type": "Sequence", "pretokenizers": parted}, "decoder": LEVEL}
@@ -143,7 +143,7 @@ def write_gguf(path: Path, out: Path) -> None:
         for name, x in weights.items():
             x = x.float() if x.dim() == 1 else x
             raw = gguf.GGMLQuantizationType.BF16 if x.dtype == torch.bfloat16 else None
-            data = x.contiguous().view(torch.uint8) if raw else x.contiguous()
+            data = x.view(torch.uint8) if raw else x
             writer.add_tensor(theirs.get_name(name, [".weight"]), data.numpy(), raw_dtype=raw)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -163,8 +163,7 @@ def write_tokenizer(writer, tokenizer: Tokenizer, vocab_size: int) -> None:
         fields = json.loads(tokenizer.backend.to_str())
         model, parts = fields["model"], fields["pre_tokenizer"] or {}
         parts = parts.get("pretokenizers", [parts])
-        names = [name for name, known in PARTED.items() if parts == known]
-        names = names if model.get("ignore_merges") == (names == ["llama-bpe"]) else []
+        names = [name for name, known in PARTED.items() if known == (parts, model.get("ignore_merges"))]
         plain = model["type"] == "BPE" and not fields["normalizer"]
         require(names != [] and plain, f"llama.cpp has no name for how this tokenizer parts a text: {remedy}")
         kinds |= {token["id"]: Kind.USER_DEFINED for token in fields["added_tokens"] if not token["special"]}

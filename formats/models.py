@@ -248,5 +248,5 @@ def expand_groups(weights: Weights, c: ModelConfig, each: bool) -> list[int]:
             name = f"layers.{layer}.attention.{part}.weight"
             x = weights[name].unflatten(dim, (-1, c.head_dim))
             if ids != list(range(x.shape[dim])):  # else nothing is copied
-                weights[name] = x.index_select(dim, torch.tensor(ids)).flatten(dim, dim + 1).contiguous()
+                weights[name] = x.index_select(dim, torch.tensor(ids)).flatten(dim, dim + 1)
     return [c.n_head // run for run in runs]
