@@ -104,22 +104,17 @@ def export(source: Path, out: Path, overwrite: bool) -> None:
     else:
         check_order(model.config)
         permute_rows(tensors, model.config.head_dim, to_pairs=False)
-        write_peft(out, settings, tensors, str(source))
+        alpha, theirs = settings.lora_alpha, {peft_name(name): x for name, x in tensors.items()}
+        modules = list(dict.fromkeys(name.split(".")[-3] for name in theirs))  # such as q_proj
+        config = {
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(source),
+            "bias": "none", "r": settings.lora_r, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+            "lora_dropout": settings.lora_dropout, "target_modules": modules, "modules_to_save": None,
+            "fan_in_fan_out": False, "use_dora": False, "use_rslora": False, "inference_mode": True,
+        }  # fmt: skip
+        write_folder(out, {"adapter_model.safetensors": theirs, "adapter_config.json": config})
     if settings.quantize != "none":
         note(f"it was trained on a base in {settings.quantize}: use it on such a base")
     size = sum(path.stat().st_size for path in (out.iterdir() if out.is_dir() else [out]))
     count, targets = sum(x.numel() for x in tensors.values()), " ".join(settings.lora_targets)
     print(f"wrote {out}, {size:,} bytes: {count:,} parameters, r {settings.lora_r} on {targets}")
-
-
-def write_peft(folder: Path, settings: LoRAConfig, tensors: Weights, base: str) -> None:
-    """Write PEFT's folder, whole or not at all."""
-    alpha, theirs = settings.lora_alpha, {peft_name(name): x for name, x in tensors.items()}
-    targets = list(dict.fromkeys(name.split(".")[-3] for name in theirs))  # such as q_proj
-    config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "bias": "none",
-        "r": settings.lora_r, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "lora_dropout": settings.lora_dropout, "target_modules": targets, "modules_to_save": None,
-        "fan_in_fan_out": False, "use_dora": False, "use_rslora": False, "inference_mode": True,
-    }  # fmt: skip
-    write_folder(folder, {"adapter_model.safetensors": theirs, "adapter_config.json": config})
