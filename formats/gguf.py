@@ -36,7 +36,7 @@ def read_gguf(path: Path) -> tuple[Settings, Weights, dict]:
     with reading(path, "GGUF file"):
         from gguf import MODEL_ARCH, GGUFReader, dequantize, get_tensor_name_map
 
-        file, weights = GGUFReader(path), {}
+        file, weights = GGUFReader(path, "c"), {}  # mapped; what writes to a tensor changes only the memory
         fields = {name: field.contents() for name, field in file.fields.items()}
         settings = settings_of(fields, {tensor.name for tensor in file.tensors})
         c = checked(ModelConfig, settings)
@@ -44,7 +44,7 @@ def read_gguf(path: Path) -> tuple[Settings, Weights, dict]:
         ours = {theirs.get_name(name, [".weight"]): name for name in empty_model(c).state_dict()}
         for tensor in file.tensors:
             plain = tensor.data.dtype.kind == "f"  # float32 and float16
-            x = tensor.data.copy() if plain else dequantize(tensor.data, tensor.tensor_type)
+            x = tensor.data if plain else dequantize(tensor.data, tensor.tensor_type)
             weights[ours.get(tensor.name, tensor.name)] = torch.from_numpy(x)
         return settings, weights, fields
 
