@@ -69,6 +69,7 @@ def settings_of(fields: dict, tensors: set[str]) -> Settings:
     heads = own.get("attention.head_count_kv", n_head)
     groups = {"n_kv_head": heads}
     if isinstance(heads, list):
+        require(not any(n_head % n for n in heads), f"its K/V heads {heads} do not divide {n_head}"[:160])
         maps = [[head * n // n_head for head in range(n_head)] for n in heads]
         groups = {"k_groups": maps, "v_groups": maps}
     head_dim = own.get("attention.key_length", dim // n_head)

@@ -196,8 +196,18 @@ def export(path: Path, folder: Path) -> None:
     require(c.dim % c.n_head == 0, f"transformers needs n_head to divide dim: {c.n_head} and {c.dim}")
     permute_rows(weights, c.head_dim, to_pairs=False)
     dtype = max((x.dtype for x in weights.values()), key=lambda dtype: dtype.itemsize)
+    config = config_of(c, heads, tokenizer, dtype)
+    weights = {their_name(name): x for name, x in weights.items()}
+    files = {"model.safetensors": weights, "config.json": config}
+    write_folder(folder, files | (tokenizer_files(tokenizer) if tokenizer else {}))
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    print(f"wrote {folder}, {size:,} bytes, {heads} K/V heads of {c.n_head}")
+
+
+def config_of(c: ModelConfig, heads: int, tokenizer: Tokenizer | None, dtype: torch.dtype) -> dict:
+    """config.json, in the words that transformers 4 and 5, vLLM and llama.cpp all read."""
     bos, eos = (tokenizer.bos, tokenizer.special["eos"]) if tokenizer else (-1, [])
-    config = {  # in the words that transformers 4 and 5, vLLM and llama.cpp all read
+    return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
         **{theirs: getattr(c, ours) for ours, (theirs, *_) in FIELDS.items()}, "num_key_value_heads": heads,
         "rope_scaling": {"rope_type": "llama3", **c.rope_scaling} if c.rope_scaling else None,
@@ -205,11 +215,6 @@ def export(path: Path, folder: Path) -> None:
         # a missing BOS would mean 1, and a missing EOS 2
         "bos_token_id": bos if bos >= 0 else None, "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
     }  # fmt: skip
-    weights = {their_name(name): x for name, x in weights.items()}
-    files = {"model.safetensors": weights, "config.json": config}
-    write_folder(folder, files | (tokenizer_files(tokenizer) if tokenizer else {}))
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    print(f"wrote {folder}, {size:,} bytes, {heads} K/V heads of {c.n_head}")
 
 
 def expand_latents(weights: Weights, c: ModelConfig) -> ModelConfig:
