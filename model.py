@@ -569,12 +569,12 @@ def pick_token(logits: torch.Tensor, temperature: float, top_p: float, generator
     """logits (B, V) -> the next tokens (B, 1): the likeliest at temperature 0, else from the nucleus."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits = widen(logits)
-    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)  # at most 0: no overflow
-    probabilities, order = logits.softmax(-1).sort(descending=True)
-    before = probabilities.cumsum(-1) - probabilities  # mass of the likelier tokens; the first always stays
-    drawn = torch.multinomial(probabilities.masked_fill(before >= top_p, 0), 1, generator=generator)
-    return order.gather(-1, drawn)
+    p = ((widen(logits) - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)).softmax(-1)
+    if top_p < 1:  # sorting takes as long as a small model's forward
+        ranked, order = p.sort(descending=True)
+        before = ranked.cumsum(-1) - ranked  # mass of the likelier tokens; the first always stays
+        p = p.scatter(-1, order, ranked.masked_fill(before >= top_p, 0))
+    return torch.multinomial(p, 1, generator=generator)
 
 
 class RowLinear(nn.Linear):

@@ -19,10 +19,8 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
-from checkpoint import build, load
 from common import UserError, held, parse, replacing, require
 from data.corpora import GITHUB, download
 from study.tables import report
@@ -114,7 +112,7 @@ speed-peers: -m study compare-speed speed.jsonl <small> --rounds 3
 [foreign]-tokenizer: download <[foreign]>/tok512.bin <[foreign]-tok512.bin> [foreign]
 [foreign]-import: -m formats import [foreign]/[foreign].bin [foreign].pt --tokenizer [foreign]/tok512.bin
     --overwrite
-[foreign]-write: write_texts [foreign].pt [foreign]-text 330000
+[foreign]-write: -m study write [foreign].pt [foreign]-text --tokens 330000 --overwrite
 [foreign]-prepare: data/prepare.py [foreign] --text [foreign]-text --tokenizer [foreign].pt
     --out [foreign]-data --overwrite
 [foreign]-compare: -m study compare-groups [foreign].pt --dataset [foreign]-data
@@ -246,17 +244,6 @@ class StudyConfig:
     tune: str = "--max_steps 100 --warmup_steps 10"  # flags of train.py for `tuning`, not for its few-*
 
 
-def write_texts(ckpt: str, folder: str, tokens: str) -> None:
-    """Let a model, whose training text is unknown, write at temperature 1; each text is a file."""
-    (model, tokenizer), written = build(load(ckpt)), 0
-    Path(folder).mkdir(exist_ok=True)
-    how = {"temperature": 1.0, "stop": tokenizer.stop, "generator": torch.Generator().manual_seed(0)}
-    while written < int(tokens):
-        for ids in model.generate([tokenizer.prompt("")] * 64, model.config.block_size, **how):
-            Path(folder, f"{written:08}.txt").write_text(tokenizer.decode(ids).strip())
-            written += len(ids) + 1
-
-
 def first_lines(source: str, target: str, count: str) -> None:
     Path(target).write_text(re.match(f"(.*\n){{,{int(count)}}}", Path(source).read_text())[0])
 
@@ -291,7 +278,7 @@ def run(name: str, line: str) -> None:
     """Run a step unless its log is there; the log is written when all went well."""
     log, words, printed = Path("logs", f"{name}.txt"), shlex.split(line), ""
     begun, resumed = Path("logs", f"{name}.begun"), Path(name, "ckpt.pt").exists()
-    functions = {"download": download, "write_texts": write_texts, "first_lines": first_lines}
+    functions = {"download": download, "first_lines": first_lines}
     for path in [log] + [begun] * resumed:
         if path.exists() and path.read_text().splitlines()[0] != line:
             raise UserError(f"{path} is of another command: give another --out, or delete what it made")

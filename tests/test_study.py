@@ -108,6 +108,18 @@ def test_a_choice_is_right_where_the_own_reference_has_the_least_loss(tiny_run, 
     assert score.word_f1("The cat sat", "the cat, the dog") == pytest.approx(2 * 2 / 7)
 
 
+def test_a_model_writes_on_from_the_train_split(tiny_run, tiny_data, tmp_path):
+    _, tokenizer = build(load(tiny_run))
+    splits = {name: np.fromfile(tiny_data / f"{name}.bin", np.uint16).tolist() for name in ("train", "val")}
+    begins = {name: {tokenizer.decode(x[i : i + 4]) for i in range(len(x) - 3)} for name, x in splits.items()}
+    flags = "study", "write", tiny_run, tmp_path / "own", "--dataset", tiny_data, "--tokens", 3000
+    assert quick(*flags).returncode == 0
+    texts = [path.read_text("utf-8") for path in (tmp_path / "own").iterdir()]
+    of = {name: np.mean([text.startswith(tuple(begins[name])) for text in texts]) for name in begins}
+    assert len(texts) >= 3000 / 32 and of["train"] == 1 and of["val"] < 0.9, of
+    assert (again := quick(*flags)).returncode == 2 and "--overwrite" in again.stderr
+
+
 def test_every_step_has_flags_that_exist(monkeypatch):
     monkeypatch.setattr("common.Parser.parse_intermixed_args", lambda self: sys.exit(self.parse_args() and 7))
     other = {"ckpt": "smol.pt", "dataset": "wiki", "shape": "--dim 768", "parts": ["tuning"], "only": "multi"}
@@ -115,7 +127,7 @@ def test_every_step_has_flags_that_exist(monkeypatch):
         steps = run.steps(run.StudyConfig(**config))
         assert not set("[]<>") & set("".join(steps.values()))
         for words in (shlex.split(line.removeprefix("-m ")) for line in steps.values()):
-            if words[0] not in ("download", "write_texts", "first_lines"):  # functions
+            if words[0] not in ("download", "first_lines"):  # functions
                 done = quick(*words)
                 assert done.returncode == 7, f"{words}: {done.stderr}"
     assert "/smol.pt --" in steps["tuning-multi30k-before"]

@@ -1,0 +1,63 @@
+"""Let a model write: text to heal its smaller self on, where little other text is at hand.
+
+    python -m study write ckpt.pt own-text --dataset few     # behind beginnings from the train split of `few`
+    python data/prepare.py own --text own-text --tokenizer ckpt.pt
+    python train.py --init_from latent.pt --teacher ckpt.pt --distil_weight 1 --dataset own --batch_size 4
+
+At temperature 1 a text has the distribution that the model predicts, and there can be as much of it as is
+wanted: data-free distillation (arXiv 2305.17888). Each text is a file of the folder.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from checkpoint import build, load
+from common import bounded, parse, pick_device, require
+from eval_ppl import split_tokens
+
+BEGIN, MOST = 32, 1024  # tokens of a beginning, and of a text, at most
+
+
+@dataclass
+class WriteConfig:
+    """writing"""
+
+    ckpt: str  # the checkpoint
+    folder: str  # where the texts go
+    tokens: int = bounded(2_000_000, 1)  # to write
+    dataset: str | None = None  # prepared text to take beginnings from (default: they begin with nothing)
+    temperature: float = bounded(1.0, 0, 1e9)  # 1 is the model's own distribution, 0 greedy
+    top_p: float = bounded(1.0, 1e-9, 1)  # draw from the likeliest tokens of this probability together
+    batch_size: int = bounded(64, 1)  # texts written at a time
+    seed: int = bounded(0, 0, 2**32 - 1)  # of beginnings and texts
+    device: str = "auto"  # cuda, mps, cpu or auto
+    overwrite: bool = False  # replace texts in a folder that is there
+
+
+def main() -> None:
+    config = WriteConfig(**parse(__doc__, WriteConfig))
+    device, folder, checkpoint = pick_device(config.device), Path(config.folder), load(config.ckpt)
+    require(config.overwrite or not folder.exists(), f"{folder} exists: name a new folder, or --overwrite it")
+    model, tokenizer = build(checkpoint, device)
+    length, rng = min(MOST, model.config.block_size), np.random.default_rng(config.seed)
+    begins, size = [tokenizer.prompt("") or [0]] * config.batch_size, min(BEGIN, length // 8)
+    given = split_tokens(checkpoint, tokenizer, config.dataset, "train")[0] if config.dataset else []
+    how = {"temperature": config.temperature, "top_p": config.top_p, "stop": tokenizer.stop}
+    how["generator"] = torch.Generator(device).manual_seed(config.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    written, bar = 0, tqdm(total=config.tokens, unit="token", disable=None)
+    with bar:
+        while written < config.tokens:
+            if config.dataset:
+                places = rng.integers(len(given) - size, size=config.batch_size)
+                begins = [given[at : at + size].tolist() for at in places]
+            for begin, new in zip(begins, model.generate(begins, length - len(begins[0]), **how)):
+                text = tokenizer.decode(begin + new)
+                (folder / f"{written:010}.txt").write_text(text, encoding="utf-8", newline="")
+                written += len(begin) + len(new)
+                bar.update(len(begin) + len(new))
+    print(f"wrote {written:,} tokens into {folder}")
