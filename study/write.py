@@ -23,7 +23,7 @@ BEGIN, MOST = 32, 1024  # tokens of a beginning, and of a text, at most
 
 
 @dataclass
-class WriteConfig:
+class TextConfig:
     """writing"""
 
     ckpt: str  # the checkpoint
@@ -39,7 +39,7 @@ class WriteConfig:
 
 
 def main() -> None:
-    config = WriteConfig(**parse(__doc__, WriteConfig))
+    config = TextConfig(**parse(__doc__, WriteConfig))
     device, folder, checkpoint = pick_device(config.device), Path(config.folder), load(config.ckpt)
     require(config.overwrite or not folder.exists(), f"{folder} exists: name a new folder, or --overwrite it")
     model, tokenizer = build(checkpoint, device)

@@ -29,10 +29,7 @@ COMMANDS = {  # name: share of the kills, and line; {o}: its output, {r}: output
     "search": (0.2, "search_groups.py {r}/train/ckpt.pt --out {o}/groups.json --kv_budget 0.5 --max_evals 60 "
                     "--calibration_tokens 8192 --search_tokens 2048"),
 }  # fmt: skip
-ENDED = (
-    "is prepared: use it",
-    "groups.json exists",
-)  # printed where the one before was killed after its work
+ENDED = "is prepared: use it", "groups.json exists"  # where one was killed after its work
 
 
 def killed(seconds: float, line: str) -> bool:
