@@ -5,7 +5,7 @@ import math
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -26,10 +26,19 @@ SCORES = (
 
 
 def result(name: str) -> dict:
-    """The JSON object on the last line of a step's log; empty if the step has not run."""
+    """The JSON object on the last line of a step's log, with the scores in its `ckpt`; empty if the step has
+    not run. Numbers that are null or not there are nan."""
     path = Path("logs", f"{name}.txt")
-    text = path.read_text().splitlines()[-1] if path.exists() else "{}"
-    return {key: math.nan if value is None else value for key, value in json.loads(text).items()}
+    found = json.loads(path.read_text().splitlines()[-1]) if path.exists() else {}
+    found |= found.pop("ckpt", {})
+    return defaultdict(lambda: math.nan, {k: math.nan if v is None else v for k, v in found.items()})
+
+
+def section(title: str, rows: list[dict], figure: str = "", draw: Callable[[], Figure] | None = None):
+    """The parts of a table, and its figure in figures/; nothing without rows."""
+    if rows and draw:
+        plot.save(draw, Path(f"figures/{figure}.png"))
+    return [f"### {title}", table(rows)] if rows else []
 
 
 def spread(values: list[float]) -> str:
@@ -43,16 +52,15 @@ def gathered(pattern: str) -> dict[tuple, dict[str, dict]]:
     says last, what the step has printed, and `own`, the perplexity on the text of before."""
     found: dict = defaultdict(dict)
     for log in sorted(Path("logs").glob(pattern)):
-        name, said = log.stem.rpartition("-")[0], result(log.stem)
-        known = {"own": result(f"{name}-own").get("blocks", math.nan)}
-        for record in (*records(Path(name, "log.jsonl")), said, said.get("ckpt", {})):
+        _, *parts, seed, _ = log.stem.split("-")
+        name, known = log.stem.rpartition("-")[0], {}
+        for record in records(Path(name, "log.jsonl")):
             known |= record
-        _, *parts, seed = name.split("-")
-        found[tuple(parts)][seed] = known
+        found[tuple(parts)][seed] = known | result(log.stem) | {"own": result(f"{name}-own")["blocks"]}
     return found
 
 
-def depth() -> Iterator[str]:
+def depth() -> list[str]:
     """A row for each budget and variant; ms for 64 tokens are those of the models of the long run."""
     found, rows = gathered("depth-*-test.txt"), []
     times = result("depth-latency-compiled") or result("depth-latency-eager")
@@ -67,10 +75,7 @@ def depth() -> Iterator[str]:
             if f"-{layers}-{kind}-" in time_of["ckpt"]:
                 row |= {f"ms, {key}": time_of[key] for key in ("p5", "median", "p95")}
         rows.append(row)
-    if rows:
-        yield "### Fewer, richer layers"
-        yield table(rows)
-        plot.save(partial(draw_depth, found), Path("figures/depth.png"))
+    return section("Fewer, richer layers", rows, "depth", partial(draw_depth, found))
 
 
 def draw_depth(found: dict[tuple, dict]) -> Figure:
@@ -93,29 +98,23 @@ def draw_depth(found: dict[tuple, dict]) -> Figure:
     return drawn
 
 
-def groups(merges: Iterable[str], shares: Iterable[str]) -> Iterator[str]:
+def groups(merges: Iterable[str], shares: Iterable[str]) -> list[str]:
     """Perplexity of each merge by the original's, before and after both were healed."""
     base = {when: result(f"{when}-base") for when in ("before", "after")}
-    done = {key: result("-".join(key)) for key in product(base, merges, shares)}
-    done = {key: found for key, found in done.items() if found and base[key[0]]}
-    ratio = {key: found["blocks"] / base[key[0]]["blocks"] for key, found in done.items()}
-    shares = [share for share in shares if all((*key, share) in ratio for key in product(base, merges))]
-    if not shares:
-        return
-    whole = base["before"]["kv_bytes_per_token"]
-    sizes = [done["before", "ours", share]["kv_bytes_per_token"] for share in shares]
-    rows, panels = [], {}
-    for merge in merges:
+    found = {key: result("-".join(key)) for key in product(base, merges, shares)}
+    missing = {share for (when, _, share), known in found.items() if not (known and base[when])}
+    sizes = {s: found["before", "ours", s]["kv_bytes_per_token"] for s in shares if s not in missing}
+    ratio = {key: known["blocks"] / base[key[0]]["blocks"] for key, known in found.items()}
+    rows, panels, whole = [], {}, base["before"]["kv_bytes_per_token"]
+    for merge in merges if sizes else ():
         rows.append({"bytes a token of the cache": merge})
-        for share, size in zip(shares, sizes):
+        for share, size in sizes.items():
             before, after = (ratio[when, merge, share] for when in base)
             rows[-1][f"{size:,} ({size / whole:.3f})"] = f"{before:.3f} -> {after:.3f}"
     for when in base:
-        lines = {merge: [ratio[when, merge, share] for share in shares] for merge in merges}
-        panels[f"{when} healing"] = [size / whole for size in sizes], lines
-    yield "### Uneven groups"
-    yield table(rows)
-    plot.save(partial(draw_ratios, panels), Path("figures/groups.png"))
+        lines = {merge: [ratio[when, merge, share] for share in sizes] for merge in merges}
+        panels[f"{when} healing"] = [size / whole for size in sizes.values()], lines
+    return section("Uneven groups", rows, "groups", partial(draw_ratios, panels))
 
 
 def draw_ratios(panels: dict[str, tuple[list[float], dict[str, list[float]]]]) -> Figure:
@@ -136,25 +135,23 @@ def draw_ratios(panels: dict[str, tuple[list[float], dict[str, list[float]]]]) -
     return drawn
 
 
-def published(recipes: Iterable[str]) -> Iterator[str]:
+def published(recipes: Iterable[str]) -> list[str]:
     """Both published perplexities of each recipe, and by the original's: merged, then healed by the published
     LoRA or one of alpha 16, and merged after the original was healed."""
     done = [recipe for recipe in recipes if result(f"published-{recipe}-before-sliding")]
     rows, bars = [], defaultdict(list)
     for recipe in done:
-        size = result(f"published-{recipe}-before-block_mean").get("kv_bytes_per_token", 0)
+        size = result(f"published-{recipe}-before-block_mean")["kv_bytes_per_token"]
         rows.append({"recipe": recipe, "bytes a token of the cache": size})
         for when, way in product(("before", "after", "after16", "first"), ("block_mean", "sliding")):
-            base = result(f"published-original-{when.replace('first', 'after')}-{way}").get(way, math.nan)
-            ppl = result(f"published-{recipe}-{when}-{way}").get(way, math.nan)
+            base = result(f"published-original-{when.replace('first', 'after')}-{way}")[way]
+            ppl = result(f"published-{recipe}-{when}-{way}")[way]
             rows[-1][f"{when}, {way}"] = f"{ppl:.2f} ({ppl / base:.3f})" if ppl == ppl else ""
             bars[f"{when}, {way}"].append(ppl / base)
-    if rows:
-        yield "### The published recipe"
-        yield table(rows)
-        titles = {"before": "merged", "after": "healed, alpha 1", "after16": "healed, alpha 16"}
-        panels = {f"{title}: ratio": bars[f"{when}, sliding"] for when, title in titles.items()}
-        plot.save(partial(draw_bars, done, panels, "{:.3f}", True), Path("figures/published.png"))
+    titles = {"before": "merged", "after": "healed, alpha 1", "after16": "healed, alpha 16"}
+    panels = {f"{title}: ratio": bars[f"{when}, sliding"] for when, title in titles.items()}
+    draw = partial(draw_bars, done, panels, "{:.3f}", True)
+    return section("The published recipe", rows, "published", draw)
 
 
 def foreign() -> None:
@@ -175,24 +172,21 @@ def tuning() -> Iterator[str]:
     names = dict(zip(SCORES, SCORES), own="own text, ppl", seconds="training, s", latency_p50="latency, s")
     for (task, way), seeds in gathered("tuning-*-score.txt").items():
         if not rows or rows[-1]["task"] != task:
-            before, own = result(f"tuning-{task}-before"), result("tuning-before-own")
-            scores = {key: before.get("ckpt", {}).get(key, math.nan) for key in SCORES}
-            rows.append({"task": task, "tuned": "no", "examples": before.get("examples", 0), **scores})
-            rows[-1]["own text, ppl"] = own.get("blocks", math.nan)
+            before = result(f"tuning-{task}-before")
+            rows.append({"task": task, "tuned": "no", **{key: before[key] for key in ("examples", *SCORES)}})
+            rows[-1]["own text, ppl"] = result("tuning-before-own")["blocks"]
         runs = list(seeds.values())
         rows.append({"task": task, "tuned": way, "examples": runs[0]["examples"]})
         rows[-1] |= {new: spread([run[key] for run in runs]) for key, new in names.items()}
         rows[-1]["trainable"] = runs[0]["trainable"]
-    if rows:
-        yield "### Tuning"
-        yield table(rows)
+    yield from section("Tuning", rows)
     for path in sorted(Path().glob("tuning-*-lora8-0/ckpt-answers-*.jsonl")):
         yield f"### {path.parent.name}"
         shown = [(row["input"], row["output"], row["answers"]["ckpt"]) for row in records(path)[1:11]]
         yield "\n\n".join("\n".join(f"> {text!r}" for text in texts) for texts in shown)
 
 
-def epochs() -> Iterator[str]:
+def epochs() -> list[str]:
     """What many passes over few examples do to the loss on others, and to the text of before."""
     rows = []
     for log in sorted(Path("logs").glob("few-*-own.txt")):
@@ -202,34 +196,30 @@ def epochs() -> Iterator[str]:
         row = {"tuned": name.removeprefix("few-"), "least val loss": val[least], "at epoch": at[least]}
         row |= {"last val loss": val[-1], "last training loss": [x for x in own if x == x][-1]}
         rows.append({**row, "own text, ppl": result(log.stem)["blocks"]})
-    if rows:
-        yield "### Few examples, many epochs"
-        yield table(rows)
+    return section("Few examples, many epochs", rows)
 
 
-def lengths(tokens: Iterable[int], ways: Iterable[str]) -> Iterator[str]:
+def lengths(tokens: Iterable[int], ways: Iterable[str]) -> list[str]:
     """Time and memory of a step of 4,096 tokens against the length of its texts."""
-    rows, panels = [], defaultdict(lambda: defaultdict(list))
+    rows = []
     for length, way in product(tokens, ways):
         for row in result(f"attention-{way}-{length}").get("rows", []):
             ms = {"training, ms": 4096e3 / row["train_tok_s"], "evaluation, ms": 4096e3 / row["eval_tok_s"]}
             rows.append({"length": length, "attention": way, **ms, "peak": row["peak"]})
-            panels["training, ms a step"][way].append((length, ms["training, ms"]))
-            panels["peak memory, MiB"][way].append((length, row["peak"] / 2**20))
-    if rows:
-        yield "### Attention against length"
-        yield table(rows)
-        plot.save(partial(draw_lengths, panels), Path("figures/lengths.png"))
+    return section("Attention against length", rows, "lengths", partial(draw_lengths, rows))
 
 
-def draw_lengths(panels: dict[str, dict[str, list[tuple]]]) -> Figure:
-    """{title: {label: (tokens, value) pairs}}."""
-    drawn, [axes] = plot.grid(1, len(panels), 8, 3.5)
-    for place, (title, lines) in zip(axes, panels.items()):
-        for label, points in lines.items():
-            place.plot(*zip(*points), marker="o", label=label)
+def draw_lengths(rows: list[dict]) -> Figure:
+    """Milliseconds of training and memory by length, a curve for each attention."""
+    drawn, [axes] = plot.grid(1, 2, 8, 3.5)
+    for way in dict.fromkeys(row["attention"] for row in rows):
+        own = [row for row in rows if row["attention"] == way]
+        x = [row["length"] for row in own]
+        axes[0].plot(x, [row["training, ms"] for row in own], marker="o", label=way)
+        axes[1].plot(x, [row["peak"] / 2**20 for row in own], marker="o", label=way)
+    for place, title in zip(axes, ("training, ms a step", "peak memory, MiB")):
         place.set(xscale="log", xlabel="tokens of a text", title=title, ylim=(0, None))
-        place.set_xticks([x for x, _ in points], [f"{x:,}" for x, _ in points])
+        place.set_xticks(x, [f"{length:,}" for length in x])
         place.minorticks_off()
         place.grid()
     axes[0].legend()
