@@ -21,7 +21,7 @@ COMMANDS = {  # name: module and function, what it does
     "compare-searches": ("compare_groups.searches_main", "best loss by evaluations, beside Optuna"),
     "compare-speed": ("compare_speed.main", "speed beside transformers, llama2.c, nanoGPT, llama.cpp"),
     "begin": ("variants.begin_main", "train.py, from other first weights: scaled or torch"),
-    "pace": ("variants.pace_main", "milliseconds of a training step, variants in turns"),
+    "pace": ("bench.pace_main", "milliseconds of a training step, variants in turns"),
     "time-to-loss": ("compare_speed.loss_main", "another project's model trained on the same batches"),
 }
 

@@ -3,6 +3,7 @@
     python -m study memory --n_layer 12 --dim 768           # what each memory saver saves, and what it costs
     python -m study decode --block_size 1024 --steps 20     # a token's time, fewer K/V heads, or --ckpts
     python -m study train                                   # training and evaluation
+    python -m study pace "--n_layer 6" "--n_layer 6 --novel"    # a training step of each, in turns
     python -m study generate --batch_size 16                # greedy texts that fill the context
     python -m study latency --batch_size 1 --ckpts a/ckpt.pt b/ckpt.pt    # texts of 64 tokens, in turns
 
@@ -14,6 +15,7 @@ import json
 import math
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -56,6 +58,13 @@ class BenchConfig:
     steps: int = bounded(5, 1)  # what is timed: steps, tokens or texts; attention: 10 x steps, 4 x texts
     device: str = "auto"  # cuda, mps, cpu or auto
     json: bool = False  # print one JSON object and nothing else
+
+
+@dataclass
+class PaceConfig:
+    """pace"""
+
+    shapes: list[str]  # flags of train.py for each variant, in quotes
 
 
 @dataclass
@@ -133,10 +142,14 @@ def reset_peak_memory(device: torch.device) -> int:
     return peak_memory_bytes(device)
 
 
-def ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
-    """What `in_turns` returns -> the median, over the rounds, of the first run's time by each one's."""
-    first = next(iter(seconds.values()))
-    return {name: median(a / b for a, b in zip(first, own)) for name, own in seconds.items()}
+def compared(runs: dict[str, Callable], rounds: int, warm_up: int = 1) -> dict[str, dict]:
+    """ms: the median time of each run; ratio: the median, over the rounds, of the first one's time by it."""
+    seconds = in_turns(runs, rounds, warm_up)
+    first = seconds[next(iter(runs))]
+    return {
+        name: {"ms": 1000 * median(own), "ratio": median(a / b for a, b in zip(first, own))}
+        for name, own in seconds.items()
+    }
 
 
 def random_step(model: nn.Module, train: TrainConfig, shape: tuple[int, int], dtype: torch.dtype, parts=1):
@@ -188,6 +201,21 @@ def train_main() -> None:
     show(config, [found])
 
 
+def pace_main() -> None:
+    """The time of a step of train.py with each variant's flags, on random tokens."""
+    asked, config = configs(__doc__, PaceConfig, BenchConfig)
+    runs, device = {}, pick_device(config.device)
+    for shape in asked.shapes:
+        sys.argv = ["pace", "--batch_size", str(config.batch_size), *shape.split()]  # the last one counts
+        c, own = configs(__doc__, ModelConfig, TrainConfig)
+        model, rows = Llama(c).to(device), own.batch_size * own.grad_accum
+        model.checkpoint_activations = own.checkpoint_activations
+        dtype = pick_dtype(own.dtype, device)
+        runs[shape] = random_step(model, own, (rows, c.block_size), dtype, own.grad_accum)[0]
+    times = compared(runs, config.steps, warm_up=3)
+    show(config, [{"variant": shape, **times[shape]} for shape in times])
+
+
 def measure(path: str, config: BenchConfig, name: str, savers: str) -> dict:
     """Train the checkpoint for some steps with these savers. It is called in a process of its own."""
     device, dtype = pick_device(config.device), torch.bfloat16 if "amp" in savers else torch.float32
@@ -220,7 +248,7 @@ def memory_main() -> None:
 
 @torch.no_grad()
 def decode_main() -> None:
-    """ms: the median time of a token of all texts; ratio: the median of the first row's time by it."""
+    """The time of a token of all texts."""
     config, written, c = configs(__doc__, BenchConfig, WriteConfig, ModelConfig)
     if config.steps > c.block_size - 2:
         raise UserError(f"steps is {config.steps}: give --steps 1 to {c.block_size - 2}, block_size - 2")
@@ -240,11 +268,9 @@ def decode_main() -> None:
             model.compile_step()
         step = partial(model.compiled_step or model, prompt[:, :1], cache=caches[name])
         runs[name] = lambda step=step: step().sum().item()  # waits for a GPU
-    seconds = in_turns(runs, config.steps)
-    ratio = ratios(seconds)
-    for name, own in seconds.items():
+    for name, times in compared(runs, config.steps).items():
         size = sum(x.nbytes for x in (*caches[name].keys, *caches[name].values))
-        rows.append({"model": name, "cache_bytes": size, "ms": 1000 * median(own), "ratio": ratio[name]})
+        rows.append({"model": name, "cache_bytes": size, **times})
     show(config, rows)
 
 
