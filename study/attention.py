@@ -69,37 +69,29 @@ class FrozenSlices(FrozenProduct):
         return *FrozenProduct.backward(ctx, grad), None, None
 
 
-class SlicedLinear(nn.Linear):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return multiply(x, self.weight, self.slices, self.columns)
-
-
-class SlicedNF4(NF4Linear):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        stored = self.codes, self.absmax, self.scales, self.shape
-        return FrozenSlices.apply(x, *stored, self.slices, self.columns)
-
-
-class SlicedLoRA(LoRALinear):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # a rank holds the columns of A or the rows of B that belong to its slice of W, and all of the other
-        low = multiply(self.dropout(x), self.lora_A, self.slices if self.columns else 1, columns=True)
-        high = multiply(low, self.lora_B, 1 if self.columns else self.slices, columns=False)
-        return self.linear(x) + self.scale * high
+def forward(layer: nn.Module, slices: int, columns: bool, x: torch.Tensor) -> torch.Tensor:
+    """What a linear layer, in NF4 or not, or its adapter computes, in slices."""
+    if isinstance(layer, NF4Linear):
+        return FrozenSlices.apply(x, layer.codes, layer.absmax, layer.scales, layer.shape, slices, columns)
+    if isinstance(layer, nn.Linear):
+        return multiply(x, layer.weight, slices, columns)
+    # a rank holds the columns of A or the rows of B that belong to its slice of W, and all of the other
+    low = multiply(layer.dropout(x), layer.lora_A, slices if columns else 1, columns=True)
+    high = multiply(low, layer.lora_B, 1 if columns else slices, columns=False)
+    return layer.linear(x) + layer.scale * high
 
 
 def slice_model(model: Llama, slices: int) -> None:
     """Let every matrix be multiplied in slices. Raises UserError for a width that they do not divide."""
-    sliced = {nn.Linear: SlicedLinear, NF4Linear: SlicedNF4, LoRALinear: SlicedLoRA}
     for path, layer in model.named_modules():
         name = path.removesuffix(".linear").split(".")[-1]  # an adapter keeps its layer in .linear
         if name not in TARGETS:
             continue
-        layer.slices, layer.columns = slices, name in ("wo", "w2")
+        columns = name in ("wo", "w2")
         if not isinstance(layer, LoRALinear):
-            width = layer.in_features if layer.columns else layer.out_features
+            width = layer.in_features if columns else layer.out_features
             require(width % slices == 0, f"{slices} slices do not divide the {width} of {path}")
-        layer.__class__ = sliced[type(layer)]
+        layer.forward = partial(forward, layer, slices, columns)
 
 
 def prepare(model: Llama, backend: str, slices: int) -> None:
