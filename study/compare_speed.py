@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 import train
 from common import IGNORE, bounded, replacing, require
+from formats.models import config_of
 from model import Llama, ModelConfig
 from study.bench import BenchConfig, alone, configs, median_seconds, show, train_speed
 
@@ -58,11 +59,7 @@ class Peer(nn.Module):
         if name == "transformers":
             from transformers import LlamaConfig, LlamaForCausalLM
 
-            shape = {"hidden_size": c.dim, "intermediate_size": c.hidden_dim, "vocab_size": c.vocab_size}
-            shape |= {"num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head}
-            shape |= {"num_key_value_heads": c.n_kv_head, "max_position_embeddings": 2 * c.block_size}
-            shape |= {"bos_token_id": 1, "eos_token_id": None, "tie_word_embeddings": c.tie_embeddings}
-            self.model = LlamaForCausalLM(LlamaConfig(**shape))
+            self.model = LlamaForCausalLM(LlamaConfig(**config_of(c, c.n_kv_head, None, torch.float32)))
             return
         spec = importlib.util.spec_from_file_location("its_model", path)
         sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
