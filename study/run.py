@@ -39,7 +39,6 @@ depth-long-[other]-0-test: eval_ppl.py depth-long-[other]-0/ckpt.pt <test>
 depth-latency-[way]: -m study latency <way> --batch_size 1 --steps 30 --json --ckpts <models>
 """,
     "groups": """
-base: <base>
 before-base: eval_ppl.py <ckpt> <own> <test>
 heal-base: train.py --init_from <ckpt> <heal>
 after-base: eval_ppl.py heal-base/ckpt.pt <own> <test>
@@ -60,7 +59,6 @@ figure-attention: -m study plot attention <ckpt> --out figures/attention.png
 figure-architecture: -m study plot architecture ours-1of2.pt --out figures/architecture.png
 """,
     "published": """
-base: <base>
 published-random-[twin]: search_groups.py <ckpt> <own> <twothirds> --method random --joint <mean>
     --max_evals 150 --seed [twin] --out published-random-[twin].json
 published-ours: search_groups.py <ckpt> <own> <twothirds> --max_evals 40 --refit none
@@ -77,7 +75,6 @@ published-[recipe]-first: gqa.py published-original-heal/ckpt.pt <own> <recipe> 
 published-[recipe]-first-[protocol]: eval_ppl.py first-[recipe].pt <own> <protocol>
 """,
     "tuning": """
-base: <base>
 text-[text]: download <text> texts
 [task]-prepare: data/prepare.py [task] <[task]> --tokenizer <ckpt> --out [task]-data --overwrite
 tuning-[task]-before: -m study score <ckpt> --dataset [task]-data <score>
@@ -98,7 +95,6 @@ memory: -m study memory --steps 5 --json
 memory-larger: -m study memory --steps 2 --batch_size 4 <110M> --json
 """,
     "attention": """
-base: <base>
 attention: -m study attention --init_from <ckpt> <own> --steps 5 --json
 attention-[backend]-[length]: -m study train --attention [backend] --block_size <length> --steps 3 --json
 """,
@@ -120,6 +116,7 @@ speed-peers: -m study compare-speed speed.jsonl <small> --rounds 3
 """,
 }
 TRAIN, BEGIN, STEP = "train.py --n_layer", "-m study begin", "--max_steps"
+BASE = f"base: {TRAIN} 6 --max_steps 500 <shape> <own>"  # whose ckpt.pt is <ckpt>, unless one is given
 LOOPS = {
     # at equal seconds, of the default shape on a CPU (`study pace`): 8 layers make 0.78 of the steps of 6
     "variant": {
@@ -183,7 +180,6 @@ FLAGS = {  # what several steps share; refits take most of a search's time, henc
     "<flickr>": "<30k>/test_2016_flickr",
     "<30k>": GITHUB + "multi30k/dataset/a3d2e0d26b56f3846f66a952536ffed4e401d05a/data/task1/raw",
     "<sum>": GITHUB + "cylnlp/dialogsum/848cc8c05e0a04def79326539de827f1b28786a0/DialogSum_Data/dialogsum",
-    "<base>": f"{TRAIN} 6 --max_steps 500 <shape> <own>",
     r"([\d.]+)\*(\d+)": lambda product: str(round(float(product[1]) * int(product[2]))),
     "<depth>": "--batch_size 8 --compile --eval_every 40 --eval_tokens 16384 <shape> <own>",
     "<shapes>": " ".join(
@@ -251,6 +247,8 @@ def first_lines(source: str, target: str, count: str) -> None:
 def steps(config: StudyConfig) -> dict[str, str]:
     """{name: command} of what the flags ask for."""
     text = "".join(STEPS[part] for part in STEPS if part in (config.parts or STEPS)).replace("\n    ", " ")
+    if "<ckpt>" in text and not config.ckpt:
+        text = BASE + text
     for loop, entries in LOOPS.items():
         kept = [key for key in entries if not config.fast or key.startswith(FAST_LOOPS.get(loop, ""))]
         pairs = product(text.split("\n"), kept)
@@ -269,8 +267,6 @@ def steps(config: StudyConfig) -> dict[str, str]:
     for name, new in given.items():  # which is not to be read as a pattern
         text = text.replace(name, new)
     todo = dict(" ".join(line.split()).split(": ", 1) for line in text.split("\n") if line)
-    if config.ckpt:
-        todo.pop("base", None)
     return {name: line for name, line in todo.items() if name == "base" or re.search(config.only, name)}
 
 
