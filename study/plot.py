@@ -27,9 +27,7 @@ from matplotlib.figure import Figure
 
 from checkpoint import build, load, model_config
 from common import UserError, parse, require
-from data.tokenizer import read_tokenizer
-from eval_ppl import split_tokens
-from gqa import TINY, Costs, calibration_blocks, open_model, statistics
+from gqa import TINY, Costs, MergeConfig, open_inputs, statistics
 from model import Llama, ModelConfig, rope_angles, scores
 from study.bench import records
 
@@ -113,27 +111,30 @@ def attention_weights(model: Llama, ids: list[int]) -> torch.Tensor:
     return torch.stack(found)
 
 
-def squares(maps, rows: list[str], columns: list[str]):
-    """maps[row][column], squares of values from 0 to 1 -> the figure and its axes."""
+def squares(maps, rows: list[str], columns: list[str], label: str = "") -> Figure:
+    """maps[row][column], squares of values from 0 to 1; with a label for a bar of their colours."""
     figure, axes = grid(len(rows), len(columns), 1 + 1.2 * len(columns), 1 + 1.2 * len(rows))
     for row, name in enumerate(rows):
         axes[row][0].set_ylabel(name)
         for place, square, title in zip(axes[row], maps[row], columns):
             place.imshow(square, vmin=0, vmax=1, cmap="viridis")
             place.set(xticks=[], yticks=[], title=title * (row == 0))
-    return figure, axes
+    if label:
+        figure.colorbar(axes[0][0].images[0], ax=axes, label=label, shrink=0.8)
+    return figure
 
 
-def draw_attention(ckpt: str | Path, text: str) -> Figure:
+def draw_attention(ckpt: str, text: str) -> Figure:
     """A map for each layer and head."""
     model, tokenizer = build(load(ckpt))
     ids, most = tokenizer.prompt(text), min(64, model.config.block_size)
     require(1 <= len(ids) <= most, f"--text has {len(ids)} tokens: give 1 to {most}")
     weights = attention_weights(model, ids).sqrt()  # the square root shows small weights, too
     rows, columns = ([f"{name} {i}" for i in range(n)] for name, n in zip(("layer", "head"), weights.shape))
-    figure, axes = squares(weights, rows, columns)
+    figure = squares(weights, rows, columns)
     words = [tokenizer.decode([i]).strip() or "·" for i in ids[:24]]  # more would not be legible
-    axes[-1][0].set_xticks(range(len(words)), words, rotation=90, fontsize=5, parse_math=False)
+    last = figure.axes[-len(columns)]  # the first of the last row
+    last.set_xticks(range(len(words)), words, rotation=90, fontsize=5, parse_math=False)
     figure.suptitle("what each query (row) looks at (column); colour: square root of the weight")
     return figure
 
@@ -147,16 +148,12 @@ def similarity(cost: Costs) -> np.ndarray:
     return alike.clip(min=0)
 
 
-def draw_similarity(ckpt: str | Path) -> Figure:
+def draw_similarity(ckpt: str) -> Figure:
     """A map of the K heads and one of the V heads for each layer."""
-    checkpoint, model = open_model(str(ckpt), "cpu")
-    text, _ = split_tokens(checkpoint, read_tokenizer(checkpoint["tokenizer"]), None, "train")
-    found = statistics(model, calibration_blocks(text, model, 65536, 0))
-    layers = [(layer.attention, seen) for layer, seen in zip(model.layers, found)]
+    _, model, blocks, *_ = open_inputs(MergeConfig(ckpt, out="unused", device="cpu"))
+    layers = [(layer.attention, seen) for layer, seen in zip(model.layers, statistics(model, blocks))]
     maps = [[similarity(Costs(attention, kind, seen)) for attention, seen in layers] for kind in "kv"]
-    figure, axes = squares(maps, ["K", "V"], [f"layer {i}" for i in range(len(layers))])
-    figure.colorbar(axes[0][0].images[0], ax=axes, label="similarity of two heads", shrink=0.8)
-    return figure
+    return squares(maps, ["K", "V"], [f"layer {i}" for i in range(len(layers))], "similarity of two heads")
 
 
 def draw_groups(models: dict[str, ModelConfig]) -> Figure:
@@ -189,9 +186,8 @@ def draw_together(paths: list[str]) -> Figure:
     except Exception:  # of a file that is damaged, or of a model of another shape than the last
         remedy = "give files of search_groups.py"
         raise UserError(f"{path} has no groups, or of another shape: {remedy}") from None
-    figure, axes = squares(shares, ["K", "V"], [f"layer {i}" for i in range(shares.shape[1])])
-    figure.colorbar(axes[0][0].images[0], ax=axes, label=f"share of {len(paths)} groupings", shrink=0.8)
-    return figure
+    columns = [f"layer {i}" for i in range(shares.shape[1])]
+    return squares(shares, ["K", "V"], columns, f"share of {len(paths)} groupings")
 
 
 def box(axes, x: float, y: float, text: str, colour: str | tuple, above: float | None = None) -> None:
