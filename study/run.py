@@ -36,7 +36,7 @@ depth-[budget]-[variant]-[seed]: <variant>*<budget> --seed [seed] <depth>
 depth-[budget]-[variant]-[seed]-test: eval_ppl.py depth-[budget]-[variant]-[seed]/ckpt.pt <test>
 depth-long-[other]-0: <other>*640 <depth>
 depth-long-[other]-0-test: eval_ppl.py depth-long-[other]-0/ckpt.pt <test>
-depth-latency-[way]: -m study latency <way> --batch_size 1 --steps 30 --json --ckpts <models>
+depth-latency: -m study latency --compile --batch_size 1 --steps 30 --json --ckpts <models>
 """,
     "groups": """
 before-base: eval_ppl.py <ckpt> <own> <test>
@@ -66,10 +66,8 @@ published-ours: search_groups.py <ckpt> <own> <twothirds> --max_evals 40 --refit
 published-[recipe]-merge: gqa.py <ckpt> <own> <recipe> --eval_tokens 2048
     --out published-[recipe].pt --overwrite
 published-[recipe]-before-[protocol]: eval_ppl.py published-[recipe].pt <own> <protocol>
-published-[recipe]-heal: train.py --init_from published-[recipe].pt <own> <lora>
-published-[recipe]-after-[protocol]: eval_ppl.py published-[recipe]-heal/ckpt.pt <own> <protocol>
-published-[recipe]-heal16: train.py --init_from published-[recipe].pt <own> <lora> --lora_alpha 16 --lr 0.001
-published-[recipe]-after16-[protocol]: eval_ppl.py published-[recipe]-heal16/ckpt.pt <own> <protocol>
+published-[recipe]-heal[more]: train.py --init_from published-[recipe].pt <own> <lora> <more>
+published-[recipe]-after[more]-[protocol]: eval_ppl.py published-[recipe]-heal[more]/ckpt.pt <own> <protocol>
 published-[recipe]-first: gqa.py published-original-heal/ckpt.pt <own> <recipe> --eval_tokens 2048
     --out first-[recipe].pt --overwrite
 published-[recipe]-first-[protocol]: eval_ppl.py first-[recipe].pt <own> <protocol>
@@ -132,7 +130,6 @@ LOOPS = {
     },
     "budget": {"short": "160", "long": "640"},
     "seed": {"0": "", "1": "", "2": ""}, "twin": {"0": "", "1": ""},
-    "way": {"eager": "", "compiled": "--compile"},
     "merge": {
         "random-mean": "--kv_budget <share> --joint --grouping random --merge mean --refit none",
         "neighbour-mean": "--kv_budget <share> --joint --grouping neighbour --merge mean --refit none",
@@ -154,6 +151,7 @@ LOOPS = {
         "block_mean": "--method block_mean --context 128 <p>",
         "sliding": "--method sliding --context 1024 <p>",
     },
+    "more": {"": "", "16": "--lora_alpha 16 --lr 0.001"},  # than the published LoRA
     "task": {"docstrings": "", "multi30k": "", "dialogsum": "--batch_size 4"},
     "tuning": {"full": "--optimizer adamw", "lora8": "--lora_r 8", "qlora8": "--lora_r 8 --quantize nf4"},
     "backend": {"naive": "", "sdpa": ""},
@@ -221,7 +219,7 @@ FAST = {  # patterns, and what --fast puts there
     " --compile": " --no-compile", r" (ours|groups)-(?!1of2)\S+": "",
 }  # fmt: skip
 FAST_LOOPS = {  # how kept keys begin
-    "variant": "6", "other": "5-plain", "seed": "0", "twin": "0", "way": "eager", "share": "1of2",
+    "variant": "6", "other": "5-plain", "seed": "0", "twin": "0", "share": "1of2",
     "task": ("docstrings", "multi30k"), "length": "256", "recipe": ("original", "random-0", "ours"),
 }  # fmt: skip
 

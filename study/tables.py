@@ -63,7 +63,7 @@ def gathered(pattern: str) -> dict[tuple, dict[str, dict]]:
 def depth() -> list[str]:
     """A row for each budget and variant; ms for 64 tokens are those of the models of the long run."""
     found, rows = gathered("depth-*-test.txt"), []
-    times = result("depth-latency-compiled") or result("depth-latency-eager")
+    times = result("depth-latency")
     for (budget, layers, kind), runs in found.items():
         first, plain = next(iter(runs.values())), found.get((budget, layers, "plain"), {})
         row = {"budget": budget, "layers": int(layers), "variant": kind, "parameters": first["params"]}

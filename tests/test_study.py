@@ -176,7 +176,7 @@ def test_tables_hold_what_the_logs_say(tmp_path, monkeypatch):
     Path("tuning-few-lora8-0/ckpt-answers-few.jsonl").write_text(f"{{}}\n{answer}\n")
     for name in ("tuning-few-full-0-score", *(f"{name}-score" for name in unfinished), "tuning-few-before"):
         written(name, ckpt=scores, examples=8)
-    written("depth-latency-eager", rows=[{"ckpt": f"{both[0]}/x.pt", "p5": 1.0, "median": 2.0, "p95": 3.0}])
+    written("depth-latency", rows=[{"ckpt": f"{both[0]}/x.pt", "p5": 1.0, "median": 2.0, "p95": 3.0}])
     written("depth-pace", rows=[{"variant": "slow", "ms": 7.0}])
     for protocol in ("sliding", "block_mean"):  # of a merge that is not yet healed
         written(f"published-original-before-{protocol}", **{protocol: 20.0})
