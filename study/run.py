@@ -18,6 +18,7 @@ import sys
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Literal
 
 from tqdm import tqdm
 
@@ -229,7 +230,7 @@ class StudyConfig:
     """study"""
 
     out: str = "out/study"  # the folder of everything that it makes
-    parts: list[str] | None = None  # depth groups published tuning memory attention speed foreign (all)
+    parts: list[Literal[tuple(STEPS)]] | None = None  # which parts of it (default: all)
     only: str = ""  # a regular expression: `base`, and the steps whose names have it; others must be done
     fast: bool = False  # tiny models and few steps, to check that everything works; into OUT-fast
     ckpt: str | None = None  # the model to group and to tune, in place of a default one; needs --dataset
@@ -300,8 +301,6 @@ def run(name: str, line: str) -> None:
 def main() -> None:
     config = StudyConfig(**parse(__doc__, StudyConfig))
     out = Path(config.out + "-fast" * config.fast)
-    if unknown := set(config.parts or ()) - set(STEPS):
-        raise UserError(f"--parts {min(unknown)} is none of the parts: {' '.join(STEPS)}")
     require(not config.ckpt or config.dataset, "--ckpt needs --dataset, text prepared with its tokenizer")
     try:
         todo = steps(config)
