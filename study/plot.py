@@ -79,8 +79,7 @@ def curve(folder: str, x: str) -> tuple[tuple, tuple, tuple]:
         if "val_loss" in record:
             points.append((position, record["val_loss"], np.mean(since) if since else math.nan))
             since = []
-    if not points:
-        raise UserError(f"{folder} has no loss on the val split: it comes with --eval_every, --eval_tokens")
+    require(points, f"{folder} has no loss on the val split: it comes with --eval_every, --eval_tokens")
     return tuple(zip(*points))
 
 
@@ -184,8 +183,7 @@ def draw_together(paths: list[str]) -> Figure:
             found.append(maps[..., None] == maps[..., None, :])
         shares = np.mean(found, axis=0)
     except Exception:  # of a file that is damaged, or of a model of another shape than the last
-        remedy = "give files of search_groups.py"
-        raise UserError(f"{path} has no groups, or of another shape: {remedy}") from None
+        raise UserError(f"{path} has no groups, or of another shape: give search_groups.py's files") from None
     columns = [f"layer {i}" for i in range(shares.shape[1])]
     return squares(shares, ["K", "V"], columns, f"share of {len(paths)} groupings")
 

@@ -63,7 +63,7 @@ def gathered(pattern: str) -> dict[tuple, dict[str, dict]]:
 def depth() -> list[str]:
     """A row for each budget and variant; ms for 64 tokens are those of the models of the long run."""
     found, rows = gathered("depth-*-test.txt"), []
-    times = result("depth-latency")
+    times = {tuple(row["ckpt"].split("-")[2:4]): row for row in result("depth-latency").get("rows", [])}
     for (budget, layers, kind), runs in found.items():
         first, plain = next(iter(runs.values())), found.get((budget, layers, "plain"), {})
         row = {"budget": budget, "layers": int(layers), "variant": kind, "parameters": first["params"]}
@@ -71,9 +71,8 @@ def depth() -> list[str]:
         row |= {"test perplexity": spread([run["blocks"] for run in runs.values()])}
         ratios = [runs[seed]["blocks"] / plain[seed]["blocks"] for seed in runs if seed in plain]
         row |= {"by plain's": spread(ratios)} if ratios else {}
-        for time_of in times.get("rows", []):
-            if f"-{layers}-{kind}-" in time_of["ckpt"]:
-                row |= {f"ms, {key}": time_of[key] for key in ("p5", "median", "p95")}
+        if known := times.get((layers, kind)):
+            row |= {f"ms, {key}": known[key] for key in ("p5", "median", "p95")}
         rows.append(row)
     return section("Fewer, richer layers", rows, "depth", partial(draw_depth, found))
 

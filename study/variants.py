@@ -16,7 +16,7 @@ from functools import partial
 import torch
 
 import train
-from common import UserError, require
+from common import require
 from model import Llama
 
 
@@ -27,9 +27,8 @@ def change(model: Llama, how: str) -> None:
         attention = layer.attention
         if how == "scaled":
             attention.wo.weight.mul_(0.01 * math.sqrt(attention.head_dim))
-        elif attention.novel is None:
-            raise UserError("torch is how the novel layer may begin: give --novel")
         else:
+            require(attention.novel is not None, "torch is how the novel layer may begin: give --novel")
             attention.novel.reset_parameters()
             attention.novel.bias.zero_()
 
