@@ -92,10 +92,6 @@ def in_turns(runs: dict[str, Callable], rounds: int, warm_up: int = 1) -> dict[s
     return {name: own[warm_up:] for name, own in seconds.items()}
 
 
-def median_seconds(run: Callable, rounds: int) -> float:
-    return median(in_turns({"": run}, rounds)[""])
-
-
 def alone(name: str, function: Callable, *args):
     """function(*args) in a process of its own, so that its peak memory is the row's."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
@@ -193,7 +189,8 @@ def train_main() -> None:
     found = train_speed(model, config, dtype)
     if device.type == "cpu":  # the rate of SwiGLU's product, and the share of it that a step reaches
         x, w = torch.randn(tokens, c.dim, dtype=dtype), torch.randn(c.hidden_dim, c.dim, dtype=dtype)
-        rate = 2 * tokens * c.dim * c.hidden_dim / median_seconds(lambda: x @ w.T, 20)
+        seconds = in_turns({"product": lambda: x @ w.T}, 20)["product"]
+        rate = 2 * tokens * c.dim * c.hidden_dim / median(seconds)
         # 2 operations a weight and token in the forward, 4 in the backward; half the scores are hidden
         matrices = sum(p.numel() for p in model.layers.parameters() if p.dim() == 2) + c.vocab_size * c.dim
         needed = 6 * (matrices + c.n_layer * c.n_head * c.head_dim * c.block_size)

@@ -34,7 +34,7 @@ import train
 from common import IGNORE, bounded, replacing, require
 from formats.models import config_of
 from model import Llama, ModelConfig
-from study.bench import BenchConfig, alone, configs, median_seconds, show, train_speed
+from study.bench import BenchConfig, alone, configs, in_turns, show, train_speed
 
 
 @dataclass
@@ -108,7 +108,7 @@ def write(name: str, path: str, c: ModelConfig, texts: int) -> dict:
         rate = re.search(r"tok/s: ([\d.]+)", said)
         require(rate, f"--run_c {path} prints no tok/s but {said[-80:]!r}")
         return {"tok_s": float(rate[1])}
-    return {"tok_s": texts * new / median_seconds(run, 3)}
+    return {"tok_s": texts * new / median(in_turns({name: run}, 3)[name])}
 
 
 def main() -> None:

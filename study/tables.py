@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
-from statistics import mean
 
 import numpy as np
 import torch
@@ -44,7 +43,7 @@ def section(title: str, rows: list[dict], figure: str = "", draw: Callable[[], F
 def spread(values: list[float]) -> str:
     """The mean, and where there are several values its standard error."""
     error = f" ± {np.std(values, ddof=1) / math.sqrt(len(values)):.2g}" if len(values) > 1 else ""
-    return f"{mean(values):.5g}{error}"
+    return f"{np.mean(values):.5g}{error}"
 
 
 def gathered(pattern: str) -> dict[tuple, dict[str, dict]]:
