@@ -39,7 +39,7 @@ class TextConfig:
 
 
 def main() -> None:
-    config = TextConfig(**parse(__doc__, WriteConfig))
+    config = TextConfig(**parse(__doc__, TextConfig))
     device, folder, checkpoint = pick_device(config.device), Path(config.folder), load(config.ckpt)
     require(config.overwrite or not folder.exists(), f"{folder} exists: name a new folder, or --overwrite it")
     model, tokenizer = build(checkpoint, device)
