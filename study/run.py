@@ -180,7 +180,7 @@ FLAGS = {  # what several steps share; refits take most of a search's time, henc
     "<30k>": GITHUB + "multi30k/dataset/a3d2e0d26b56f3846f66a952536ffed4e401d05a/data/task1/raw",
     "<sum>": GITHUB + "cylnlp/dialogsum/848cc8c05e0a04def79326539de827f1b28786a0/DialogSum_Data/dialogsum",
     r"([\d.]+)\*(\d+)": lambda product: str(round(float(product[1]) * int(product[2]))),
-    "<depth>": "--batch_size 8 --compile --eval_every 40 --eval_tokens 16384 <shape> <own>",
+    "<depth>": "--batch_size 8 --compile --eval_every 80 --eval_tokens 16384 <shape> <own>",
     "<shapes>": " ".join(
         f'"--n_layer {n}{kind} <shape>"' for n in (6, 8, 5, 7) for kind in ("", " --novel", " --gated")
     ),
@@ -215,7 +215,7 @@ FAST = {  # patterns, and what --fast puts there
     "--dim (288|768) .* (768|32000)": TINY, "--block_size 1024": "--block_size 256",
     r' "--n_layer [578][^"]*"': "", r" depth-long-(?!6|5-plain)\S+": "",
     r"(--max_steps \d+)\d": r"\1", r"--warmup_steps \d+": "--warmup_steps 1", "--epochs 24": "--epochs 1",
-    "_every 40": "_every 3", r" --(steps|rounds) \d+": r" --\1 1", "_evals (40|150)": "_evals 14",
+    "_every 80": "_every 3", r" --(steps|rounds) \d+": r" --\1 1", "_evals (40|150)": "_evals 14",
     "--limit 100": "--limit 8", "16384|32768|65536": "4096", "330000": "40000", r"(--shares \S+).*": r"\1",
     " --compile": " --no-compile", r" (ours|groups)-(?!1of2)\S+": "",
 }  # fmt: skip
