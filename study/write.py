@@ -5,7 +5,7 @@
     python train.py --init_from latent.pt --teacher ckpt.pt --distil_weight 1 --dataset own --batch_size 4
 
 At temperature 1 a text has the distribution that the model predicts, and there can be as much of it as is
-wanted: data-free distillation (arXiv 2305.17888). Each text is a file of the folder.
+wanted: data-free distillation (arXiv 2305.17888). Each text is a file.
 """
 
 from dataclasses import dataclass
@@ -43,21 +43,23 @@ def main() -> None:
     device, folder, checkpoint = pick_device(config.device), Path(config.folder), load(config.ckpt)
     require(config.overwrite or not folder.exists(), f"{folder} exists: name a new folder, or --overwrite it")
     model, tokenizer = build(checkpoint, device)
-    length, rng = min(MOST, model.config.block_size), np.random.default_rng(config.seed)
-    begins, size = [tokenizer.prompt("") or [0]] * config.batch_size, min(BEGIN, length // 8)
-    given = split_tokens(checkpoint, tokenizer, config.dataset, "train")[0] if config.dataset else []
+    length, written, rng = min(MOST, model.config.block_size), 0, np.random.default_rng(config.seed)
+    B, size = config.batch_size, max(1, min(BEGIN, length // 8))
+    begins = [tokenizer.prompt("") or [0]] * B
+    if config.dataset:
+        ids, name = split_tokens(checkpoint, tokenizer, config.dataset, "train")
+        require(len(ids) > size, f"{name} has {len(ids)} tokens: give --dataset of {size + 1} or more")
     how = {"temperature": config.temperature, "top_p": config.top_p, "stop": tokenizer.stop}
     how["generator"] = torch.Generator(device).manual_seed(config.seed)
     folder.mkdir(parents=True, exist_ok=True)
-    written, bar = 0, tqdm(total=config.tokens, unit="token", disable=None)
-    with bar:
+    for old in folder.glob("[0-9]" * 10 + ".txt"):  # of another length or seed
+        old.unlink()
+    with tqdm(total=config.tokens, unit="token", disable=None) as bar:
         while written < config.tokens:
             if config.dataset:
-                places = rng.integers(len(given) - size, size=config.batch_size)
-                begins = [given[at : at + size].tolist() for at in places]
+                begins = [ids[at : at + size].tolist() for at in rng.integers(len(ids) - size, size=B)]
             for begin, new in zip(begins, model.generate(begins, length - len(begins[0]), **how)):
-                text = tokenizer.decode(begin + new)
-                (folder / f"{written:010}.txt").write_text(text, encoding="utf-8", newline="")
+                (folder / f"{written:010}.txt").write_text(tokenizer.decode(begin + new), "utf-8", newline="")
                 written += len(begin) + len(new)
                 bar.update(len(begin) + len(new))
     print(f"wrote {written:,} tokens into {folder}")

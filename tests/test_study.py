@@ -110,14 +110,14 @@ def test_a_choice_is_right_where_the_own_reference_has_the_least_loss(tiny_run, 
 
 def test_a_model_writes_on_from_the_train_split(tiny_run, tiny_data, tmp_path):
     _, tokenizer = build(load(tiny_run))
-    flags = "study", "write", tiny_run, tmp_path / "own", "--dataset", tiny_data, "--tokens", 3000
-    assert quick(*flags).returncode == 0
-    refused(quick(*flags), "--overwrite")
+    flags = "study", "write", tiny_run, tmp_path / "own", "--dataset", tiny_data, "--tokens"
+    assert quick(*flags, 9000).returncode == quick(*flags, 3000, "--overwrite").returncode == 0
+    refused(quick(*flags, 3000), "--overwrite")
     texts = [path.read_text("utf-8") for path in (tmp_path / "own").iterdir()]
     for split in ("train", "val"):
         ids = np.fromfile(tiny_data / f"{split}.bin", np.uint16).tolist()
         begins = tuple({tokenizer.decode(ids[i : i + 4]) for i in range(len(ids) - 3)})
-        assert all(text.startswith(begins) for text in texts) == (split == "train")
+        assert all(text.startswith(begins) for text in texts) == (split == "train") and len(texts) == 128
 
 
 def test_every_step_has_flags_that_exist(monkeypatch):
