@@ -195,8 +195,7 @@ def trials(good: Path, root: Path, inputs: int, seed: int) -> dict[str, Counter]
         names = {"f": path.parent, "n": path.name, "o": out, "r": good}
         what, done = attempt(line.format(**names), path.stat().st_size)
         if what == "accepted":
-            printed = re.findall("perplexity .*", done.stdout)
-            got = content(Path(result.format(**names))) if result else printed
+            got = content(Path(result.format(**names))) if result else re.findall("perplexity.*", done.stdout)
             what = "the same" if got == rights.setdefault(file, got) else "another"
         assert number >= 0 or what == "the same", (file, what, done)
         counts[file][what] += number >= 0
