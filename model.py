@@ -569,8 +569,8 @@ def pick_token(logits: torch.Tensor, temperature: float, top_p: float, generator
     """logits (B, V) -> the next tokens (B, 1): the likeliest at temperature 0, else from the nucleus."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    p = ((widen(logits) - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)).softmax(-1)
-    if top_p < 1:  # sorting takes as long as a small model's forward
+    p = ((widen(logits) - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)).softmax(-1)  # no overflow
+    if top_p < 1:  # sorting may take as long as a forward
         ranked, order = p.sort(descending=True)
         before = ranked.cumsum(-1) - ranked  # mass of the likelier tokens; the first always stays
         p = p.scatter(-1, order, ranked.masked_fill(before >= top_p, 0))

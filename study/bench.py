@@ -142,10 +142,8 @@ def compared(runs: dict[str, Callable], rounds: int, warm_up: int = 1) -> dict[s
     """ms: the median time of each run; ratio: the median, over the rounds, of the first one's time by it."""
     seconds = in_turns(runs, rounds, warm_up)
     first = seconds[next(iter(runs))]
-    return {
-        name: {"ms": 1000 * median(own), "ratio": median(a / b for a, b in zip(first, own))}
-        for name, own in seconds.items()
-    }
+    ratio = {name: median(a / b for a, b in zip(first, own)) for name, own in seconds.items()}
+    return {name: {"ms": 1000 * median(own), "ratio": ratio[name]} for name, own in seconds.items()}
 
 
 def random_step(model: nn.Module, train: TrainConfig, shape: tuple[int, int], dtype: torch.dtype, parts=1):
@@ -189,8 +187,7 @@ def train_main() -> None:
     found = train_speed(model, config, dtype)
     if device.type == "cpu":  # the rate of SwiGLU's product, and the share of it that a step reaches
         x, w = torch.randn(tokens, c.dim, dtype=dtype), torch.randn(c.hidden_dim, c.dim, dtype=dtype)
-        seconds = in_turns({"product": lambda: x @ w.T}, 20)["product"]
-        rate = 2 * tokens * c.dim * c.hidden_dim / median(seconds)
+        rate = 2 * tokens * c.dim * c.hidden_dim / median(in_turns({"": lambda: x @ w.T}, 20)[""])
         # 2 operations a weight and token in the forward, 4 in the backward; half the scores are hidden
         matrices = sum(p.numel() for p in model.layers.parameters() if p.dim() == 2) + c.vocab_size * c.dim
         needed = 6 * (matrices + c.n_layer * c.n_head * c.head_dim * c.block_size)
