@@ -193,11 +193,11 @@ def trials(good: Path, root: Path, inputs: int, seed: int) -> dict[str, Counter]
         if number >= 0:
             damage(path, rng)
         names = {"f": path.parent, "n": path.name, "o": out, "r": good}
-        what, done = attempt(line.format(**names), path.stat().st_size)
+        what, ran = attempt(line.format(**names), path.stat().st_size)
         if what == "accepted":
-            got = content(Path(result.format(**names))) if result else re.findall("perplexity.*", done.stdout)
+            got = content(Path(result.format(**names))) if result else re.findall("perplexity .*", ran.stdout)
             what = "the same" if got == rights.setdefault(file, got) else "another"
-        assert number >= 0 or what == "the same", (file, what, done)
+        assert number >= 0 or what == "the same", (file, what, ran)
         counts[file][what] += number >= 0
         if what in FAULTS:
             print(f"input {number}, {file}: {what}", file=sys.stderr, flush=True)
