@@ -33,9 +33,9 @@ ROOT = Path(__file__).resolve().parent.parent
 STEPS = {
     "depth": """
 depth-pace: -m study pace <shapes> --batch_size 8 --steps 9 --json
-depth-[budget]-[variant]-[seed]: <variant>*<budget> --seed [seed] <depth>
+depth-[budget]-[variant]-[seed]: <variant>*<budget> --seed [seed] <seed> <depth>
 depth-[budget]-[variant]-[seed]-test: eval_ppl.py depth-[budget]-[variant]-[seed]/ckpt.pt <test>
-depth-long-[other]-0: <other>*640 <depth>
+depth-long-[other]-0: <other>*640 --eval_tokens 16384 <depth>
 depth-long-[other]-0-test: eval_ppl.py depth-long-[other]-0/ckpt.pt <test>
 depth-latency: -m study latency --compile --batch_size 1 --steps 30 --json --ckpts <models>
 """,
@@ -129,8 +129,8 @@ LOOPS = {
         "5-plain": f"{TRAIN} 5 {STEP} 1.17", "5-novel": f"{TRAIN} 5 --novel {STEP} 1.17",
         "7-plain": f"{TRAIN} 7 {STEP} 0.87", "7-novel": f"{TRAIN} 7 --novel {STEP} 0.86",
     },
-    "budget": {"short": "160", "long": "640"},
-    "seed": {"0": "", "1": "", "2": ""}, "twin": {"0": "", "1": ""},
+    "budget": {"short": "160", "long": "640"}, "twin": {"0": "", "1": ""},
+    "seed": {"0": "--eval_tokens 16384", "1": "--eval_tokens 0", "2": "--eval_tokens 0"},  # curves of one
     "merge": {
         "random-mean": "--kv_budget <share> --joint --grouping random --merge mean --refit none",
         "neighbour-mean": "--kv_budget <share> --joint --grouping neighbour --merge mean --refit none",
@@ -180,7 +180,7 @@ FLAGS = {  # what several steps share; refits take most of a search's time, henc
     "<30k>": GITHUB + "multi30k/dataset/a3d2e0d26b56f3846f66a952536ffed4e401d05a/data/task1/raw",
     "<sum>": GITHUB + "cylnlp/dialogsum/848cc8c05e0a04def79326539de827f1b28786a0/DialogSum_Data/dialogsum",
     r"([\d.]+)\*(\d+)": lambda product: str(round(float(product[1]) * int(product[2]))),
-    "<depth>": "--batch_size 8 --compile --eval_every 80 --eval_tokens 16384 <shape> <own>",
+    "<depth>": "--batch_size 8 --compile --eval_every 80 <shape> <own>",
     "<shapes>": " ".join(
         f'"--n_layer {n}{kind} <shape>"' for n in (6, 8, 5, 7) for kind in ("", " --novel", " --gated")
     ),
