@@ -48,7 +48,7 @@ RUN_FIXED = {  # what a resumed run may not change, besides its shape and its ad
     "momentum",
 }  # fmt: skip
 STREAM, COUNTED = 0.5, 10**7  # begin_embeddings: root mean square given, tokens read
-# factors of lr where Muon trains; all else 1 (see docs/results.md)
+# factors of lr where Muon trains; all else 1 (see docs/recipe.md)
 RATES = {"wq": 2.0, "wk": 2.0, "w1": 0.7, "w2": 0.7, "w3": 0.7}
 STATE = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}  # of each parameter
 
