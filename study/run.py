@@ -130,7 +130,7 @@ LOOPS = {
         "7-plain": f"{TRAIN} 7 {STEP} 0.87", "7-novel": f"{TRAIN} 7 --novel {STEP} 0.86",
     },
     "budget": {"short": "160", "long": "640"}, "twin": {"0": "", "1": ""},
-    "seed": {"0": "--eval_tokens 16384", "1": "--eval_tokens 0", "2": "--eval_tokens 0"},  # curves of one
+    "seed": {"0": "--eval_tokens 16384", "1": "--eval_tokens 0", "2": "--eval_tokens 0"},  # one has a curve
     "merge": {
         "random-mean": "--kv_budget <share> --joint --grouping random --merge mean --refit none",
         "neighbour-mean": "--kv_budget <share> --joint --grouping neighbour --merge mean --refit none",

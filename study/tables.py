@@ -86,7 +86,7 @@ def draw_depth(found: dict[tuple, dict]) -> Figure:
         x = int(layers) + 0.06 * (KINDS.index(kind) - 2)
         place.plot([x] * len(runs), [run["blocks"] for run in runs.values()], "o", color=colour, label=kind)
         place.set(xlabel="layers", ylabel="test perplexity", xticks=ticks, title=f"{budget}, a point a seed")
-        if budget == budgets[-1]:
+        if budget == budgets[-1] and "val_loss" in runs[min(runs)]:  # else not evaluated on val
             name = f"depth-{budget}-{layers}-{kind}-{min(runs)}"
             at, val, _ = plot.curve(name, "tokens")  # the last is of all of val, the others of a part
             axes[-1].plot(at[:-1], val[:-1], color=colour, lw=0.4 * int(layers) - 1.4)

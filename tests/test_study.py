@@ -165,9 +165,9 @@ def test_tables_hold_what_the_logs_say(tmp_path, monkeypatch):
     both = [f"depth-short-5-{kind}-{seed}" for kind in ("plain", "novel") for seed in "01"]
     unfinished = ["tuning-part-full-0", "tuning-part-full-1"]  # text of before is not yet measured
     first = {"params": 9, "trainable": 7, "step": 0, "epochs": 2.0, "train": {"max_steps": 4}}
-    last = {"step": 3, "tokens": 1, "seconds": 60.0, "val_loss": 3.0}
+    last, seen = {"step": 3, "tokens": 1, "seconds": 60.0}, {"step": 3, "val_loss": 3.0}  # not of all
     for name, perplexity in zip([*both, "tuning-few-full-0", *unfinished], (10.0, 20.0, 11.0, 18.0, 0, 0, 0)):
-        written(f"{name}-test", first, last, blocks=perplexity)
+        written(f"{name}-test", first, last, *[seen] * (name == both[0]), blocks=perplexity)
     evaluated = {"step": 2, "loss": 3.0, "val_loss": 2.0}, {"step": 4, "loss": 1.0, "val_loss": 2.5}
     written("few-full-own", first, *evaluated, blocks=40.0)
     scores, answer = dict.fromkeys([*tables.SCORES, "latency_p50"], 5.0), {"ckpt": "a\u2028line"}
