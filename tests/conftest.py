@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # for the programs of this folder, which pytest does not start
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # the products of tiny models are too small to share
 ONE_THREAD.pop("TRITON_INTERPRET", None)  # set below in pytest's first process, whose workers inherit it
 if not torch.cuda.is_available():
@@ -24,9 +26,9 @@ from corpus import write_corpus
 import common
 from checkpoint import load
 from data.tokenizer import Tokenizer
+from lora import LoRAConfig, adapt, adapters
 from model import Llama, ModelConfig
 
-ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
 TINY = {"n_layer": 2, "n_head": 4, "dim": 32, "hidden_dim": 48, "vocab_size": 64, "block_size": 64}
 PARTS = "attention.wq attention.wk attention.wv attention.wo feed_forward.w1 feed_forward.w3 feed_forward.w2"
@@ -149,6 +151,13 @@ def sharpened(model: torch.nn.Module) -> torch.nn.Module:
 def sharp_model(seed: int = 0, **settings) -> Llama:
     torch.manual_seed(seed)
     return sharpened(Llama(ModelConfig(**{**TINY, **settings})))
+
+
+def adapted(model: Llama, std: float = 0.2, **settings) -> Llama:
+    """The model with an adapter (see LoRAConfig) whose B is not zero, as after training."""
+    for layer in adapters(adapt(model, LoRAConfig(**settings))):
+        torch.nn.init.normal_(layer.lora_B, std=std)
+    return model
 
 
 def to_hugging_face(model: Llama):

@@ -8,7 +8,6 @@ or that of another valid file. Anything else is a fault: a traceback, more than 
 times the input plus 24 MiB, code that ran.
 """
 
-import contextlib
 import gzip
 import json
 import math
@@ -24,8 +23,6 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 from conftest import content, quick, refused, run, sharp_model
 from corpus import write_corpus
@@ -34,6 +31,7 @@ from foreign import checkpoint_of, save_folder, their_model, write_llama2c
 from checkpoint import save
 from common import peak_memory_bytes
 from data.tokenizer import Tokenizer
+from study.bench import reset_peak_memory
 
 SLACK = 24 * 2**20  # bytes that a command may take for itself, whatever it reads
 FINE, FAULTS = ("refused", "the same", "another"), ("traceback", "hang", "memory", "code run")
@@ -150,17 +148,10 @@ def damage(path: Path, rng: random.Random) -> None:
         path.write_bytes(damaged_bytes(data, rng))
 
 
-def memory_now() -> int:
-    """Bytes of this process; on Linux, its peak is counted anew from here."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    return peak_memory_bytes(torch.device("cpu"))
-
-
 def attempt(line: str, size: int) -> tuple[str, subprocess.CompletedProcess | None]:
     """Run a command on an input of so many bytes: "refused", "accepted" or a fault; and what it printed."""
     signal.signal(signal.SIGALRM, signal.default_int_handler)
-    before, done = memory_now(), None
+    before, done = reset_peak_memory(torch.device("cpu")), None
     signal.alarm(60)
     try:
         done = quick(*line.split())

@@ -15,8 +15,6 @@ import tempfile
 from hashlib import sha256
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from conftest import ONE_THREAD, ROOT, content
 from corpus import write_corpus
 from foreign import save_folder, their_model

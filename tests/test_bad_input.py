@@ -10,7 +10,6 @@ import re
 import resource
 import shlex
 import shutil
-import signal
 import struct
 import zipfile
 from dataclasses import fields
@@ -22,13 +21,12 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import ONE_THREAD, command, content, quick, refused, run, sharp_model, small_run
-from foreign import checkpoint_of, save_folder, their_model
+from foreign import change_json, checkpoint_of, save_folder, their_model
 from fuzz import FAULTS, Bomb, attempt, good_files, trials
 
 import common
 from checkpoint import load, save
 from formats.models import FIELDS
-from lora import LoRAConfig, adapt
 from train import STREAM
 
 MISTAKES = """
@@ -45,7 +43,7 @@ train.py --dataset data --max_steps 1 --dim 32 --out_dir new
     --resume --overwrite                     --overwrite
     --fsdp                                   torchrun
     --lora_r 2                               --init_from
-    --teacher run/ckpt.pt --block_size 48    --block_size
+    --teacher run/ckpt.pt --block_size 300   --block_size
     --teacher ''                             --teacher
     --distil_weight 0.3                      --teacher
     --optimizer adamw --momentum 0.9         --momentum
@@ -99,7 +97,10 @@ search_groups.py run/ckpt.pt --out new.json --calibration_tokens 1024
     import nosuch new.pt                     nosuch
     import hf new.pt --tokenizer text.txt    text.txt
     import text.txt new.pt --base bare.pt    text.txt
+    import other_hf new.pt                   bias
     export run/ckpt.pt hf                    hf exists
+    export novel.pt new                      --novel
+    export five.pt new                       n_head
     export lora.pt new                       checkpoint.py merge
     export run/ckpt.pt new.pt --adapter      --lora_r
     import lora.pt new.pt --base run/ckpt.pt --block_size 64    --block_size
@@ -113,48 +114,43 @@ search_groups.py run/ckpt.pt --out new.json --calibration_tokens 1024
     attention                                --init_from
 """
 MODULES = ["train", "eval_ppl", "sample", "gqa", "search_groups", "data.prepare", "formats.__main__"]
-
-
-def cases():
-    """(command line, what the error must name) for each indented line of MISTAKES."""
-    for block in re.split(r"\n(?=\S)", MISTAKES.strip()):
-        command, *rows = block.split("\n    ")
-        for flags, word in (re.split("  +", row) for row in rows):
-            yield f"{command} {flags}", word
+# a command line and what its error must name, for each indented line of MISTAKES
+BLOCKS = (block.split("\n    ") for block in re.split(r"\n(?=\S)", MISTAKES.strip()))
+CASES = [f"{command} {row}".rsplit("  ", 1) for command, *rows in BLOCKS for row in rows]
 
 
 @pytest.fixture(scope="module")
-def room(tiny_data, tiny_run, tmp_path_factory):
+def room(good, tmp_path_factory):
     """A folder with the files that MISTAKES names."""
-    room, saved, lora = tmp_path_factory.mktemp("room"), load(tiny_run), LoRAConfig(2)
-    shutil.copytree(tiny_data, room / "data")
-    train = shutil.copytree(tiny_data, room / "flipped") / "train.bin"
+    room = shutil.copytree(good, tmp_path_factory.mktemp("room") / "files")
+    data, saved = room / "data", load(room / "run/ckpt.pt")
+    train = shutil.copytree(data, room / "flipped") / "train.bin"
     train.write_bytes(train.read_bytes()[::-1])  # of the same size
-    meta = json.loads((tiny_data / "meta.json").read_text())
-    (shutil.copytree(tiny_data, room / "kindless") / "meta.json").write_text(json.dumps({**meta, "kind": 0}))
+    change_json(shutil.copytree(data, room / "kindless") / "meta.json", kind=0)
     for name, line in (("torn", b'{"loss": 1}\n'), ("bytes", b"\xff\n")):
-        (shutil.copytree(tiny_run.parent, room / name) / "log.jsonl").write_bytes(line)
-    shutil.copytree(tiny_run.parent, room / "run")
+        (shutil.copytree(room / "run", room / name) / "log.jsonl").write_bytes(line)
     (room / "text.txt").write_text("some words\n" * 99)
     (room / "latin.txt").write_text("Bj\xf6rk", "latin1")
-    records = [{"instruction": f"Repeat {n}.", "output": f"{n}"} for n in range(40)]
-    (room / "tasks.json").write_text(json.dumps(records))
+    shutil.copy(room / "records/x.json", room / "tasks.json")
+    shutil.copy(room / "adapted/ckpt.pt", room / "lora.pt")
     save(room / "bare.pt", {**saved, "tokenizer": None})
     latents = sharp_model(k_latent=[[1] * 4] * 2, v_latent=[6, 6])
     save(room / "latent.pt", checkpoint_of(latents))
+    save(room / "novel.pt", checkpoint_of(sharp_model(novel=True)))
+    save(room / "five.pt", checkpoint_of(sharp_model(n_head=5, head_dim=6)))
+    save_folder(their_model(attention_bias=True), room / "other_hf")
+    change_json(room / "other_hf/config.json", attention_bias=False)
     save(room / "odd.pt", {**saved, "train": {"dataset": 3}})
-    save(room / "lora.pt", {**checkpoint_of(adapt(sharp_model(), lora)), "lora": vars(lora)})
     again = {"train": {**saved["train"], "overwrite": True}}  # a guard must not take it from there
     splits = {**saved["data"]["splits"], "val": {"sha256": "0"}}
     save(room / "moved/ckpt.pt", {**saved, **again, "data": {"splits": splits}})
-    save_folder(their_model(), room / "hf", "safetensors")
     other = ["--text", room / "text.txt", "--vocab_size", 270, "--out", room / "other"]
-    tasks = ["--from", room / "tasks.json", "--tokenizer", tiny_run, "--out", room / "tasks"]
+    tasks = ["--from", room / "tasks.json", "--tokenizer", room / "run/ckpt.pt", "--out", room / "tasks"]
     assert not any(quick("data/prepare.py", "x", *flags).returncode for flags in (other, tasks))
     return room
 
 
-@pytest.mark.parametrize("line, word", list(cases()))
+@pytest.mark.parametrize("line, word", CASES)
 def test_a_mistake_is_one_line_that_names_it(line, word, room, monkeypatch):
     monkeypatch.chdir(room)
     before = {path: path.stat().st_mtime_ns for path in room.rglob("*")}
@@ -301,12 +297,6 @@ def test_a_training_state_that_lies(place, tiny_run, tmp_path):
     assert (tmp_path / "ckpt.pt").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_folder_in_use(tmp_path):
-    with common.held(tmp_path / "x.partial"):
-        done = quick("data/prepare.py", "x", "--text", __file__, "--out", tmp_path / "x")
-    refused(done, "x.partial is in use")
-
-
 def test_neither_locale_nor_hash_seed_nor_folder_change_a_run(tiny_data, tmp_path):
     strange = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii", "PYTHONHASHSEED": "7"}
     run("train.py", *small_run(tiny_data, tmp_path / "a"), "--max_steps", 3)
@@ -327,11 +317,8 @@ def test_a_diverging_run_keeps_the_last_good_checkpoint(tiny_data, tmp_path, eve
 
 
 def test_a_full_disk_keeps_the_checkpoint_written_before(tiny_run, tmp_path):
-    def small_files_only():  # a log fits, a checkpoint does not
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-
-    out = shutil.copytree(tiny_run.parent, tmp_path / "run")
-    done = command("train.py", "--out_dir", out, "--resume", "--max_steps", 40, preexec_fn=small_files_only)
+    out, most = shutil.copytree(tiny_run.parent, tmp_path / "run"), (60_000, 60_000)  # a log fits
+    limited = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, most)}
+    done = command("train.py", "--out_dir", out, "--resume", "--max_steps", 40, **limited)
     refused(done, "cannot write", "ckpt.pt", "kept")
     assert (out / "ckpt.pt").read_bytes() == tiny_run.read_bytes() and not list(out.glob("*.tmp"))

@@ -8,12 +8,12 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_close, quick, records, refused, sharp_model, small_run
+from conftest import adapted, assert_close, quick, records, refused, run, sharp_model, small_run
 from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import load
 from common import UserError
-from lora import TARGETS, LoRAConfig, adapt, adapters
+from lora import TARGETS
 from model import Llama, ModelConfig, rope_angles
 from study.attention import kernel_rows, prepare, slice_model
 from study.bench import ROWS as ROWS_OF_MEMORY
@@ -24,9 +24,7 @@ SHAPE = ["--n_layer", 1, "--n_head", 4, "--dim", 32, "--vocab_size", 64, "--bloc
 
 
 def table(*args) -> list[dict]:
-    done = quick("study", *args, "--json")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)["rows"]
+    return json.loads(run("study", *args, "--json").stdout)["rows"]
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
@@ -35,10 +33,7 @@ def test_slices_equal_the_whole(kind):
     for n in (1, 2, 4):
         small = sharp_model(k_groups=[[0, 1, 1, 1]] * 2, v_groups=[[0, 0, 0, 0]] * 2)
         how = {"quantize": "nf4" if kind == "qlora" else "none", "lora_r": 3 * (kind != "full")}
-        adapt(small, LoRAConfig(lora_targets=list(TARGETS), **how))
-        for layer in adapters(small):
-            torch.nn.init.normal_(layer.lora_B, std=0.1)
-        small.double()
+        small = adapted(small, lora_targets=list(TARGETS), **how).double()
         if n > 1:
             slice_model(small, n)
         with mock.patch.object(F, "linear", wraps=F.linear) as linear:
@@ -98,8 +93,8 @@ def test_rates_are_of_the_seconds_that_a_run_took(tiny_run, monkeypatch):
     """Of each run 1, 2 and 3."""
 
     def times(runs, *_, **how):
-        for run in runs.values():
-            run()
+        for one in runs.values():
+            one()
         return {name: [1.0, 2.0, 3.0] for name in runs}
 
     monkeypatch.setattr("study.bench.compiling_pays", lambda *_: False)  # it takes half a minute
@@ -125,9 +120,8 @@ def test_comparisons_measure_what_their_rows_say(tiny_run, tiny_data, tmp_path):
     assert list(cells) == list(ROWS) and {whole for _, whole in cells.values()} == {"1.000"}
     halves = [half for half, _ in cells.values()]
     assert halves[0] > halves[3] > halves[6] > halves[10], "means, closed form, refitted, latents"
-    run = small_run(tiny_data, tmp_path / "run")
-    done = quick("study", "time-to-loss", "transformers", "-", *run, "--max_steps", 2)
-    assert "val perplexity" in done.stdout, done.stderr
+    how = "transformers", "-", *small_run(tiny_data, tmp_path / "run"), "--max_steps", 2
+    assert "val perplexity" in run("study", "time-to-loss", *how).stdout
     assert records(tmp_path / "run/log.jsonl")[1]["loss"] == pytest.approx(math.log(400), rel=0.01)  # a guess
     assert "layers.0.model.model.embed_tokens.weight" in load(tmp_path / "run/ckpt.pt")["model"]
 

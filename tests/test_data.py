@@ -19,50 +19,39 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint import build, load, save
-from common import IGNORE, UserError
+from common import IGNORE, UserError, held
 from data import corpora
 from data.corpora import download, split
 from data.instruct import encoded, read_files
-from data.loader import SPLITS, Examples, open_split, padded, read_meta
+from data.loader import SPLITS, Examples, open_split, padded, prepared, read_meta
 from data.prepare import PrepareConfig, prepare
 from data.tokenizer import Tokenizer, prompt_text, read_tokenizer
 from eval_ppl import bits_per_byte
 from formats.tokenizers import with_special
 
 
-def tokenizer_of(folder: Path) -> Tokenizer:
-    return read_tokenizer((folder / "tokenizer.model").read_bytes())
-
-
 def made(out: Path, *args, **how) -> tuple[dict, Tokenizer, dict[str, np.ndarray]]:
     """What meta.json says of the splits, the tokenizer and the tokens of a data set prepared in `out`."""
-    folder, meta = read_meta(str(prepare(PrepareConfig(*args, out=str(out), **how))))
-    return meta["splits"], tokenizer_of(folder), {name: open_split(folder, meta, name) for name in SPLITS}
+    folder, meta, tokenizer = prepared(str(prepare(PrepareConfig(*args, out=str(out), **how))))
+    return meta["splits"], tokenizer, {name: open_split(folder, meta, name) for name in SPLITS}
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.text(st.characters(exclude_categories=["Cs"])) | st.text(" \u2581\t\n\r\0é<s>0x41\ufeff"))
 def test_any_text_round_trips(tiny_data, text):
-    tokenizer = tokenizer_of(tiny_data)
+    tokenizer = prepared(str(tiny_data))[2]
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text and tokenizer.token_bytes()[ids].sum() == len(text.encode())
 
 
-def other_tokenizer(**settings) -> Tokenizer:
-    size = 290 if settings.get("byte_fallback", 1) else 22
-    with mock.patch.dict("data.tokenizer.SETTINGS", settings):
-        return Tokenizer.train(["some words, and some more words"] * 20, size)
-
-
-def test_other_peoples_tokenizers_keep_their_ways_and_those_that_lose_text_are_told_apart(tiny_data):
-    prefix, text = other_tokenizer(add_dummy_prefix=True), "some words\nand more"
+def test_a_space_before_every_text_is_no_byte_and_tokenizers_that_lose_text_are_known(tiny_data, prefixed):
+    prefix, text = read_tokenizer(prefixed.serialized_model_proto()), "some words\nand more"
     ids = np.array(prefix.prompt(text))
-    assert ids.tolist() == [1, *prefix.sp.encode(text)] and prefix.decode(ids.tolist()) == text
-    assert prefix.token_bytes()[ids].sum() == len(text), "a space before every text is no byte"
     assert bits_per_byte(np.log(2), ids, prefix) == (len(ids) - 1) / len(text)
-    assert tokenizer_of(tiny_data).is_exact() and prefix.is_exact()
-    for lossy in ({"normalization_rule_name": "nmt_nfkc"}, {"byte_fallback": False}):
-        assert not other_tokenizer(**lossy).is_exact()
+    assert prepared(str(tiny_data))[2].is_exact() and prefix.is_exact()
+    for size, lossy in ((290, {"normalization_rule_name": "nmt_nfkc"}), (22, {"byte_fallback": False})):
+        with mock.patch.dict("data.tokenizer.SETTINGS", lossy):
+            assert not Tokenizer.train(["some words, and some more words"] * 20, size).is_exact()
 
 
 def test_token_files_are_the_documents_end_to_end_and_the_same_each_time(tiny_data, tmp_path):
@@ -98,7 +87,7 @@ def test_files_are_split_by_their_names_and_repeated_ones_dropped(tmp_path):
 def test_few_files_are_cut_at_line_ends_and_a_large_tokenizer_takes_uint32(tmp_path, tiny_data):
     for name in "ab":
         (tmp_path / name).write_text("".join(f"{name} line {i:03}\n" for i in range(200)))
-    large = with_special(tokenizer_of(tiny_data), 1, True, [2, 70000])
+    large = with_special(prepared(str(tiny_data))[2], 1, True, [2, 70000])
     (tmp_path / "large.model").write_bytes(large.data)
     how = {"text": [str(tmp_path / "[ab]")], "tokenizer": str(tmp_path / "large.model")}
     _, found, tokens = made(tmp_path / "out", "x", **how)
@@ -156,6 +145,8 @@ def test_prepared_data_is_not_replaced_unless_asked(tiny_data, tmp_path):
         with pytest.raises(UserError, match=word):
             prepare(PrepareConfig("x", text=text, out=str(out), overwrite=overwrite))
     shutil.rmtree(tmp_path / "out.partial")  # it was kept
+    with held(tmp_path / "out.partial"), pytest.raises(UserError, match="is in use"):
+        prepare(PrepareConfig("x", text=text, out=str(tmp_path / "out")))
     (tmp_path / "link").symlink_to("out")
     for size, out in ((274, "out"), (275, "out"), (276, "link")):
         assert made(tmp_path / out, "x", text=text, vocab_size=size, overwrite=True)[1].vocab_size == size
@@ -213,14 +204,12 @@ def data(tmp_path_factory) -> tuple[Path, dict]:
 
 
 def test_an_example_is_prompt_answer_and_end_and_the_mask_is_the_answer(data):
-    (folder, meta), seen, tokenizer = data, [], tokenizer_of(data[0])
+    (folder, meta), seen, tokenizer = data, [], prepared(str(data[0]))[2]
     for name in SPLITS:
         kept = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
         pairs = [encoded(record, tokenizer) for record in kept]
         parts = map(Examples(folder, meta, name, 10**6).parts, range(len(kept)))
         assert [(prompt.tolist(), answer.tolist()) for prompt, answer in parts] == pairs
-        mask = [bit for prompt, answer in pairs for bit in [0] * len(prompt) + [1] * len(answer)]
-        assert np.fromfile(folder / f"{name}.mask", np.uint8).tolist() == mask
         assert all(prompt[0] == tokenizer.bos and answer[-1] == tokenizer.eos for prompt, answer in pairs)
         assert [tokenizer.decode(answer) for _, answer in pairs] == [record["output"] for record in kept]
         seen += kept

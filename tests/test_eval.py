@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, assert_close, run, sharp_model, to_hugging_face
+from conftest import ROOT, assert_close, run, sharp_model, to_hugging_face, tokens_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from checkpoint import build, load
@@ -18,17 +18,13 @@ from eval_ppl import EvalConfig, evaluate, mean_nll, split_tokens, window_nll
 from sample import readable
 
 
-def random_tokens(number, vocab_size=64):
-    return np.random.default_rng(0).integers(vocab_size, size=number)
-
-
 def scored(path, *flags) -> dict:
     return json.loads(run("eval_ppl.py", path, "--json", *flags).stdout)
 
 
 @pytest.mark.parametrize("settings", [{}, {"n_kv_head": 2, "tie_embeddings": False}])
 def test_perplexity_equals_hugging_face_on_the_same_tokens(settings):
-    model, tokens, context = sharp_model(**settings), random_tokens(1000), 48
+    model, tokens, context = sharp_model(**settings), tokens_of((1000,)).numpy(), 48
     twin, nll, block_ppl = to_hugging_face(model), [], []
     for start in range(0, 999, context):
         x = torch.from_numpy(tokens[start : start + context + 1])[None]
@@ -43,12 +39,12 @@ def test_perplexity_equals_hugging_face_on_the_same_tokens(settings):
 
 @torch.no_grad()
 def test_losses_at_49152_classes_equal_float64():
-    model, tokens = sharp_model(vocab_size=49152, tie_embeddings=False, n_layer=1), random_tokens(257, 49152)
-    x = torch.from_numpy(tokens)
+    model = sharp_model(vocab_size=49152, tie_embeddings=False, n_layer=1)
+    x = tokens_of((257,), vocab_size=49152)
     model.output.weight *= 2.5 / model(x[:-1].view(4, 64)).std()  # a trained model's spread
     logits = model(x[:-1].view(4, 64)).flatten(0, 1)  # the softmax is tested, not the model
     exact = F.cross_entropy(logits.double(), x[1:], reduction="none")
-    found = window_nll(model, tokens, 64, 64, torch.float32)
+    found = window_nll(model, x.numpy(), 64, 64, torch.float32)
     assert abs(mean_nll(found) - exact.mean().item()) < 1e-6
     assert_close(torch.cat(found), exact, 1e-6, "losses")
 
@@ -71,7 +67,7 @@ def test_products_in_bfloat16_come_near_float64(tiny_run):
 
 @pytest.mark.parametrize("context, stride, number", [(32, 32, 200), (32, 8, 200), (32, 1, 60), (48, 20, 3)])
 def test_every_token_is_scored_once_with_enough_past(context, stride, number):
-    model, tokens = sharp_model(), random_tokens(number)
+    model, tokens = sharp_model(), tokens_of((number,)).numpy()
     windows, place = window_nll(model, tokens, context, stride, torch.float32, batch_size=3), 1
     for i, window in enumerate(windows):
         first, end = i * stride, place + len(window)  # it reads from `first` on, predicts tokens[place:end]

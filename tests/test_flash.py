@@ -1,13 +1,11 @@
 """The Triton kernels, on a GPU where there is one, else under Triton's interpreter, against float64."""
 
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ONE_THREAD, ROOT, assert_close, command, sharp_model, small_run
+from conftest import assert_close, command, sharp_model, small_run
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
@@ -171,14 +169,12 @@ def test_what_the_kernels_cannot_take_is_left_to_sdpa(settings, dtype, word, cap
 
 def test_kernels_compile_for_real_gpus_without_spills():
     """Triton's interpreter is kept out: a process of its own."""
-    line = [sys.executable, str(ROOT / "tests" / "compile_kernels.py"), "--first"]
-    done = subprocess.run(line, capture_output=True, text=True, env=ONE_THREAD)
+    done = command("tests/compile_kernels.py", "--first", timeout=None)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
     assert {row[0] for row in rows} == {"sm_80", "sm_90", "sm_100"} and len(rows) == 3 * 6 + 7
 
 
-@pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
 @pytest.mark.parametrize("D", [32, 64, 128])
 def test_long_texts_on_a_gpu_and_again_with_the_same_bits(D):

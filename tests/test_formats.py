@@ -11,10 +11,9 @@ import foreign
 import pytest
 import sentencepiece as spm
 import torch
-from conftest import assert_close, quick, refused, sharp_model, to_hugging_face
+from conftest import adapted, assert_close, quick, refused, sharp_model, to_hugging_face
 from corpus import Writer
 from foreign import change_json, export_of, formats, imported, logits, save_folder, their_model, write_llama2c
-from fuzz import memory_now
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -23,15 +22,13 @@ from common import UserError, peak_memory_bytes
 from data.tokenizer import SETTINGS, read_tokenizer
 from formats.gguf import PARTED, read_gguf, settings_of, tokenizer_of
 from formats.tokenizers import sentencepiece_of_llama2c, with_special
-from lora import TARGETS, LoRAConfig, adapt, adapters
+from lora import TARGETS, LoRAConfig, adapters
 from model import ROPE_SCALING
+from study.bench import reset_peak_memory
 
 TOLERANCE = 1e-5  # of the largest logit: some hundred float32 roundings of 6e-8, in another order
 TEXTS = ["", "Once upon a time", " two  spaces\nand a line", "def f(x):\n    return x ** 2", "café 中😀 \t."]
-LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
-}  # fmt: skip
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, **dict(zip(ROPE_SCALING, (8.0, 1.0, 4.0, 32)))}
 OUTPUT = "base_model.model.lm_head.base_layer.weight"
 WRITER = Writer(0)
 CORPUS = "".join(WRITER.paragraph() + WRITER.function() for _ in range(60)).replace("\u2581", "").splitlines()
@@ -157,16 +154,6 @@ def test_unsupported_models_are_refused_by_name(tmp_path, change, word):
     assert not (tmp_path / "ours.pt").exists()
 
 
-def test_what_would_not_be_the_same_model_is_refused(tmp_path):
-    folder = save_folder(their_model(attention_bias=True), tmp_path / "in")
-    change_json(folder / "config.json", attention_bias=False)
-    refused(quick("-m formats", "import", folder, tmp_path / "no.pt"), "bias")
-    for model, word in ((sharp_model(novel=True), "--novel"), (sharp_model(n_head=5, head_dim=6), "n_head")):
-        save(tmp_path / "source.pt", foreign.checkpoint_of(model))
-        refused(quick("-m formats", "export", tmp_path / "source.pt", tmp_path / "out"), word)
-    assert not (tmp_path / "no.pt").exists() and not (tmp_path / "out").exists()
-
-
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_import_and_export_hold_the_checkpoint_once(tmp_path):
     """Copies of wq and wk, here 2/9 of the weights, would show."""
@@ -174,7 +161,7 @@ def test_import_and_export_hold_the_checkpoint_once(tmp_path):
     folder, ours = save_folder(their_model(**sizes), tmp_path / "in"), tmp_path / "ours.pt"
     size = (folder / "model.safetensors").stat().st_size
     for line in (["import", folder, ours], ["export", ours, tmp_path / "out"]):
-        before = memory_now()
+        before = reset_peak_memory(torch.device("cpu"))
         formats(*line)
         held = peak_memory_bytes(torch.device("cpu")) - before
         assert held < 1.15 * size, f"{line[0]}: {held:,} bytes for {size:,}"
@@ -305,9 +292,7 @@ def files(folder, quantize="none", base=None, **settings):
     """A tuned model, saved as ours.pt; base.pt is its base, or another one."""
     lora = LoRAConfig(3, 5.0, 0.0, list(TARGETS), quantize)
     save(folder / "base.pt", foreign.checkpoint_of(base or sharp_model(**settings)))
-    tuned = adapt(sharp_model(**settings), lora)
-    for layer in adapters(tuned):  # B is zero before training
-        torch.nn.init.normal_(layer.lora_B, std=0.2)
+    tuned = adapted(sharp_model(**settings), **asdict(lora))
     save(folder / "ours.pt", {**foreign.checkpoint_of(tuned), "lora": asdict(lora)})
     return tuned
 

@@ -11,39 +11,28 @@ from typing import get_args, get_type_hints
 import numpy as np
 import pytest
 import torch
-from conftest import assert_close, run, sharp_model, to_hugging_face, tokens_of
+from conftest import adapted, assert_close, run, sharp_model, to_hugging_face, tokens_of
 
 import gqa
 import refit as refitting
 from checkpoint import build_model, load, save
 from common import UserError, sha256_of
 from gqa import Costs, choose, head_counts, merge, statistics
-from lora import LoRAConfig, adapt, adapters
+from lora import LoRAConfig
 from model import ROPE_SCALING, Llama, ModelConfig, rope_angles, scores
 from refit import refit, refit_attention
 from study.plot import similarity
 
-SHAPES = {
-    "mha": {},
-    "gqa": {"n_kv_head": 2},
-    "uneven": {"k_groups": [[0, 1, 1, 2], [0, 0, 1, 2]], "v_groups": [[0, 1, 2, 2], [0, 1, 0, 1]]},
-    "gated": {"gated": True},
-}
+SHAPES = {"mha": {}, "gqa": {"n_kv_head": 2}, "gated": {"gated": True}}
+SHAPES["uneven"] = {"k_groups": [[0, 1, 1, 2], [0, 0, 1, 2]], "v_groups": [[0, 1, 2, 2], [0, 1, 0, 1]]}
 SCALING = dict(zip(ROPE_SCALING, (8.0, 1.0, 4.0, 24)))  # strong within the 48 tokens
 ONE, TOKENS = [[0] * 4] * 2, tokens_of((6, 48), seed=1)
-
-
-def choices(field: str) -> tuple[str, ...]:
-    """What a flag of gqa.py offers; one of your own is tested with the others."""
-    return get_args(get_type_hints(gqa.GroupConfig)[field])
+# what these flags of gqa.py offer; one of your own is tested with the others
+MERGES, GROUPINGS = (get_args(get_type_hints(gqa.GroupConfig)[name]) for name in ("merge", "grouping"))
 
 
 def frozen(seed=0, **settings) -> Llama:
     return sharp_model(seed, **settings).requires_grad_(False)
-
-
-def double(seed=0, **settings) -> Llama:
-    return frozen(seed, **settings).double()
 
 
 def disguise(attention, head: int, seed: int) -> None:
@@ -64,12 +53,12 @@ def disguise(attention, head: int, seed: int) -> None:
 @pytest.mark.parametrize("shape", ["gqa", "uneven"])
 def test_heads_equal_up_to_the_symmetries_merge_at_no_cost(shape):
     """A grouped model, written as multi-head attention and disguised, comes back with its logits."""
-    source = double(**SHAPES[shape])
+    source = frozen(**SHAPES[shape]).double()
     tokens, c, weights = TOKENS, source.config, source.state_dict()
     for layer, (name, groups) in product(range(2), (("wk", c.k_groups), ("wv", c.v_groups))):
         at = f"layers.{layer}.attention.{name}.weight"
         weights[at] = weights[at].unflatten(0, (-1, c.head_dim))[groups[layer]].flatten(0, 1)
-    model = double(seed=5)
+    model = frozen(seed=5).double()
     model.load_state_dict(weights)
     for layer, head in product(model.layers, range(4)):
         disguise(layer.attention, head, 10 + head)
@@ -85,7 +74,7 @@ def test_heads_equal_up_to_the_symmetries_merge_at_no_cost(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("how", choices("merge"))
+@pytest.mark.parametrize("how", MERGES)
 def test_singletons_change_nothing_bit_for_bit(shape, how):
     model = frozen(**SHAPES[shape])
     tokens, c = TOKENS, model.config
@@ -93,9 +82,9 @@ def test_singletons_change_nothing_bit_for_bit(shape, how):
     assert all(torch.equal(result.state_dict()[name], x) for name, x in model.state_dict().items())
 
 
-@pytest.mark.parametrize("how", choices("merge"))
+@pytest.mark.parametrize("how", MERGES)
 def test_equal_heads_merge_to_themselves_and_the_original_is_left_alone(how):
-    model = double()
+    model = frozen().double()
     for layer in model.layers:
         for w in (layer.attention.wq, layer.attention.wk, layer.attention.wv):
             w.weight[8:16] = w.weight[:8]
@@ -110,7 +99,7 @@ def test_equal_heads_merge_to_themselves_and_the_original_is_left_alone(how):
 def test_statistics_are_direct_sums_over_the_text(monkeypatch):
     """In float64, over heads, tokens and pairs; attention, with RoPE scaled, is that of transformers."""
     monkeypatch.setattr(refitting, "QUERIES", 20)  # of rows of 48: at every second place
-    model = double(n_kv_head=2, rope_scaling=SCALING)
+    model = frozen(n_kv_head=2, rope_scaling=SCALING).double()
     tokens = TOKENS[:3]
     found, seen = statistics(model, tokens)[1], {}
     with model.layers[1].attention.wq.register_forward_hook(lambda _, x, q: seen.update(x=x[0], q=q)):
@@ -138,7 +127,7 @@ def pairs_of(weight: torch.Tensor, D: int) -> torch.Tensor:  # (heads, D/2, C)
 
 @pytest.mark.parametrize("shape", ["mha", "gqa", "uneven", "narrow"])
 def test_shared_heads_are_the_best_of_their_rank_and_cost_what_that_loses(shape):
-    model = double(seed=3, **{**SHAPES, "narrow": {"dim": 8, "head_dim": 16}}[shape])
+    model = frozen(seed=3, **{**SHAPES, "narrow": {"dim": 8, "head_dim": 16}}[shape]).double()
     attention, stats = model.layers[1].attention, statistics(model, TOKENS)[1]
     D, C = attention.head_dim, stats.inputs.to(torch.complex128)
     V, W = attention.wv.weight.unflatten(0, (-1, D)), attention.wo.weight.unflatten(1, (4, D)).transpose(0, 1)
@@ -170,7 +159,7 @@ def test_shared_heads_are_the_best_of_their_rank_and_cost_what_that_loses(shape)
 
 
 def test_novel_values_share_the_weighted_mean():
-    model = double(novel=True)
+    model = frozen(novel=True).double()
     attention, stats = model.layers[0].attention, statistics(model, TOKENS)
     D = attention.head_dim
     result = merge(model, ([[0, 1, 2, 3]] * 2, [[0, 0, 1, 2]] * 2), stats).layers[0].attention
@@ -184,10 +173,10 @@ def test_novel_values_share_the_weighted_mean():
     assert math.isclose(cost, error.item(), rel_tol=1e-9)
 
 
-@pytest.mark.parametrize("grouping", choices("grouping"))
+@pytest.mark.parametrize("grouping", GROUPINGS)
 @pytest.mark.parametrize("joint", [False, True])
 def test_every_choice_has_the_groups_that_it_was_asked_for(grouping, joint):
-    model = double()
+    model = frozen().double()
     stats, heads = statistics(model, TOKENS), head_counts(model, joint)
     for g in range(1, 5):
         counts = {**dict.fromkeys(heads, g), (0, "joint" if joint else "k"): 3}
@@ -202,8 +191,7 @@ def test_every_choice_has_the_groups_that_it_was_asked_for(grouping, joint):
 @torch.no_grad()
 def test_refitted_outputs_are_ridge_regressions_on_the_streams_of_whole_models():
     """RoPE scaled: each wo by least squares, from what hooks see in runs of the two models."""
-    model = double(seed=2, n_layer=3, rope_scaling=SCALING)
-    tokens = TOKENS
+    model, tokens = frozen(seed=2, n_layer=3, rope_scaling=SCALING).double(), TOKENS
     small = merge(model, ([[0, 0, 1, 1]] * 3, [[0, 0, 0, 1]] * 3), statistics(model, tokens))
     expected = copy.deepcopy(small)
     refit(small, model, tokens, 0)
@@ -319,9 +307,7 @@ def test_it_calibrates_on_train_and_reports_val(tiny_run, tiny_data, tmp_path):
 
 def test_adapters_are_merged_first_and_the_result_is_a_plain_checkpoint(tiny_run, tmp_path):
     checkpoint, lora, out = load(tiny_run), LoRAConfig(2, quantize="nf4"), tmp_path / "all.pt"
-    model = adapt(build_model(checkpoint), lora)
-    for layer in adapters(model):
-        layer.lora_B.data.normal_(std=0.1)
+    model = adapted(build_model(checkpoint), 0.1, **vars(lora))
     save(tmp_path / "lora.pt", {**checkpoint, "model": model.state_dict(), "lora": vars(lora)})
     found, _ = grouped(tmp_path / "lora.pt", out, "--kv_budget", 1)
     x = torch.arange(5, 25)[None]

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 from conftest import assert_close, run
-from foreign import checkpoint_of
-from test_gqa import SHAPES, TOKENS, double, frozen
+from foreign import export_of, logits
+from test_gqa import SHAPES, TOKENS, frozen
 
-from checkpoint import build_model, load, save
+from checkpoint import build_model, load
 from gqa import Costs, all_directions, latent, latent_sizes, statistics, to_latents
 from lora import LoRAConfig, adapt
 from model import KVCache, hartley, pack, unpack
@@ -25,7 +25,7 @@ def half(model):
 @pytest.mark.parametrize("shape", [*SHAPES, "novel"])
 def test_full_rank_changes_nothing(shape):
     """So every grouping is a latent of the same size. By budget, what keeps all numbers stays as heads."""
-    model = double(**SHAPES.get(shape, {"novel": True}))
+    model = frozen(**SHAPES.get(shape, {"novel": True})).double()
     found, widths = all_directions(model, statistics(model, TOKENS)), enumerate(model.config.kv_widths)
     small = to_latents(model, found, {(i, kind): n for i, both in widths for kind, n in zip("kv", both)})
     assert small.config.kv_numbers_per_token == model.config.kv_numbers_per_token
@@ -35,7 +35,7 @@ def test_full_rank_changes_nothing(shape):
 
 @pytest.mark.parametrize("kind", ["k", "v"])
 def test_at_equal_numbers_no_partition_loses_less(kind):
-    model = double(n_head=6, dim=48)
+    model = frozen(n_head=6, dim=48).double()
     stats = statistics(model, TOKENS)
     for i, of_layer in enumerate(stats):
         cost, D = Costs(model.layers[i].attention, kind, of_layer), model.config.head_dim
@@ -49,7 +49,7 @@ def test_at_equal_numbers_no_partition_loses_less(kind):
 
 def test_the_latents_error_is_the_energy_that_is_dropped():
     """For values: the squared error of wo times the restored values, weighted by the attended inputs."""
-    model = double()
+    model = frozen().double()
     attention, all_stats = model.layers[0].attention, statistics(model, TOKENS)
     stats = all_stats[0]
     energies = torch.linalg.eigvalsh(Costs(attention, "v", stats).gram).flatten()
@@ -97,11 +97,9 @@ def test_an_exported_model_computes_the_same_in_transformers(shape, tmp_path):
     from transformers import LlamaForCausalLM
 
     model = half(frozen(tie_embeddings=False, **SHAPES[shape]))
-    save(tmp_path / "x.pt", checkpoint_of(model))
-    assert "cache" in run("formats", "export", tmp_path / "x.pt", tmp_path / "hf").stderr
-    theirs = LlamaForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager")
-    with torch.no_grad():
-        assert_close(theirs(TOKENS).logits, model(TOKENS), 1e-4)
+    assert "cache" in export_of(model, tmp_path)
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    assert_close(logits(theirs, 60), logits(model, 60), 1e-4)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

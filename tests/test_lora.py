@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import assert_close, run, sharp_model, tokens_of
+from conftest import adapted, assert_close, run, sharp_model, tokens_of
 from foreign import checkpoint_of
 
 import lora
@@ -21,21 +21,13 @@ UNEVEN = [[0, 1, 1, 1]] * 2
 TARGET_SETS = [TARGETS[:4], TARGETS, *((name,) for name in TARGETS)]
 
 
-def adapted(targets=TARGETS[:4], r=3, alpha=5.0, quantized=False, **settings):
-    """A model with an adapter whose B is not zero, as after training."""
-    model, generator = sharp_model(**settings), torch.Generator().manual_seed(3)
-    adapt(model, LoRAConfig(r, alpha, 0.0, list(targets), "nf4" if quantized else "none"))
-    for layer in adapters(model):
-        layer.lora_B.data.copy_(0.2 * torch.randn(layer.lora_B.shape, generator=generator))
-    return model
-
-
 @pytest.mark.parametrize("targets", TARGET_SETS, ids="-".join)
 @pytest.mark.parametrize("shape", [{"n_kv_head": 2, "tie_embeddings": False}, {"k_groups": UNEVEN}])
 def test_outputs_and_gradients_equal_peft(targets, shape):
     from peft import LoraConfig, get_peft_model
 
-    ours, base = adapted(targets, **shape).double(), sharp_model(**shape).double()
+    ours = adapted(sharp_model(**shape), lora_r=3, lora_alpha=5.0, lora_targets=list(targets)).double()
+    base = sharp_model(**shape).double()
     before = base(TOKENS)
     how = {"r": 3, "lora_alpha": 5, "target_modules": list(targets), "lora_dropout": 0.0}
     theirs = get_peft_model(base, LoraConfig(**how))
@@ -84,9 +76,10 @@ def test_dropout_falls_on_the_input_of_the_adapter_alone():
 
 @pytest.mark.parametrize("targets", TARGET_SETS, ids="-".join)
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("quantized", [False, True])
-def test_a_plain_model_computes_what_the_adapters_did(targets, tied, quantized):
-    model = adapted(targets, tie_embeddings=tied, quantized=quantized).double()
+@pytest.mark.parametrize("stored", ["none", "nf4"])
+def test_a_plain_model_computes_what_the_adapters_did(targets, tied, stored):
+    how = {"lora_r": 3, "lora_alpha": 5.0, "lora_targets": list(targets), "quantize": stored}
+    model = adapted(sharp_model(tie_embeddings=tied), **how).double()
     before = model.train().eval()(TOKENS)
     ordinary = lora.plain(model).double()  # dequantized weights are float32
     assert_close(ordinary(TOKENS), before, 1e-10)
@@ -142,8 +135,7 @@ def test_an_adapter_is_trained_further_shown_scored_and_merged(tiny_run, tmp_pat
 def test_a_bfloat16_base_stays_bfloat16_beside_an_adapter_and_after_merging():
     model, settings = sharp_model().bfloat16(), LoRAConfig(3, 5.0, 0.0, list(TARGETS))
     base = model.layers[1].attention.wo.weight.clone()
-    for layer in adapters(adapt(model, settings)):
-        layer.lora_B.data.normal_()
+    adapted(model, **vars(settings))
     weights = merged({**checkpoint_of(model), "lora": vars(settings)})["model"]
     assert {x.dtype for x in weights.values()} == {torch.bfloat16}
     layer = model.layers[1].attention.wo
@@ -175,12 +167,11 @@ def test_codes_and_round_trip_equal_bitsandbytes(shape, scale):
     ours = dequantize(theirs.flatten(), state.absmax, scales, w.shape)  # of their codes, the same numbers
     assert torch.equal(ours, F4.dequantize_4bit(theirs, state))
     # absmax: their kernel for the CPU rounds by a table, ours takes the nearest value
-    true, values = w.flatten().abs(), DYNAMIC
-    true = F.pad(true, (0, -len(true) % 64)).view(-1, 64).amax(-1)
+    true = F.pad(w.flatten().abs(), (0, -w.numel() % 64)).view(-1, 64).amax(-1)
     of_block = scale.repeat_interleave(256)[: len(true)]
-    errors = [(values[code.int()] * of_block + mean - true).abs() for code in (absmax, state.absmax)]
+    errors = [(DYNAMIC[code.int()] * of_block + mean - true).abs() for code in (absmax, state.absmax)]
     assert (errors[0] <= errors[1]).all()
-    every = (values[:, None] * of_block + mean - true).abs().amin(0)
+    every = (DYNAMIC[:, None] * of_block + mean - true).abs().amin(0)
     assert_close(errors[0], every, 1e-6, "not the nearest")
 
 

@@ -68,11 +68,15 @@ def test_uneven_groups_equal_heads_with_repeated_weights(attention):
 def test_greedy_text_with_the_cache_is_the_text_without_it(name):
     model = sharp_model(**SHAPES[name])
     prompts = [[1, 5, 9], [2], [7, 7, 7, 7, 3, 1]]  # padded at the left to one length
+    prompts += [tokens_of((length,), seed=length).tolist() for length in (60, 40, 63)]
     cached = model.generate(prompts, 40)
+    assert [len(ids) for ids in cached] == [40, 40, 40, 4, 24, 1], "each fills its own context"
     for prompt, text in zip(prompts, cached):
         assert text == model(torch.tensor([prompt + text]))[0, len(prompt) - 1 : -1].argmax(-1).tolist()
     assert cached == [model.generate([prompt], 40)[0] for prompt in prompts]
     assert len({token for row in cached for token in row}) > 10, "the text is too uniform to tell anything"
+    stopped = model.generate(prompts, 40, stop=[TINY["vocab_size"], stop := cached[0][4]])
+    assert stopped == [row[: row.index(stop)] if stop in row else row for row in cached]
 
 
 @pytest.mark.parametrize("attention", ["naive", "sdpa", "auto"])
@@ -137,21 +141,6 @@ def test_later_tokens_do_not_change_earlier_logits(name):
     changed[0, 20:] = (x[0, 20:] + 1) % TINY["vocab_size"]
     assert torch.equal(model(x)[:, :20], model(changed)[:, :20])
     assert not torch.equal(model(x)[:, 20:], model(changed)[:, 20:])
-
-
-def test_every_row_of_a_batch_fills_its_own_context():
-    model = sharp_model()
-    prompts = [tokens_of((length,), seed=length).tolist() for length in (60, 5, 40, 63)]
-    together = model.generate(prompts, 30)
-    assert together == [model.generate([prompt], 30)[0] for prompt in prompts]
-    assert [len(ids) for ids in together] == [4, 30, 24, 1]
-
-
-def test_a_stop_token_ends_its_row():
-    model = sharp_model()
-    free = model.generate([[1], [2]], 30)
-    stopped = model.generate([[1], [2]], 30, stop=[TINY["vocab_size"], stop := free[0][4]])
-    assert stopped == [row[: row.index(stop)] if stop in row else row for row in free]
 
 
 def test_sampling_follows_the_temperature_and_top_p_leaves_the_smallest_sufficient_set():

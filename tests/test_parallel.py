@@ -1,59 +1,45 @@
 """Several processes do what one does. torchrun starts this file, too: it takes ten steps then."""
 
-import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ONE_THREAD, ROOT, TINY, command, quick, records, run, sharp_model, small_run, tokens_of
+from conftest import ONE_THREAD, TINY, adapted, command, records, run, sharp_model, small_run, tokens_of
 
 from checkpoint import load
 from common import IGNORE, UserError, held
-from lora import LoRAConfig, adapt
 from model import Llama, ModelConfig
 from parallel import divided, first_alone, processes, rank, whole
 from train import TrainConfig, learning_rate, make_optimizers, train_step
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 GROUPS = {"k_groups": [[0, 1, 1, 1], [0, 0, 1, 2]], "v_groups": [[0, 0, 0, 0], [0, 1, 1, 0]]}
 # rank of the adapter, optimizer, dtype, activation checkpointing
 ADAPTED = (4, "adamw", torch.float64, True)
 VARIANTS = [(0, "adamw", torch.float64, False), ADAPTED, (0, "muon", torch.float32, False)]
 
 
-def batches(step: int) -> list:
-    """Micro-batches of 7 rows and 1, with very different numbers of targets."""
-    x, y = (tokens_of((8, 16), 2 * (step % 2) + i) for i in range(2))
-    for row in range(8):
-        y[row, : 2 * row] = IGNORE
-    return [(x[:7], y[:7]), (x[7:], y[7:])]
-
-
 def steps(r: int, optimizer: str, dtype: torch.dtype, recompute: bool, fsdp: bool) -> dict:
     """The state dict after ten steps, and the losses; whole in the first process."""
     torch.manual_seed(0)
-    model = adapt(Llama(ModelConfig(**TINY, **GROUPS, novel=True)), LoRAConfig(lora_r=r)).to(dtype).train()
-    for name, p in model.named_parameters():
-        if name.endswith("lora_B"):
-            p.data.normal_(std=0.02)  # at 0 the first step would leave lora_A as it is
+    model = adapted(Llama(ModelConfig(**TINY, **GROUPS, novel=True)), 0.02, lora_r=r).to(dtype).train()
     model.checkpoint_activations = recompute
     config = TrainConfig(optimizer=optimizer, lr=0.01, max_steps=10, warmup_steps=3)
     learner, scaler = divided(model, fsdp, dtype, torch.device("cpu")), torch.amp.GradScaler(enabled=False)
     optimizers, losses = make_optimizers(model, config), []
     for step in range(config.max_steps):
-        lr = learning_rate(config, step)
-        losses.append(train_step(learner, batches(step), optimizers, lr, dtype, scaler)[0])
+        x, y = (tokens_of((8, 16), 2 * (step % 2) + i) for i in range(2))
+        y[torch.arange(16) < 2 * torch.arange(8)[:, None]] = IGNORE  # very different numbers of targets
+        batches = list(zip(x.split(7), y.split(7)))  # of 7 rows and 1
+        losses.append(train_step(learner, batches, optimizers, learning_rate(config, step), dtype, scaler)[0])
     return {**whole(model.state_dict(keep_vars=True)), "losses": torch.tensor(losses, dtype=torch.float64)}
 
 
-def together(count: int, script: str, *args, gpus: str = "") -> subprocess.CompletedProcess:
+def together(count: int, script: str, *args, gpus: str = ""):
     """Run one of the project's programs in `count` processes, without GPUs unless some are named."""
-    line = [*TORCHRUN, str(count), str(ROOT / script), *map(str, args)]
-    env = {**ONE_THREAD, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": gpus}
-    return subprocess.run(line, env=env, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    line = "--standalone", "--nproc_per_node", count, script, *args
+    return command("-m torch.distributed.run", *line, env={**ONE_THREAD, "CUDA_VISIBLE_DEVICES": gpus})
 
 
 def test_steps_equal_those_of_one_process(tmp_path):
@@ -80,7 +66,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny_data, tmp_path):
     resume = ["--resume", "--no-fsdp"]
     for count, how, last in ((2, ["--fsdp"], 4), (1, resume, 8), (2, resume, 12)):
         line = ["train.py", *several, *how, "--max_steps", last]
-        done = together(2, *line) if count == 2 else quick(*line)
+        done = together(2, *line) if count == 2 else run(*line)
         assert done.returncode == 0 and done.stdout.count("a sample:") == 1, done.stderr
         assert ("2 processes" in done.stdout) == (count == 2)
     ours, theirs = (load(tmp_path / name / "ckpt.pt") for name in ("several", "one"))
@@ -118,10 +104,9 @@ def test_float16_cannot_be_shared():
 @pytest.mark.parametrize("how", [[], ["--fsdp"]])
 def test_two_gpus_train_as_one_process_does(tiny_data, tmp_path, how):
     losses = []
-    two = partial(together, 2, gpus="0,1")
-    for name, start, more in (("one", command, []), ("two", two, how)):
+    for name, more in (("one", []), ("two", how)):
         flags = [*small_run(tiny_data, tmp_path / name), "--dtype", "float32", "--max_steps", 8, *more]
-        done = start("train.py", *flags)
+        done = command("train.py", *flags) if name == "one" else together(2, "train.py", *flags, gpus="0,1")
         assert done.returncode == 0, done.stderr
         lines = records(tmp_path / name / "log.jsonl")
         losses.append(torch.tensor([line["loss"] for line in lines if "loss" in line]))
@@ -130,7 +115,6 @@ def test_two_gpus_train_as_one_process_does(tiny_data, tmp_path, how):
 
 @processes()
 def main() -> None:
-    torch.set_num_threads(1)
     mark = Path(sys.argv[1] + ".mark")
     with first_alone():
         time.sleep(0 if rank() else 0.5)

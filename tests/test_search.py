@@ -6,6 +6,7 @@ import json
 import math
 from itertools import combinations, product
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -112,21 +113,14 @@ def test_search_without_a_budget_covers_all(tiny_run, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["knapsack", "random"])
-def test_interrupted_search_continues(tiny_run, tmp_path, method, monkeypatch):
+def test_interrupted_search_continues(tiny_run, tmp_path, method):
     """Stopped after five evaluations, with half a line written: the same answer, nothing measured twice."""
-    flags, original = [*HALF, "--max_evals", 12, "--method", method], Judge.__call__
-    whole, cut = tmp_path / "whole/groups.json", tmp_path / "groups.json"
+    whole, cut, log = (tmp_path / name for name in ("whole/groups.json", "groups.json", "groups.jsonl"))
+    flags = [*HALF, "--max_evals", 12, "--method", method]
     search(tiny_run, whole, *flags)
-    five, log = iter(range(5)), cut.with_suffix(".jsonl")
-
-    def interrupted(self, model):
-        if next(five, None) is None:
-            raise KeyboardInterrupt
-        return original(self, model)
-
-    monkeypatch.setattr(Judge, "__call__", interrupted)
-    assert quick("search_groups.py", tiny_run, "--out", cut, *SMALL, *flags).returncode == 130
-    monkeypatch.undo()
+    five = iter([Judge.__call__] * 5 + [mock.Mock(side_effect=KeyboardInterrupt)])
+    with mock.patch.object(Judge, "__call__", lambda *args: next(five)(*args)):
+        assert quick("search_groups.py", tiny_run, "--out", cut, *SMALL, *flags).returncode == 130
     before = log.read_text().splitlines()
     log.write_text("\n".join([*before, '{"note": "half a li']))
     assert not cut.exists() and len(before) >= 5

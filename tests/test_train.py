@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, assert_close, quick, refused, run, sharp_model, small_run, start_command
-from conftest import to_hugging_face as theirs_of
+from conftest import TINY, assert_close, quick, refused, run, sharp_model, small_run, start_command, tokens_of
 
 import train
 from checkpoint import load, model_config, save
@@ -27,12 +26,8 @@ from train import TrainConfig, begin_embeddings, distilled, make_optimizers, tra
 CPU = torch.device("cpu")
 
 
-def seeded(number=0):
-    return torch.Generator().manual_seed(number)
-
-
 def batch(rows):
-    tokens = torch.randint(64, (rows, 33), generator=seeded())
+    tokens = tokens_of((rows, 33))
     return tokens[:, :-1], tokens[:, 1:].clone()
 
 
@@ -74,7 +69,7 @@ def test_ten_steps_equal_those_of_transformers_and_torch_optim(tiny_data, tmp_pa
     model, losses, norms = Llama(model_config(checkpoint)), [], []
     tokens = np.memmap(tiny_data / "train.bin", np.uint16, "r")
     begin_embeddings(model, tokens)
-    start, twin = theirs_of(model).state_dict(), theirs_of(model).train()
+    start, twin = conftest.to_hugging_face(model).state_dict(), conftest.to_hugging_face(model).train()
     optimizers = their_optimizers(twin, optimizer == "muon", decay, momentum)
     for step in range(10):
         ((x, y),) = step_batches(tokens, 32, 6, 1, seed=5, step=step)
@@ -92,7 +87,7 @@ def test_ten_steps_equal_those_of_transformers_and_torch_optim(tiny_data, tmp_pa
     for key, theirs in (("loss", losses), ("norm", norms)):
         assert list(logged(tmp_path, key).values()) == pytest.approx(theirs, rel=1e-4), key
     model.load_state_dict(checkpoint["model"])
-    for name, ours in theirs_of(model).state_dict().items():
+    for name, ours in conftest.to_hugging_face(model).state_dict().items():
         change = twin.state_dict()[name] - start[name]
         difference = (ours - start[name] - change).norm() / change.norm()
         assert difference < 2e-4, f"{name} differs by {difference:.1e} of its change"
@@ -100,7 +95,7 @@ def test_ten_steps_equal_those_of_transformers_and_torch_optim(tiny_data, tmp_pa
 
 def test_embeddings_begin_as_alike_as_the_company_of_their_tokens():
     """Where nothing is cut off, V = C, cosines of embeddings are those of rows of counted information."""
-    drawn, V = torch.randint(20, (2, 1500), generator=seeded()), 24
+    drawn, V = tokens_of((2, 1500), vocab_size=20), 24
     text = [*drawn[0].sort().values.view(-1, 50).T.flatten().tolist(), *drawn[1].tolist()]
     pairs = Counter(pair for far in (1, 2) for pair in zip(text, text[far:]))
     sums = [Counter(place) for place in zip(*pairs.elements())]  # of each token in first and in second place
@@ -121,8 +116,9 @@ def test_embeddings_begin_as_alike_as_the_company_of_their_tokens():
 
 def test_orthogonalised_equals_the_svd():
     """Singular vectors stay; singular values, here from 0.02 to 1 of the largest, come to some 0.7 to 1.2."""
+    torch.manual_seed(0)
     for shape in ((48, 48), (64, 32), (32, 64)):
-        U, S, Vh = torch.linalg.svd(torch.randn(shape, generator=seeded()), full_matrices=False)
+        U, S, Vh = torch.linalg.svd(torch.randn(shape), full_matrices=False)
         inside = U.T @ orthogonalised(U * torch.logspace(0, -1.7, len(S)) @ Vh).float() @ Vh.T
         values = inside.diagonal()
         assert values.min() > 0.65 and values.max() < 1.25 and (inside - values.diag()).abs().max() < 0.05
@@ -146,9 +142,9 @@ def test_accumulation_equals_big_batch(masked):
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
 def test_distillation_at_49152_classes_equals_float64(weight):
-    ours = 2 * torch.randn(1, 64, 49152, generator=seeded())
-    theirs = ours + 0.3 * torch.randn(ours.shape, generator=seeded(1))
-    y = torch.randint(49152, (1, 64), generator=seeded())
+    noise, y = torch.Generator().manual_seed(0), tokens_of((1, 64), vocab_size=49152)
+    ours = 2 * torch.randn(1, 64, 49152, generator=noise)
+    theirs = ours + 0.3 * torch.randn(ours.shape, generator=noise)
     y[0, ::5] = IGNORE
     found = distilled(lambda x: ours, lambda x: theirs, None, y, weight)
     q, p = (logits[y != IGNORE].double().log_softmax(-1) for logits in (ours, theirs))
@@ -280,11 +276,8 @@ def test_evaluations_change_nothing_and_the_last_is_what_eval_ppl_prints(tiny_da
     assert len(records) == len(sizes) == 3 and sizes[2] == sizes[4] < sizes[5]
 
 
-def test_gradients_that_stay_nan_end_a_run_in_float16(tiny_data, tmp_path, monkeypatch):
-    def spoil(model, _):
-        model.norm.weight.register_hook(lambda gradient: math.nan * gradient)
-
-    monkeypatch.setattr(train, "begin_embeddings", spoil)
+@mock.patch("train.begin_embeddings", lambda m, _: m.norm.weight.register_hook(lambda g: math.nan * g))
+def test_gradients_that_stay_nan_end_a_run_in_float16(tiny_data, tmp_path):
     done = quick("train.py", *small_run(tiny_data, tmp_path), "--dtype", "float16", "--max_steps", 40)
     refused(done, "gradient norm nan")
 
