@@ -14,7 +14,6 @@ COMMANDS = {  # name: module and function, what it does
     "attention": ("attention.main", "attention backends and sliced products in a QLoRA run"),
     "kernel": ("attention.kernel_main", "the Triton kernels by themselves, on a GPU"),
     "train": ("bench.train_main", "speed of training and evaluation"),
-    "generate": ("bench.write_main", "speed of generation with random weights"),
     "write": ("write.main", "text that a model writes, to heal its smaller self on"),
     "latency": ("bench.write_main", "milliseconds of a text, checkpoints in turns (--ckpts)"),
     "compare-groups": ("compare_groups.main", "what each step of merging heads contributes"),

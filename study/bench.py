@@ -4,7 +4,6 @@
     python -m study decode --block_size 1024 --steps 20     # a token's time, fewer K/V heads, or --ckpts
     python -m study train                                   # training and evaluation
     python -m study pace "--n_layer 6" "--n_layer 6 --novel"    # a training step of each, in turns
-    python -m study generate --batch_size 16                # greedy texts that fill the context
     python -m study latency --batch_size 1 --ckpts a/ckpt.pt b/ckpt.pt    # texts of 64 tokens, in turns
 
 `memory` trains each row in a process of its own, with the same number of tokens a step. `peak` is the most
@@ -269,14 +268,13 @@ def decode_main() -> None:
 
 
 def write_main() -> None:
-    """A row for each model: milliseconds of batch_size greedy texts, and tokens a second."""
-    config, written, c = configs(__doc__, BenchConfig, WriteConfig, ModelConfig)
-    device, new, runs, rows = pick_device(config.device), c.block_size - 1, {}, []
-    if written.ckpts:
-        models = {path: build_model(load(path), device) for path in written.ckpts}  # in its own number format
-        new = min(64, *(model.config.block_size - 1 for model in models.values()))
-    else:
-        models = {"random": Llama(c).to(device, pick_dtype("auto", device)).eval()}
+    """A row for each checkpoint: milliseconds of batch_size greedy texts, and tokens a second."""
+    config, written = configs(__doc__, BenchConfig, WriteConfig)
+    if not written.ckpts:
+        raise UserError("latency compares checkpoints: give --ckpts a/ckpt.pt b/ckpt.pt")
+    device, runs, rows = pick_device(config.device), {}, []
+    models = {path: build_model(load(path), device) for path in written.ckpts}  # in its own number format
+    new = min(64, *(model.config.block_size - 1 for model in models.values()))
     for name, model in models.items():
         if compiling_pays(TrainConfig(compile=written.compile), 0, device):  # or an error
             model.compile_step()

@@ -129,11 +129,8 @@ def main() -> None:
             for name, (function, *args) in work.items():
                 found[name].append(alone(name, function, *args))
                 print(json.dumps({"row": name, **found[name][-1]}), file=file)
-    rows = []
-    for name, each in found.items():
-        medians = {key: median(record[key] for record in each) for key in each[0]}
-        rows.append({"medians of the rounds": name, **medians})
-    show(how, rows)
+    medians = {name: {key: median(one[key] for one in of) for key in of[0]} for name, of in found.items()}
+    show(how, [{"medians of the rounds": name, **row} for name, row in medians.items()])
 
 
 def loss_main() -> None:

@@ -19,9 +19,8 @@ from study import plot
 from study.bench import records, table
 
 KINDS = ("plain", "novel", "gated", "scaled", "torch")
-SCORES = (
-    "loss", "choice", "bleu", "bleu1", "chrf", "rouge1", "rouge2", "rougeL", "f1", "edit", "exact_match",
-)  # fmt: skip
+SCORES = ["loss", "choice", "bleu", "bleu1", "chrf", "rouge1", "rouge2", "rougeL", "f1", "edit"]
+SCORES += ["exact_match", "latency_mean", "latency_p5", "latency_p50", "latency_p95"]
 
 
 def result(name: str) -> dict:
@@ -121,11 +120,11 @@ def draw_ratios(panels: dict[str, tuple[list[float], dict[str, list[float]]]]) -
     for place, (title, (x, lines)) in zip(axes, panels.items()):
         for (label, y), marker in zip(lines.items(), "os^vDPX*+xd"):
             place.plot(x, y, marker=marker, markersize=5, label=label)
-        place.set(xlabel="share of the KV cache", ylabel="perplexity, ratio to the original's", title=title)
+        labels = {"xlabel": "share of the KV cache", "ylabel": "perplexity, ratio to the original's"}
+        place.set(**labels, title=title, yscale="log")
         most = max(max(y) for y in lines.values())
         near = (1.02, 1.05) if most < 2 else ()  # else these would be written over each other
         ticks = [t for t in (1, *near, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 40) if t < 1.1 * most]
-        place.set_yscale("log")
         place.set_yticks(ticks, [f"{t:g}" for t in ticks])
         place.minorticks_off()
         place.grid()
@@ -167,7 +166,7 @@ def foreign() -> None:
 def tuning() -> Iterator[str]:
     """The scores of each task and way of tuning, what was forgotten, and answers of the first adapters."""
     rows: list[dict] = []
-    names = dict(zip(SCORES, SCORES), own="own text, ppl", seconds="training, s", latency_p50="latency, s")
+    names = dict(zip(SCORES, SCORES), own="own text, ppl", seconds="training, s")
     for (task, way), seeds in gathered("tuning-*-score.txt").items():
         if not rows or rows[-1]["task"] != task:
             before = result(f"tuning-{task}-before")
@@ -246,14 +245,23 @@ def printed() -> Iterator[str]:
             yield table(rows) if rows else "\n".join(["```", *lines, "```"])
 
 
+def durations() -> list[str]:
+    """Minutes of the finished steps, by how their names begin; of a resumed one only those since."""
+    minutes = defaultdict(list)
+    for log in sorted(Path("logs").glob("*.txt")):
+        spent = (log.stat().st_mtime - log.with_suffix(".begun").stat().st_mtime) / 60
+        for name in (log.stem.split("-")[0], "all"):
+            minutes[name].append(spent)
+    rows = [{"steps": name, "number": len(of), "minutes": sum(of)} for name, of in sorted(minutes.items())]
+    return section("Time", rows)
+
+
 def report(loops: dict[str, dict]) -> None:
     """Write OUT/tables.md and OUT/figures of all that has run."""
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     text = [f"{time.strftime('%Y-%m-%d')} | Python {platform.python_version()} | {machine}"]
-    sections = [depth(), groups(loops["merge"], loops["share"]), published(loops["recipe"]), tuning()]
-    sections += [epochs(), lengths(map(int, loops["length"]), loops["backend"]), printed()]
-    for section in sections:
-        text += section
+    text += [*depth(), *groups(loops["merge"], loops["share"]), *published(loops["recipe"]), *tuning()]
+    text += [*epochs(), *lengths(map(int, loops["length"]), loops["backend"]), *printed(), *durations()]
     foreign()
     if rows := result("memory").get("rows"):
         bars = {"peak memory of a step, MiB": [row["peak"] / 2**20 for row in rows]}

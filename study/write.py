@@ -30,8 +30,6 @@ class TextConfig:
     folder: str  # where the texts go
     tokens: int = bounded(2_000_000, 1)  # to write
     dataset: str | None = None  # prepared text to take beginnings from (default: they begin with nothing)
-    temperature: float = bounded(1.0, 0, 1e9)  # 1 is the model's own distribution, 0 greedy
-    top_p: float = bounded(1.0, 1e-9, 1)  # draw from the likeliest tokens of this probability together
     batch_size: int = bounded(64, 1)  # texts written at a time
     seed: int = bounded(0, 0, 2**32 - 1)  # of beginnings and texts
     device: str = "auto"  # cuda, mps, cpu or auto
@@ -49,8 +47,8 @@ def main() -> None:
     if config.dataset:
         ids, name = split_tokens(checkpoint, tokenizer, config.dataset, "train")
         require(len(ids) > size, f"{name} has {len(ids)} tokens: give --dataset of {size + 1} or more")
-    how = {"temperature": config.temperature, "top_p": config.top_p, "stop": tokenizer.stop}
-    how["generator"] = torch.Generator(device).manual_seed(config.seed)
+    generator = torch.Generator(device).manual_seed(config.seed)
+    how = {"temperature": 1.0, "stop": tokenizer.stop, "generator": generator}
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("[0-9]" * 10 + ".txt"):  # of another length or seed
         old.unlink()
