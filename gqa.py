@@ -20,7 +20,6 @@ strongest directions of their keys and values, any number of them, and each head
 
 import json
 import math
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -35,51 +34,14 @@ from data.tokenizer import read_tokenizer
 from eval_ppl import mean_nll, perplexity, split_tokens, window_nll
 from lora import plain
 from model import Attention, Llama, Maps, ModelConfig
-from partition import Groups, best_partitions, knapsack
+from partition import (
+    TINY, Counts, Groups, Slot, budget, choose, complex_heads, even_counts, head_counts, knapsack, numbered,
+    value_heads, weighted_rows,
+)  # fmt: skip
 from refit import STEPS, Statistics, divergence, refit, sensitivity, statistics
 
-Slot = tuple[int, str]  # (layer, "k", "v" or "joint"): heads that form groups
-Counts = dict[Slot, int]  # groups in each slot
 Directions = dict[Slot, tuple[torch.Tensor, ...]]
 MOST_CONTEXT = 1024  # tokens; more change few choices
-TINY = 1e-300  # keeps weights that are zero from becoming nan
-
-
-# ---- the best rows to share ----
-
-
-def complex_heads(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """wq or wk (n D, C) -> (n, D/2, C): the rows of a RoPE pair as one complex row."""
-    pairs = weight.double().unflatten(0, (-1, head_dim // 2, 2)).transpose(2, 3)
-    return torch.view_as_complex(pairs.contiguous())
-
-
-def value_heads(attention: Attention) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-    """Of each value head wv (G, D, C), wo of the s query heads that read it (s, C, D), and |wo|^2 (G,)."""
-    values = attention.wv.weight.double().unflatten(0, (-1, attention.head_dim))
-    outputs = attention.wo.weight.double().unflatten(1, (-1, attention.head_dim)).transpose(0, 1)
-    readers = [outputs[attention.v_groups.of_head == head] for head in range(len(values))]
-    return values, readers, torch.stack([wo.square().sum() for wo in readers])
-
-
-def weighted_rows(attention: Attention, kind: str, stats: Statistics) -> tuple[torch.Tensor, ...]:
-    """One layer's key or value rows (F, n, C), the same weighted, and E[x x^T] of their inputs (C, C). Keys:
-    a complex row a head for each of F = D/2 RoPE pairs, times sqrt(E|q_f|^2). Values: F = 1, D real rows a
-    head, R W_v instead of W_v, where R^T R is the sum of W_o^T W_o over its readers."""
-    if kind == "k":
-        rows = complex_heads(attention.wk.weight, attention.head_dim).transpose(0, 1)
-        energy = stats.energy.new_zeros(rows.shape[1::-1])  # (n, F)
-        energy.index_add_(0, attention.k_groups.of_head, stats.energy)
-        # a head whose queries are all near zero still gets a direction
-        energy = energy.clamp(min=max(1e-6 * energy.mean().item(), TINY))
-        return rows, energy.sqrt().T[..., None] * rows, stats.inputs.to(rows.dtype)
-    values, readers, sizes = value_heads(attention)
-    if attention.novel is None:
-        e, U = torch.linalg.eigh(torch.stack([(wo.mT @ wo).sum(0) for wo in readers]))
-        weighted = e.clamp(min=0).sqrt()[..., None] * (U.mT @ values)
-    else:
-        weighted = sizes.clamp(min=TINY).sqrt()[:, None, None] * values
-    return values.flatten(0, 1)[None], weighted.flatten(0, 1)[None], stats.mixed
 
 
 def directions(rows: torch.Tensor, weighted: torch.Tensor, C: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -191,150 +153,26 @@ def to_latents(model: Llama, found: Directions, sizes: Counts) -> Llama:
     return build_model({"model": weights, "config": vars(config)}, model.tok_embeddings.weight.device)
 
 
-def latent_units(c: ModelConfig, share: float) -> tuple[int, int]:
-    """The unit of latent sizes, in numbers, and how many units a share of the cache holds. Raises UserError
-    if that is below one for each layer's K and V."""
-    unit, numbers = c.head_dim // 4 if c.head_dim % 8 == 0 else 2, c.kv_numbers_per_token
-    total, least = int(share * numbers / unit + 1e-9), math.ceil(2000 * c.n_layer * unit / numbers) / 1000
-    few = f"kv_budget {share} is below {unit} numbers of each layer's K and V: give --kv_budget {least} to 1"
-    require(total >= 2 * c.n_layer, few)
-    return unit, total
+def latent_units(c: ModelConfig) -> tuple[int, Counts]:
+    """The unit of latent sizes, in numbers, and how many units each layer's K and V take in the cache."""
+    unit = c.head_dim // 4 if c.head_dim % 8 == 0 else 2
+    return unit, {(i, kind): n // unit for i, both in enumerate(c.kv_widths) for kind, n in zip("kv", both)}
 
 
 def latent_sizes(model: Llama, found: Directions, tokens: torch.Tensor, share: float) -> Counts:
     """The latent sizes of each layer's K and V, together a share of the cache, with the least sum of the KL
     divergences caused, predicted by one backward pass at some sizes; none for what stays as it is."""
-    (unit, total), gradients = latent_units(model.config, share), sensitivity(model, tokens)
-    whole = {(i, kind): n for i, both in enumerate(model.config.kv_widths) for kind, n in zip("kv", both)}
-    steps = sorted({max(1, max(whole.values()) // unit * i // 8) for i in range(8)})
-    known = {slot: {n // unit: 0.0} for slot, n in whole.items()}
+    (unit, whole), gradients = latent_units(model.config), sensitivity(model, tokens)
+    steps = sorted({max(1, max(whole.values()) * i // 8) for i in range(8)})
+    known = {slot: {n: 0.0} for slot, n in whole.items()}
     for kind, step in product("kv", steps):
-        sizes = {slot: step * unit for slot, n in whole.items() if slot[1] == kind and step * unit < n}
+        sizes = {slot: step * unit for slot, n in whole.items() if slot[1] == kind and step < n}
         small = to_latents(model, found, sizes)
         for slot in sizes:
             known[slot][step] = divergence(small.layers[slot[0]].attention, gradients[slot[0]])
     values = [np.interp(range(1, max(of) + 1), *zip(*sorted(of.items()))) for of in known.values()]
-    units = zip(whole.items(), knapsack(values)[1][total])
-    return {slot: unit * n for (slot, all_of_it), n in units if unit * n < all_of_it}
-
-
-# ---- which heads ----
-
-
-class Costs:
-    """Cost of merging a set of a layer's K or V heads: the squared weights times inputs that the best shared
-    head loses, which is the sum of the eigenvalues that are dropped."""
-
-    @torch.no_grad()
-    def __init__(self, attention: Attention, kind: Literal["k", "v"], stats: Statistics):
-        _, rows, C = weighted_rows(attention, kind, stats)
-        self.rank, self.weights = (attention.head_dim if kind == "v" else 1), None
-        if kind == "v" and attention.novel is not None:  # whose values share a weighted mean
-            rows, self.rank = rows[0].unflatten(0, (-1, self.rank)).transpose(0, 1), 1  # (D, G, C)
-            self.weights = value_heads(attention)[2].clamp(min=TINY).sqrt().cpu()
-        self.gram = (rows @ C @ rows.mH).cpu()  # (F, n rank, n rank); costs add over F
-        self.n = self.gram.shape[-1] // self.rank
-        if kind == "v" and self.gram.shape[-1] > 512:  # float32 takes two thirds of the time
-            self.gram = self.gram.float()
-
-    def __call__(self, sets: np.ndarray) -> np.ndarray:
-        """sets (N, s) of s heads each -> (N,)"""
-        index = (torch.from_numpy(sets)[..., None] * self.rank + torch.arange(self.rank)).flatten(1)
-        parts = index.split(max(1, 2**22 // (len(self.gram) * index.shape[1] ** 2)))
-        threads = torch.get_num_threads()  # one a part: within such small eigenproblems they would only wait
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            tails = torch.cat(list(pool.map(self.tails, parts))).numpy()
-        torch.set_num_threads(threads)  # also of threads that begin later
-        return tails
-
-    def tails(self, index: torch.Tensor) -> torch.Tensor:
-        """index (N, s rank) of rows of the gram -> (N,) costs"""
-        grams = self.gram[:, index[:, :, None], index[:, None, :]]  # (F, N, s rank, s rank)
-        if self.weights is None:
-            lost = torch.linalg.eigvalsh(grams)[..., : -self.rank].sum(-1)
-        else:
-            u = self.weights[index]
-            kept = torch.einsum("ns,fnst,nt->fn", u, grams, u) / u.square().sum(-1)
-            lost = grams.diagonal(dim1=-2, dim2=-1).sum(-1) - kept
-        return lost.sum(0).clamp(min=0)
-
-
-def slot_costs(model: Llama, stats: list[Statistics], slot: Slot):
-    """For `best_partitions`; joint costs add both kinds, each as a share of what one group would cost."""
-    layer, kind = slot
-    attention = model.layers[layer].attention
-    if kind != "joint":
-        return Costs(attention, kind, stats[layer])
-    both = [Costs(attention, one, stats[layer]) for one in "kv"]
-    whole = [max(cost(np.arange(cost.n)[None]).item(), TINY) for cost in both]
-    return lambda sets: sum(cost(sets) / of_one for cost, of_one in zip(both, whole))
-
-
-def head_counts(model: Llama, joint: bool = False) -> Counts:
-    """The model's K and V heads in each slot, keys first: they get more of an uneven share."""
-    c = model.config
-    require(not joint or c.k_groups == c.v_groups, "keys and values are grouped apart already: drop --joint")
-    maps = {"joint": c.k_groups} if joint else {"k": c.k_groups, "v": c.v_groups}
-    return {(layer, kind): max(of_head) + 1 for kind in maps for layer, of_head in enumerate(maps[kind])}
-
-
-def budget(heads: Counts, share: float) -> int:
-    """Groups, over all slots, in a share of the model's cache. Raises UserError below one a slot."""
-    whole = sum(heads.values())
-    total, least = int(share * whole + 1e-9), math.ceil(1000 * len(heads) / whole) / 1000
-    few = f"kv_budget {share} is below one head a layer: give --kv_budget {least} to 1"
-    require(total >= len(heads), few)
-    return total
-
-
-def even_counts(heads: Counts, total: int) -> Counts:
-    """`total` groups, spread as evenly over the slots as can be."""
-    counts = dict.fromkeys(heads, 1)
-    for _ in range(total - len(counts)):
-        counts[min(counts, key=lambda slot: counts[slot] / heads[slot])] += 1
-    return counts
-
-
-def choose(
-    model: Llama, stats: list[Statistics], counts: Counts, grouping="best", seed=0, known: dict | None = None
-) -> tuple[Maps, Maps]:  # fmt: skip
-    """k_groups and v_groups with so many groups in each slot: the best, runs of neighbour heads, or random.
-    `known` {slot: best_partitions} keeps what was computed for later calls."""
-    heads, labels = head_counts(model, any(kind == "joint" for _, kind in counts)), {}
-    known = {} if known is None else known
-    for slot, g in counts.items():
-        n, labels[slot] = heads[slot], np.empty(heads[slot], int)
-        if grouping == "best":
-            answers = known.setdefault(slot, {})
-            if g not in answers:
-                answers |= best_partitions(n, slot_costs(model, stats, slot), [g])
-            groups = answers[g][1]
-        elif grouping == "neighbour":
-            groups = np.array_split(np.arange(n), g)
-        elif grouping == "random":
-            rng = np.random.default_rng((seed, slot[0], slot[1] == "v", g))
-            order = rng.permutation(n)
-            drawn = np.concatenate((np.arange(g), rng.integers(g, size=n - g)))
-            groups = [order[drawn == i] for i in range(g)]
-        for number, group in enumerate(groups):
-            labels[slot][group] = number
-    return as_maps(model, labels)
-
-
-def numbered(labels: list[int]) -> list[int]:
-    """Labels as numbers, from 0 on, in the order in which they first occur."""
-    first = list(dict.fromkeys(labels))
-    return [first.index(label) for label in labels]
-
-
-def as_maps(model: Llama, labels: dict[Slot, np.ndarray]) -> tuple[Maps, Maps]:
-    """k_groups and v_groups, of a label for each K or V head of each slot."""
-    maps = [], []
-    for of_kind, kind, sources in zip(maps, "kv", (model.config.k_groups, model.config.v_groups)):
-        for layer, of_head in enumerate(sources):
-            label = labels.get((layer, kind), labels.get((layer, "joint")))
-            of_kind.append(numbered(label[of_head].tolist()))
-    return maps
+    units = zip(whole.items(), knapsack(values)[1][budget(whole, share)])
+    return {slot: unit * n for (slot, most), n in units if n < most}
 
 
 # ---- the new model ----
@@ -493,7 +331,7 @@ def main() -> None:
     maps = read_groups(Path(config.groups), model.config) if config.groups else None
     counts = {} if maps or config.latent else asked_counts(config, model)
     if config.latent:
-        latent_units(model.config, config.kv_budget)  # raises now what it would raise in a minute
+        budget(latent_units(model.config)[1], config.kv_budget)  # raises now what it would in a minute
     unread = config.merge == "mean" and (config.groups or config.grouping != "best")
     stats = [] if unread else statistics(model, blocks)
     if config.latent:

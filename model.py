@@ -17,7 +17,6 @@ width, V vocabulary.
     new_tokens = model.eval().generate([[1, 15, 7]], max_new_tokens=20)
 """
 
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -243,7 +242,7 @@ class KVCache:
             new = new if self.bits == 16 else pack(new, self.bits)
             if store[layer] is None:
                 self.dtype, store[layer] = k.dtype, new.new_empty(*new.shape[:2], self.capacity, new.shape[3])
-            # compiled, a slice assignment would copy the whole cache; RowLinear's k may be a wider dtype
+            # compiled, a slice assignment would copy the whole cache; sample.RowLinear's k may be wider
             store[layer].index_copy_(2, positions, new.type_as(store[layer]))
         kept = self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
         return kept if self.bits == 16 else tuple(unpack(x, self.bits).to(self.dtype) for x in kept)
@@ -407,7 +406,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_activations = False  # keep each block's input, recompute the rest in the backward
-        self.compiled_step = None  # see compile_step
+        self.compiled_step = None  # what adds a token to each text, once sample.compile_step has made it
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(TransformerBlock(config, layer) for layer in range(config.n_layer))
@@ -464,26 +463,6 @@ class Llama(nn.Module):
         """How many weights: tied ones count once, and NF4's, which are no Parameters, count, too."""
         stored = sum(layer.num_weights for layer in self.modules() if hasattr(layer, "num_weights"))
         return stored + sum(p.numel() for p in self.parameters())
-
-    def compile_step(self) -> None:
-        """Compile the step that adds one token to each text: the first token then takes tens of seconds, all
-        others a fraction of the time. Weights may still change in place, but not their dtype, nor the layers.
-        A small model's time goes into calling kernels from Python. So a twin with the same weights, but with
-        products and attention written as loops over one row, becomes one graph."""
-        self.compiled_step = None
-        shared = {id(x): x for x in (*self.parameters(), *self.buffers())}
-        twin = copy.deepcopy(self, memo=shared).eval()
-        for module in twin.modules():
-            if type(module) is nn.Linear and module.bias is None:
-                module.__class__ = RowLinear
-            if isinstance(module, Attention) and module.attend in ATTENTION.values():
-                module.attend = one_query
-        options = {
-            "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe, "size_asserts": False,
-            "cpp.enable_floating_point_contract_flag": "fast",  # w * x + sum in one operation
-        }  # fmt: skip
-        how = {"dynamic": True, "fullgraph": True, "options": options, "isolate_recompiles": True}
-        self.compiled_step = torch.compile(twin.forward, **how)
 
     @torch.no_grad()
     def stream(
@@ -575,21 +554,3 @@ def pick_token(logits: torch.Tensor, temperature: float, top_p: float, generator
         before = ranked.cumsum(-1) - ranked  # mass of the likelier tokens; the first always stays
         p = p.scatter(-1, order, ranked.masked_fill(before >= top_p, 0))
     return torch.multinomial(p, 1, generator=generator)
-
-
-class RowLinear(nn.Linear):
-    """x W^T; one row is a loop over W, which torch.compile fuses with its neighbours, in float32 or wider."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.numel() > x.shape[-1]:
-            return F.linear(x, self.weight)
-        return (self.weight * widen(x).flatten()).sum(-1).expand(*x.shape[:-1], -1)
-
-
-def one_query(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.Tensor | None) -> torch.Tensor:
-    """`naive` for T = 1, in sums that torch.compile makes loops over the cache, in float32 or wider."""
-    rows = k_groups.gather(widen(q) * q.shape[-1] ** -0.5)  # (B, G_k, heads of a group, D)
-    raw = k_groups.scatter((rows[:, :, :, None] * k[:, :, None]).sum(-1))  # (B, H, 1, S)
-    raw = raw if mask is None else raw.masked_fill(~mask, -math.inf)
-    weights = v_groups.gather(raw.softmax(-1))
-    return v_groups.scatter((weights[..., None] * v[:, :, None]).sum(-2)).type_as(v)

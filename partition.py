@@ -1,4 +1,4 @@
-"""The cheapest way to part n heads into g groups, and to spend a budget of groups over layers.
+"""Which heads share: what merging a set of them costs, the cheapest groups, and how many each layer gets.
 
 Costs add over groups, and only its members decide a group's cost. Up to 12 heads the optimum is found by
 dynamic programming over sets: the cheapest partition of a set is a subset that holds its first head, and the
@@ -7,14 +7,109 @@ then heads move and change places while that helps.
 """
 
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 
 import numpy as np
+import torch
+
+from common import require
+from model import Attention, Llama, Maps
+from refit import Statistics
 
 EXACT = 12  # 4,095 sets, 3^12 / 2 ways to cut one in two
+TINY = 1e-300  # keeps weights that are zero from becoming nan
 Groups = list[list[int]]  # the members of each group, in ascending order
 Cost = Callable[[np.ndarray], np.ndarray]  # (N, s) heads of N sets of s members -> (N,) costs
 Partitions = dict[int, tuple[float, Groups]]  # number of groups -> total cost, groups
+Slot = tuple[int, str]  # (layer, "k", "v" or "joint"): heads that form groups
+Counts = dict[Slot, int]  # groups in each slot
+
+
+def complex_heads(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """wq or wk (n D, C) -> (n, D/2, C): the rows of a RoPE pair as one complex row."""
+    pairs = weight.double().unflatten(0, (-1, head_dim // 2, 2)).transpose(2, 3)
+    return torch.view_as_complex(pairs.contiguous())
+
+
+def value_heads(attention: Attention) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    """Of each value head wv (G, D, C), wo of the s query heads that read it (s, C, D), and |wo|^2 (G,)."""
+    values = attention.wv.weight.double().unflatten(0, (-1, attention.head_dim))
+    outputs = attention.wo.weight.double().unflatten(1, (-1, attention.head_dim)).transpose(0, 1)
+    readers = [outputs[attention.v_groups.of_head == head] for head in range(len(values))]
+    return values, readers, torch.stack([wo.square().sum() for wo in readers])
+
+
+def weighted_rows(attention: Attention, kind: str, stats: Statistics) -> tuple[torch.Tensor, ...]:
+    """One layer's key or value rows (F, n, C), the same weighted, and E[x x^T] of their inputs (C, C). Keys:
+    a complex row a head for each of F = D/2 RoPE pairs, times sqrt(E|q_f|^2). Values: F = 1, D real rows a
+    head, R W_v instead of W_v, where R^T R is the sum of W_o^T W_o over its readers."""
+    if kind == "k":
+        rows = complex_heads(attention.wk.weight, attention.head_dim).transpose(0, 1)
+        energy = stats.energy.new_zeros(rows.shape[1::-1])  # (n, F)
+        energy.index_add_(0, attention.k_groups.of_head, stats.energy)
+        # a head whose queries are all near zero still gets a direction
+        energy = energy.clamp(min=max(1e-6 * energy.mean().item(), TINY))
+        return rows, energy.sqrt().T[..., None] * rows, stats.inputs.to(rows.dtype)
+    values, readers, sizes = value_heads(attention)
+    if attention.novel is None:
+        e, U = torch.linalg.eigh(torch.stack([(wo.mT @ wo).sum(0) for wo in readers]))
+        weighted = e.clamp(min=0).sqrt()[..., None] * (U.mT @ values)
+    else:
+        weighted = sizes.clamp(min=TINY).sqrt()[:, None, None] * values
+    return values.flatten(0, 1)[None], weighted.flatten(0, 1)[None], stats.mixed
+
+
+class Costs:
+    """Cost of merging a set of a layer's K or V heads: the squared weights times inputs that the best shared
+    head loses, which is the sum of the eigenvalues that are dropped."""
+
+    @torch.no_grad()
+    def __init__(self, attention: Attention, kind: str, stats: Statistics):
+        _, rows, C = weighted_rows(attention, kind, stats)
+        self.rank, self.weights = (attention.head_dim if kind == "v" else 1), None
+        if kind == "v" and attention.novel is not None:  # whose values share a weighted mean
+            rows, self.rank = rows[0].unflatten(0, (-1, self.rank)).transpose(0, 1), 1  # (D, G, C)
+            self.weights = value_heads(attention)[2].clamp(min=TINY).sqrt().cpu()
+        self.gram = (rows @ C @ rows.mH).cpu()  # (F, n rank, n rank); costs add over F
+        self.n = self.gram.shape[-1] // self.rank
+        if kind == "v" and self.gram.shape[-1] > 512:  # float32 takes two thirds of the time
+            self.gram = self.gram.float()
+
+    def __call__(self, sets: np.ndarray) -> np.ndarray:
+        """sets (N, s) of s heads each -> (N,)"""
+        index = (torch.from_numpy(sets)[..., None] * self.rank + torch.arange(self.rank)).flatten(1)
+        parts = index.split(max(1, 2**22 // (len(self.gram) * index.shape[1] ** 2)))
+        threads = torch.get_num_threads()  # one a part: within such small eigenproblems they would only wait
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            tails = torch.cat(list(pool.map(self.tails, parts))).numpy()
+        torch.set_num_threads(threads)  # also of threads that begin later
+        return tails
+
+    def tails(self, index: torch.Tensor) -> torch.Tensor:
+        """index (N, s rank) of rows of the gram -> (N,) costs"""
+        grams = self.gram[:, index[:, :, None], index[:, None, :]]  # (F, N, s rank, s rank)
+        if self.weights is None:
+            lost = torch.linalg.eigvalsh(grams)[..., : -self.rank].sum(-1)
+        else:
+            u = self.weights[index]
+            kept = torch.einsum("ns,fnst,nt->fn", u, grams, u) / u.square().sum(-1)
+            lost = grams.diagonal(dim1=-2, dim2=-1).sum(-1) - kept
+        return lost.sum(0).clamp(min=0)
+
+
+def slot_costs(model: Llama, stats: list[Statistics], slot: Slot):
+    """For `best_partitions`; joint costs add both kinds, each as a share of what one group would cost."""
+    layer, kind = slot
+    attention = model.layers[layer].attention
+    if kind != "joint":
+        return Costs(attention, kind, stats[layer])
+    both = [Costs(attention, one, stats[layer]) for one in "kv"]
+    whole = [max(cost(np.arange(cost.n)[None]).item(), TINY) for cost in both]
+    return lambda sets: sum(cost(sets) / of_one for cost, of_one in zip(both, whole))
+
+
+# ---- the cheapest groups ----
 
 
 def best_partitions(n: int, cost: Cost, wanted: Iterable[int] = ()) -> Partitions:
@@ -95,6 +190,34 @@ def improve(groups: Groups, costs: Callable[[Groups], list[float]]) -> Groups:
         groups[a], groups[b] = groups_a, groups_b
 
 
+# ---- how many, and which ----
+
+
+def head_counts(model: Llama, joint: bool = False) -> Counts:
+    """The model's K and V heads in each slot, keys first: they get more of an uneven share."""
+    c = model.config
+    require(not joint or c.k_groups == c.v_groups, "keys and values are grouped apart already: drop --joint")
+    maps = {"joint": c.k_groups} if joint else {"k": c.k_groups, "v": c.v_groups}
+    return {(layer, kind): max(of_head) + 1 for kind in maps for layer, of_head in enumerate(maps[kind])}
+
+
+def budget(whole: Counts, share: float) -> int:
+    """Groups (or units of latents) in a share of the cache, over all slots. Raises UserError below one."""
+    most = sum(whole.values())
+    total, least = int(share * most + 1e-9), -(-1000 * len(whole) // most) / 1000
+    few = f"kv_budget {share} leaves nothing for some layer's K or V: give --kv_budget {least} to 1"
+    require(total >= len(whole), few)
+    return total
+
+
+def even_counts(heads: Counts, total: int) -> Counts:
+    """`total` groups, spread as evenly over the slots as can be."""
+    counts = dict.fromkeys(heads, 1)
+    for _ in range(total - len(counts)):
+        counts[min(counts, key=lambda slot: counts[slot] / heads[slot])] += 1
+    return counts
+
+
 def knapsack(values: list[np.ndarray]) -> tuple[np.ndarray, list[list[int]]]:
     """values[i][g - 1], what g groups cost in slot i -> for every total number of groups the least sum (inf:
     there is none), and the groups of each slot that give it."""
@@ -108,3 +231,45 @@ def knapsack(values: list[np.ndarray]) -> tuple[np.ndarray, list[list[int]]]:
         choice = (options.argmin(0) + 1).tolist()
         best, counts = options.min(0), [[*counts[total - g], g] for total, g in enumerate(choice)]
     return best, counts
+
+
+def choose(
+    model: Llama, stats: list[Statistics], counts: Counts, grouping="best", seed=0, known: dict | None = None
+) -> tuple[Maps, Maps]:  # fmt: skip
+    """k_groups and v_groups with so many groups in each slot: the best, runs of neighbour heads, or random.
+    `known` {slot: best_partitions} keeps what was computed for later calls."""
+    heads, labels = head_counts(model, any(kind == "joint" for _, kind in counts)), {}
+    known = {} if known is None else known
+    for slot, g in counts.items():
+        n, labels[slot] = heads[slot], np.empty(heads[slot], int)
+        if grouping == "best":
+            answers = known.setdefault(slot, {})
+            if g not in answers:
+                answers |= best_partitions(n, slot_costs(model, stats, slot), [g])
+            groups = answers[g][1]
+        elif grouping == "neighbour":
+            groups = np.array_split(np.arange(n), g)
+        elif grouping == "random":
+            rng = np.random.default_rng((seed, slot[0], slot[1] == "v", g))
+            order = rng.permutation(n)
+            drawn = np.concatenate((np.arange(g), rng.integers(g, size=n - g)))
+            groups = [order[drawn == i] for i in range(g)]
+        for number, group in enumerate(groups):
+            labels[slot][group] = number
+    return as_maps(model, labels)
+
+
+def numbered(labels: list[int]) -> list[int]:
+    """Labels as numbers, from 0 on, in the order in which they first occur."""
+    first = list(dict.fromkeys(labels))
+    return [first.index(label) for label in labels]
+
+
+def as_maps(model: Llama, labels: dict[Slot, np.ndarray]) -> tuple[Maps, Maps]:
+    """k_groups and v_groups, of a label for each K or V head of each slot."""
+    maps = [], []
+    for of_kind, kind, sources in zip(maps, "kv", (model.config.k_groups, model.config.v_groups)):
+        for layer, of_head in enumerate(sources):
+            label = labels.get((layer, kind), labels.get((layer, "joint")))
+            of_kind.append(numbered(label[of_head].tolist()))
+    return maps

@@ -1,19 +1,22 @@
-"""Write text with a checkpoint, as it comes.
+"""Write text with a checkpoint, as it comes; and the step of one token, compiled into one graph.
 
 python sample.py out/RUN/ckpt.pt --prompt "def main(" --max_new_tokens 100
 python sample.py out/RUN/ckpt.pt --temperature 0               # greedy: always the likeliest token
 python sample.py tuned.pt --instruction "Name three animals."  # a prompt as instruction data have it
 """
 
+import copy
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn as nn
 
 from checkpoint import build, load
 from common import UserError, bounded, compiler_missing, exit_cleanly, parse, pick_device
 from data.tokenizer import Tokenizer, prompt_text
+from model import ATTENTION, Attention, HeadGroups, Llama, widen
 
 
 @dataclass
@@ -47,26 +50,61 @@ def readable(ids: list[int], new_tokens: Iterator[int], tokenizer: Tokenizer) ->
     yield tokenizer.decode(ids)[shown:]
 
 
+class RowLinear(nn.Linear):
+    """x W^T; one row is a loop over W, which torch.compile fuses with its neighbours, in float32 or wider."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.numel() > x.shape[-1]:
+            return super().forward(x)
+        return (self.weight * widen(x).flatten()).sum(-1).expand(*x.shape[:-1], -1)
+
+
+def one_query(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.Tensor | None) -> torch.Tensor:
+    """`naive` for T = 1, in sums that torch.compile makes loops over the cache, in float32 or wider."""
+    rows = k_groups.gather(widen(q) * q.shape[-1] ** -0.5)  # (B, G_k, heads of a group, D)
+    raw = k_groups.scatter((rows[:, :, :, None] * k[:, :, None]).sum(-1))  # (B, H, 1, S)
+    raw = raw if mask is None else raw.masked_fill(~mask, -torch.inf)
+    weights = v_groups.gather(raw.softmax(-1))
+    return v_groups.scatter((weights[..., None] * v[:, :, None]).sum(-2)).type_as(v)
+
+
+def compile_step(model: Llama) -> None:
+    """Compile the step that adds one token to each text: the first token then takes tens of seconds, all
+    others a fraction of the time. Weights may still change in place, but not their dtype, nor the layers.
+    A small model's time goes into calling kernels from Python. So a twin with the same weights, but with
+    products and attention written as loops over one row, becomes one graph."""
+    model.compiled_step = None
+    shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, memo=shared).eval()
+    for module in twin.modules():
+        if type(module) is nn.Linear and module.bias is None:
+            module.__class__ = RowLinear
+        if isinstance(module, Attention) and module.attend in ATTENTION.values():
+            module.attend = one_query
+    options = {
+        "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe, "size_asserts": False,
+        "cpp.enable_floating_point_contract_flag": "fast",  # w * x + sum in one operation
+    }  # fmt: skip
+    how = {"dynamic": True, "fullgraph": True, "options": options, "isolate_recompiles": True}
+    model.compiled_step = torch.compile(twin.forward, **how)
+
+
 def main() -> None:
     config = SampleConfig(**parse(__doc__, SampleConfig))
-    if config.prompt and (config.instruction or config.input):
+    task = {"instruction": config.instruction, "input": config.input}
+    if config.prompt and any(task.values()):
         raise UserError("--prompt is text to continue, --instruction a task to answer: give one of them")
     device = pick_device(config.device)
     model, tokenizer = build(load(config.ckpt), device, config.kv_bits)
-    text = config.prompt
-    if config.instruction or config.input:
-        text = prompt_text({"instruction": config.instruction, "input": config.input})
-    prompt = tokenizer.prompt(text)
+    prompt = tokenizer.prompt(prompt_text(task) if any(task.values()) else config.prompt)
     if config.compile:
         if missing := compiler_missing(device):
             raise UserError(f"--compile needs {missing}: install it, or drop --compile")
-        model.compile_step()
+        compile_step(model)
+    how = {"temperature": config.temperature, "top_p": config.top_p, "stop": tokenizer.stop}
     for number in range(config.num_samples):
         generator = torch.Generator(device).manual_seed(config.seed + number)
-        steps = model.stream(
-            [prompt], config.max_new_tokens, temperature=config.temperature, top_p=config.top_p,
-            stop=tokenizer.stop, generator=generator,
-        )  # fmt: skip
+        steps = model.stream([prompt], config.max_new_tokens, **how, generator=generator)
         if config.num_samples > 1:
             print(f"--- sample {number + 1}, seed {config.seed + number}")
         pieces = readable(ids := list(prompt), (row[0] for row in steps), tokenizer)

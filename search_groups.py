@@ -5,10 +5,10 @@
         --method random --joint --merge mean --refit none               # a published search: ppl * groups^2
     python gqa.py ckpt.pt --groups groups.json --out grouped.pt
 
-The closed form decides which heads of a layer share (gqa.py); this searches for how many. `knapsack` predicts
-from one backward pass the KL divergence that fewer groups in one slot (a layer's K or V) would cause, and
-spends the budget so that the sum is smallest. Then it moves one group from one slot to another in any
-grouping measured so far; what is predicted best is measured first. `random` draws a group for every head.
+partition.py finds the cheapest groups of a layer; this searches for how many. `knapsack` predicts from one
+backward pass the KL divergence that fewer groups in one slot (a layer's K or V) would cause, and spends the
+budget so that the sum is smallest. Then it moves one group from one slot to another in any grouping measured
+so far; what is predicted best is measured first. `random` draws a group for every head.
 
 The val split is cut in three: the search reads the first part, the second ranks its best three and the
 baselines, the third gives the reported numbers. The evaluations are lines of a JSONL file: an interrupted
@@ -32,12 +32,11 @@ from tqdm import tqdm
 from checkpoint import picture
 from common import UserError, bounded, exit_cleanly, parse, replacing, require, sha256_of, writable
 from eval_ppl import MOST_LOGITS, perplexity
-from gqa import (
-    MOST_CONTEXT, Counts, MergeConfig, Slot, as_maps, budget, choose, even_counts, head_counts, merge,
-    merged_config, open_inputs, slot_costs,
-)  # fmt: skip
+from gqa import MOST_CONTEXT, MergeConfig, merge, merged_config, open_inputs
 from model import Llama, Maps, widen
-from partition import best_partitions, knapsack
+from partition import (
+    Counts, Slot, as_maps, best_partitions, budget, choose, even_counts, head_counts, knapsack, slot_costs,
+)  # fmt: skip
 from refit import STEPS, divergence, refit, sensitivity, statistics
 
 

@@ -43,10 +43,9 @@ from parallel import (
 )  # fmt: skip
 
 SHAPE_FREE = {"attention", "dropout", "block_size", "rope_theta", "kv_bits"}  # any weights allow them
-RUN_FIXED = {  # what a resumed run may not change, besides its shape and its adapter
-    "dataset", "init_from", "seed", "batch_size", "grad_accum", "teacher", "distil_weight", "optimizer",
-    "momentum",
-}  # fmt: skip
+# what a resumed run may not change, besides its shape and its adapter
+RUN_FIXED = {"dataset", "init_from", "seed", "batch_size", "grad_accum", "optimizer", "momentum"}
+RUN_FIXED |= {"teacher", "distil_weight"}
 STREAM, COUNTED = 0.5, 10**7  # begin_embeddings: root mean square given, tokens read
 # factors of lr where Muon trains; all else 1 (see docs/recipe.md)
 RATES = {"wq": 2.0, "wk": 2.0, "w1": 0.7, "w2": 0.7, "w3": 0.7}

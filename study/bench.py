@@ -35,6 +35,7 @@ from checkpoint import build, build_model, load, model_config, save
 from common import UserError, autocast, bounded, parse, peak_memory_bytes, pick, pick_device, pick_dtype
 from lora import LoRAConfig
 from model import KVCache, Llama, ModelConfig
+from sample import compile_step
 from train import TrainConfig, compiling_pays, make_optimizers, starting_model, train_step
 
 ROWS = {  # of the memory table, and the savers that each has
@@ -258,7 +259,7 @@ def decode_main() -> None:
         for part in prompt.split(128, dim=1):  # the scores of a whole prompt would need much memory
             model(part, cache=caches[name])
         if compiling_pays(TrainConfig(compile=written.compile), 0, device):
-            model.compile_step()
+            compile_step(model)
         step = partial(model.compiled_step or model, prompt[:, :1], cache=caches[name])
         runs[name] = lambda step=step: step().sum().item()  # waits for a GPU
     for name, times in compared(runs, config.steps).items():
@@ -277,7 +278,7 @@ def write_main() -> None:
     new = min(64, *(model.config.block_size - 1 for model in models.values()))
     for name, model in models.items():
         if compiling_pays(TrainConfig(compile=written.compile), 0, device):  # or an error
-            model.compile_step()
+            compile_step(model)
         runs[name] = partial(model.generate, [[1]] * config.batch_size, new)
     for name, seconds in in_turns(runs, config.steps).items():
         p5, middle, p95 = (1000 * np.percentile(seconds, (5, 50, 95))).tolist()

@@ -19,10 +19,8 @@ from tqdm import tqdm
 from common import bounded, parse, require
 from data.tokenizer import read_tokenizer
 from eval_ppl import split_tokens
-from gqa import (
-    all_directions, budget, calibration_blocks, choose, even_counts, head_counts, latent_sizes, merge,
-    open_model, perplexity_on, to_latents,
-)  # fmt: skip
+from gqa import all_directions, calibration_blocks, latent_sizes, merge, open_model, perplexity_on, to_latents
+from partition import budget, choose, even_counts, head_counts
 from refit import STEPS, refit, statistics
 from search_groups import Search, SearchConfig, knapsack_search, random_search
 from study.bench import table

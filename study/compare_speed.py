@@ -34,6 +34,7 @@ import train
 from common import IGNORE, bounded, replacing, require
 from formats.models import config_of
 from model import Llama, ModelConfig
+from sample import compile_step
 from study.bench import BenchConfig, alone, configs, in_turns, show, train_speed
 
 
@@ -90,7 +91,7 @@ def write(name: str, path: str, c: ModelConfig, texts: int) -> dict:
     new = c.block_size - 1
     if name == "herd":
         model = Llama(c).bfloat16().eval()
-        model.compile_step()
+        compile_step(model)
         run = partial(model.generate, [[1]] * texts, new)
     elif name == "transformers":
         model, prompts = Peer(name, path, c).model.eval().bfloat16(), torch.ones(texts, 1, dtype=torch.long)

@@ -27,8 +27,10 @@ from matplotlib.figure import Figure
 
 from checkpoint import build, load, model_config
 from common import UserError, parse, require
-from gqa import TINY, Costs, MergeConfig, open_inputs, statistics
+from gqa import MergeConfig, open_inputs
 from model import Llama, ModelConfig, rope_angles, scores
+from partition import TINY, Costs
+from refit import statistics
 from study.bench import records
 
 # Okabe and Ito's, which colour-blind readers can tell apart

@@ -120,8 +120,7 @@ def draw_ratios(panels: dict[str, tuple[list[float], dict[str, list[float]]]]) -
     for place, (title, (x, lines)) in zip(axes, panels.items()):
         for (label, y), marker in zip(lines.items(), "os^vDPX*+xd"):
             place.plot(x, y, marker=marker, markersize=5, label=label)
-        labels = {"xlabel": "share of the KV cache", "ylabel": "perplexity, ratio to the original's"}
-        place.set(**labels, title=title, yscale="log")
+        place.set(xlabel="share of the KV cache", ylabel="perplexity ratio", title=title, yscale="log")
         most = max(max(y) for y in lines.values())
         near = (1.02, 1.05) if most < 2 else ()  # else these would be written over each other
         ticks = [t for t in (1, *near, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 40) if t < 1.1 * most]
@@ -247,13 +246,12 @@ def printed() -> Iterator[str]:
 
 def durations() -> list[str]:
     """Minutes of the finished steps, by how their names begin; of a resumed one only those since."""
-    minutes = defaultdict(list)
+    minutes = defaultdict(float)
     for log in sorted(Path("logs").glob("*.txt")):
         spent = (log.stat().st_mtime - log.with_suffix(".begun").stat().st_mtime) / 60
         for name in (log.stem.split("-")[0], "all"):
-            minutes[name].append(spent)
-    rows = [{"steps": name, "number": len(of), "minutes": sum(of)} for name, of in sorted(minutes.items())]
-    return section("Time", rows)
+            minutes[name] += spent
+    return section("Time", [{"steps": name, "minutes": spent} for name, spent in sorted(minutes.items())])
 
 
 def report(loops: dict[str, dict]) -> None:

@@ -17,10 +17,11 @@ import gqa
 import refit as refitting
 from checkpoint import build_model, load, save
 from common import UserError, sha256_of
-from gqa import Costs, choose, head_counts, merge, statistics
+from gqa import merge
 from lora import LoRAConfig
 from model import ROPE_SCALING, Llama, ModelConfig, rope_angles, scores
-from refit import refit, refit_attention
+from partition import Costs, choose, head_counts
+from refit import refit, refit_attention, statistics
 from study.plot import similarity
 
 SHAPES = {"mha": {}, "gqa": {"n_kv_head": 2}, "gated": {"gated": True}}

@@ -10,11 +10,12 @@ from foreign import export_of, logits
 from test_gqa import SHAPES, TOKENS, frozen
 
 from checkpoint import build_model, load
-from gqa import Costs, all_directions, latent, latent_sizes, statistics, to_latents
+from gqa import all_directions, latent, latent_sizes, to_latents
 from lora import LoRAConfig, adapt
 from model import KVCache, hartley, pack, unpack
-from partition import exact_partitions
-from refit import refit
+from partition import Costs, exact_partitions
+from refit import refit, statistics
+from sample import compile_step
 
 
 def half(model):
@@ -135,6 +136,6 @@ def test_a_cache_changes_nothing_and_one_of_integers_little(attention, bits, lat
     change = (model(TOKENS) - plain(TOKENS)).norm() / plain(TOKENS).norm()
     assert latents or {16: -1, 8: 0, 4: 0.02}[bits] < change < {16: 1e-9, 8: 0.02, 4: 0.3}[bits]
     monkeypatch.setattr(torch, "compile", lambda step, **options: step)
-    model.bfloat16().compile_step()  # whose keys are float32
+    compile_step(model.bfloat16())  # whose keys are float32
     model(TOKENS[:1, :30], cache=(cache := KVCache(model.config, 31)))
     assert model.compiled_step(TOKENS[:1, 30:31], cache=cache).isfinite().all()

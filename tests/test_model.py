@@ -10,6 +10,7 @@ from conftest import TINY, assert_close, sharp_model, to_hugging_face, tokens_of
 
 from common import IGNORE, UserError, compiler_missing
 from model import KVCache, Llama, ModelConfig, RMSNorm, cross_entropy, pick_token, rope_angles, widen
+from sample import compile_step
 
 UNEVEN = {"k_groups": [[0, 1, 1, 1], [0, 1, 0, 2]], "v_groups": [[0, 0, 0, 0], [2, 1, 0, 2]]}
 # the 4 pairs turn once in 6, 63, 628 and 6283 tokens: the first stays, the second is interpolated
@@ -99,7 +100,7 @@ def test_the_step_that_is_compiled_computes_what_the_model_does(name, rows, monk
     model, padding = sharp_model(**SHAPES[name]).double(), torch.tensor([0, 4, 7])[:rows]
     cache, token = KVCache(model.config, 40), tokens_of((rows, 1), seed=1)
     model(tokens_of((rows, 30)), cache=cache, padding=padding)
-    model.compile_step()
+    compile_step(model)
     ours = model.compiled_step(token, cache=copy.deepcopy(cache), padding=padding)
     assert_close(ours, model(token, cache=cache, padding=padding), 1e-12, "logits")
 
@@ -112,7 +113,7 @@ def test_the_step_that_is_compiled_computes_in_float32_what_is_stored_in_bfloat1
     model(tokens_of((1, 30)), cache=cache)
     exact, caches = copy.deepcopy(model).double(), [copy.deepcopy(cache) for _ in range(3)]
     caches[0].keys, caches[0].values = [x.double() for x in cache.keys], [x.double() for x in cache.values]
-    model.compile_step()
+    compile_step(model)
     steps = (exact, model, model.compiled_step)
     truth, rough, fine = (step(torch.tensor([[7]]), cache=past) for step, past in zip(steps, caches))
     assert fine.dtype == torch.float32 and caches[2].length == 31
@@ -128,7 +129,7 @@ def test_compiled_models_write_their_own_text_and_do_not_compile_anew():
     for groups, bits, n in (([0, 0, 1, 1], 16, 30), ([0, 1, 1, 1], 16, 30), ([0, 1, 1, 1], 8, 9)):
         model = sharp_model(n_layer=1, k_groups=[groups], v_groups=[groups], kv_bits=bits)
         expected = [model.generate(prompts, 5), model.generate(prompts[:5], n)]
-        model.compile_step()
+        compile_step(model)
         assert model.generate(prompts, 5) == expected[0]
         with torch.compiler.set_stance("fail_on_recompile"):  # of another batch, another length
             assert model.generate(prompts[:5], n) == expected[1]

@@ -18,11 +18,11 @@ from test_gqa import grouped, variant
 
 import search_groups
 from checkpoint import build_model, load, save
-from gqa import budget, even_counts, head_counts, merge
+from gqa import merge
 from model import Llama
 from partition import best_partitions, exact_partitions, greedy_partitions, knapsack
 from refit import divergence, sensitivity
-from search_groups import Judge
+from search_groups import Judge, budget, even_counts, head_counts
 
 SMALL = ["--calibration_tokens", 1024, "--search_tokens", 512]
 HALF = ["--kv_budget", 0.5, "--refit", "none"]
