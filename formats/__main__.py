@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 from checkpoint import empty_model, load, load_weights, model_config, save, show
-from common import UserError, bounded, exit_cleanly, parse, writable
+from common import UserError, bounded, exit_cleanly, parse, require, writable
 from formats import adapters, gguf, models
 from formats.files import check_finite
 from formats.tokenizers import find_tokenizer
@@ -71,8 +71,7 @@ def main() -> None:
     config = FormatsConfig(**flags)
     source, out = Path(config.source), Path(config.out)
     other = {"import": ["adapter"], "export": ["tokenizer", "block_size", "base"]}[config.action]
-    if config.base:  # has a tokenizer and a context
-        other += ["tokenizer", "block_size"]
+    other += ["tokenizer", "block_size"] * (config.base is not None)  # the base has both
     if unused := [name for name in other if name in flags]:
         raise UserError(f"{config.action} does not use --{unused[0]}: leave it out")
     if config.adapter:
@@ -81,6 +80,7 @@ def main() -> None:
         writable(out, config.overwrite)
         gguf.write_gguf(source, out)
     elif config.action == "export":
+        require(out.suffix != ".pt", f"{out} would be a folder: name one, or a .gguf, or give --adapter")
         models.export(source, out)
     else:
         writable(out, config.overwrite)

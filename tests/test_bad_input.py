@@ -99,6 +99,7 @@ search_groups.py run/ckpt.pt --out new.json --calibration_tokens 1024
     import text.txt new.pt --base bare.pt    text.txt
     import other_hf new.pt                   bias
     export run/ckpt.pt hf                    hf exists
+    export run/ckpt.pt new.pt                --adapter
     export novel.pt new                      --novel
     export five.pt new                       n_head
     export lora.pt new                       checkpoint.py merge
