@@ -40,7 +40,7 @@ from partition import (
 )  # fmt: skip
 from refit import STEPS, Statistics, divergence, refit, sensitivity, statistics
 
-Directions = dict[Slot, tuple[torch.Tensor, ...]]
+Directions = dict[Slot, tuple[torch.Tensor, ...]]  # (e, z, mix), see `directions`
 MOST_CONTEXT = 1024  # tokens; more change few choices
 
 
@@ -123,7 +123,7 @@ def all_directions(model: Llama, stats: list[Statistics]) -> Directions:
     return {(i, kind): directions(*weighted_rows(layers[i], kind, stats[i])) for i, kind in slots}
 
 
-def latent(found: tuple[torch.Tensor, ...], size: int) -> tuple[list, ...]:
+def latent(found: tuple[torch.Tensor, ...], size: int) -> tuple[list[int], torch.Tensor, torch.Tensor]:
     """The strongest R `directions` that fit `size` cached numbers: how many of each f, their rows (R, C), and
     the coefficients (n, R) that restore the n rows from them."""
     e, z, mix = found

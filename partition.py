@@ -1,9 +1,9 @@
-"""Which heads share: what merging a set of them costs, the cheapest groups, and how many each layer gets.
+"""Which heads share: what that costs, the cheapest groups, and how a budget is spent.
 
-Costs add over groups, and only its members decide a group's cost. Up to 12 heads the optimum is found by
-dynamic programming over sets: the cheapest partition of a set is a subset that holds its first head, and the
-cheapest partition of the rest. With more heads, the two groups whose union adds least merge until g are left;
-then heads move and change places while that helps.
+A set costs the squared error, over a text's inputs, of the best head that it can share (gqa.py).
+Costs add over groups. Up to 12 heads dynamic programming over sets finds the optimum: the cheapest partition
+of a set is a subset that holds its first head, and the cheapest partition of the rest. With more, the two
+groups whose union adds least merge until g are left; then heads move and change places while it helps.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,7 +23,7 @@ Groups = list[list[int]]  # the members of each group, in ascending order
 Cost = Callable[[np.ndarray], np.ndarray]  # (N, s) heads of N sets of s members -> (N,) costs
 Partitions = dict[int, tuple[float, Groups]]  # number of groups -> total cost, groups
 Slot = tuple[int, str]  # (layer, "k", "v" or "joint"): heads that form groups
-Counts = dict[Slot, int]  # groups in each slot
+Counts = dict[Slot, int]  # groups in each slot, or the size of its latent
 
 
 def complex_heads(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -43,7 +43,7 @@ def value_heads(attention: Attention) -> tuple[torch.Tensor, list[torch.Tensor],
 def weighted_rows(attention: Attention, kind: str, stats: Statistics) -> tuple[torch.Tensor, ...]:
     """One layer's key or value rows (F, n, C), the same weighted, and E[x x^T] of their inputs (C, C). Keys:
     a complex row a head for each of F = D/2 RoPE pairs, times sqrt(E|q_f|^2). Values: F = 1, D real rows a
-    head, R W_v instead of W_v, where R^T R is the sum of W_o^T W_o over its readers."""
+    head, R W_v for W_v, R^T R the sum of W_o^T W_o over its readers (before a novel layer |W_o| W_v)."""
     if kind == "k":
         rows = complex_heads(attention.wk.weight, attention.head_dim).transpose(0, 1)
         energy = stats.energy.new_zeros(rows.shape[1::-1])  # (n, F)
@@ -61,8 +61,8 @@ def weighted_rows(attention: Attention, kind: str, stats: Statistics) -> tuple[t
 
 
 class Costs:
-    """Cost of merging a set of a layer's K or V heads: the squared weights times inputs that the best shared
-    head loses, which is the sum of the eigenvalues that are dropped."""
+    """Cost of merging a set of a layer's K or V heads: the squared error, on weighted rows, of the best head
+    to share, the sum of the eigenvalues that are dropped; of novel values, of their mean."""
 
     @torch.no_grad()
     def __init__(self, attention: Attention, kind: str, stats: Statistics):
@@ -98,8 +98,8 @@ class Costs:
         return lost.sum(0).clamp(min=0)
 
 
-def slot_costs(model: Llama, stats: list[Statistics], slot: Slot):
-    """For `best_partitions`; joint costs add both kinds, each as a share of what one group would cost."""
+def slot_costs(model: Llama, stats: list[Statistics], slot: Slot) -> Cost:
+    """What a slot's groups minimise; joint costs add both kinds, each as a share of one group's cost."""
     layer, kind = slot
     attention = model.layers[layer].attention
     if kind != "joint":
@@ -218,21 +218,6 @@ def even_counts(heads: Counts, total: int) -> Counts:
     return counts
 
 
-def knapsack(values: list[np.ndarray]) -> tuple[np.ndarray, list[list[int]]]:
-    """values[i][g - 1], what g groups cost in slot i -> for every total number of groups the least sum (inf:
-    there is none), and the groups of each slot that give it."""
-    most = sum(map(len, values))
-    best, counts = np.full(most + 1, np.inf), [[] for _ in range(most + 1)]  # of the slots so far
-    best[0] = 0
-    for value in values:
-        options = np.full((len(value), most + 1), np.inf)  # [g - 1, total]
-        for g in range(1, len(value) + 1):
-            options[g - 1, g:] = best[: most + 1 - g] + value[g - 1]
-        choice = (options.argmin(0) + 1).tolist()
-        best, counts = options.min(0), [[*counts[total - g], g] for total, g in enumerate(choice)]
-    return best, counts
-
-
 def choose(
     model: Llama, stats: list[Statistics], counts: Counts, grouping="best", seed=0, known: dict | None = None
 ) -> tuple[Maps, Maps]:  # fmt: skip
@@ -273,3 +258,18 @@ def as_maps(model: Llama, labels: dict[Slot, np.ndarray]) -> tuple[Maps, Maps]:
             label = labels.get((layer, kind), labels.get((layer, "joint")))
             of_kind.append(numbered(label[of_head].tolist()))
     return maps
+
+
+def knapsack(values: list[np.ndarray]) -> tuple[np.ndarray, list[list[int]]]:
+    """values[i][g - 1], what g groups (or units) cost in slot i -> for every total number of them the least
+    sum (inf: there is none), and how many in each slot give it."""
+    most = sum(map(len, values))
+    best, counts = np.full(most + 1, np.inf), [[] for _ in range(most + 1)]  # of the slots so far
+    best[0] = 0
+    for value in values:
+        options = np.full((len(value), most + 1), np.inf)  # [g - 1, total]
+        for g in range(1, len(value) + 1):
+            options[g - 1, g:] = best[: most + 1 - g] + value[g - 1]
+        choice = (options.argmin(0) + 1).tolist()
+        best, counts = options.min(0), [[*counts[total - g], g] for total, g in enumerate(choice)]
+    return best, counts

@@ -1,6 +1,6 @@
 """What a model's attention does on a text, and refitting a model of merged heads to it, without labels.
 
-The closed forms of gqa.py need the `statistics` of each layer; `sensitivity`, from one backward pass, tells
+partition.py and gqa.py need the `statistics` of each layer; `sensitivity`, from one backward pass, tells
 what an error in a layer does to the model's predictions. Merging in closed form does the best that weights
 allow, head by head. What refitting adds, layer by layer:
 

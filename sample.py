@@ -1,4 +1,4 @@
-"""Write text with a checkpoint, as it comes; and the step of one token, compiled into one graph.
+"""Write text with a checkpoint, as it comes; the step of a token as one graph.
 
 python sample.py out/RUN/ckpt.pt --prompt "def main(" --max_new_tokens 100
 python sample.py out/RUN/ckpt.pt --temperature 0               # greedy: always the likeliest token
@@ -51,7 +51,7 @@ def readable(ids: list[int], new_tokens: Iterator[int], tokenizer: Tokenizer) ->
 
 
 class RowLinear(nn.Linear):
-    """x W^T; one row is a loop over W, which torch.compile fuses with its neighbours, in float32 or wider."""
+    """x W^T; one row as a loop over W, which torch.compile fuses with its neighbours, in float32 or wider."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.numel() > x.shape[-1]:
@@ -60,7 +60,7 @@ class RowLinear(nn.Linear):
 
 
 def one_query(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.Tensor | None) -> torch.Tensor:
-    """`naive` for T = 1, in sums that torch.compile makes loops over the cache, in float32 or wider."""
+    """`model.naive` for T = 1, in sums that torch.compile makes loops over the cache, in float32 or wider."""
     rows = k_groups.gather(widen(q) * q.shape[-1] ** -0.5)  # (B, G_k, heads of a group, D)
     raw = k_groups.scatter((rows[:, :, :, None] * k[:, :, None]).sum(-1))  # (B, H, 1, S)
     raw = raw if mask is None else raw.masked_fill(~mask, -torch.inf)
@@ -69,11 +69,11 @@ def one_query(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.T
 
 
 def compile_step(model: Llama) -> None:
-    """Compile the step that adds one token to each text: the first token then takes tens of seconds, all
+    """Compile the step that adds one token to each text: the first such step takes tens of seconds, all
     others a fraction of the time. Weights may still change in place, but not their dtype, nor the layers.
     A small model's time goes into calling kernels from Python. So a twin with the same weights, but with
-    products and attention written as loops over one row, becomes one graph."""
-    model.compiled_step = None
+    products and attention as loops over one row, becomes one graph."""
+    model.compiled_step = None  # not copied
     shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, memo=shared).eval()
     for module in twin.modules():

@@ -5,10 +5,10 @@
         --method random --joint --merge mean --refit none               # a published search: ppl * groups^2
     python gqa.py ckpt.pt --groups groups.json --out grouped.pt
 
-partition.py finds the cheapest groups of a layer; this searches for how many. `knapsack` predicts from one
-backward pass the KL divergence that fewer groups in one slot (a layer's K or V) would cause, and spends the
-budget so that the sum is smallest. Then it moves one group from one slot to another in any grouping measured
-so far; what is predicted best is measured first. `random` draws a group for every head.
+partition.py finds the cheapest groups of a layer; this searches for how many. `--method knapsack` predicts
+from one backward pass the KL divergence that fewer groups in one slot (a layer's K or V) would cause, and
+spends the budget so that the sum is smallest. Then it moves one group from a slot to another, in any grouping
+measured so far, the best predicted move first. `random` draws each head's group.
 
 The val split is cut in three: the search reads the first part, the second ranks its best three and the
 baselines, the third gives the reported numbers. The evaluations are lines of a JSONL file: an interrupted

@@ -80,7 +80,7 @@ def main() -> None:
         writable(out, config.overwrite)
         gguf.write_gguf(source, out)
     elif config.action == "export":
-        require(out.suffix != ".pt", f"{out} would be a folder: name one, or a .gguf, or give --adapter")
+        require(out.suffix != ".pt", f"{out} would be a folder: name a folder or a .gguf, or give --adapter")
         models.export(source, out)
     else:
         writable(out, config.overwrite)

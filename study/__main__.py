@@ -15,7 +15,7 @@ COMMANDS = {  # name: module and function, what it does
     "kernel": ("attention.kernel_main", "the Triton kernels by themselves, on a GPU"),
     "train": ("bench.train_main", "speed of training and evaluation"),
     "write": ("write.main", "text that a model writes, to heal its smaller self on"),
-    "latency": ("bench.write_main", "milliseconds of a text, checkpoints in turns (--ckpts)"),
+    "latency": ("bench.latency_main", "milliseconds of a text, checkpoints in turns (--ckpts)"),
     "compare-groups": ("compare_groups.main", "what each step of merging heads contributes"),
     "compare-searches": ("compare_groups.searches_main", "best loss by evaluations, beside Optuna"),
     "compare-speed": ("compare_speed.main", "speed beside transformers, llama2.c, nanoGPT, llama.cpp"),

@@ -68,10 +68,10 @@ class PaceConfig:
 
 
 @dataclass
-class WriteConfig:
-    """text"""
+class DecodingConfig:
+    """decoding"""
 
-    ckpts: list[str] | None = None  # checkpoints that take turns (default: a model of random weights)
+    ckpts: list[str] | None = None  # checkpoints that take turns (decode by default: random weights)
     compile: bool = False  # compile the decoding step
 
 
@@ -243,7 +243,7 @@ def memory_main() -> None:
 @torch.no_grad()
 def decode_main() -> None:
     """The time of a token of all texts."""
-    config, written, c = configs(__doc__, BenchConfig, WriteConfig, ModelConfig)
+    config, written, c = configs(__doc__, BenchConfig, DecodingConfig, ModelConfig)
     if config.steps > c.block_size - 2:
         raise UserError(f"steps is {config.steps}: give --steps 1 to {c.block_size - 2}, block_size - 2")
     device, shape = pick_device(config.device), (config.batch_size, c.block_size - config.steps - 1)
@@ -268,9 +268,9 @@ def decode_main() -> None:
     show(config, rows)
 
 
-def write_main() -> None:
+def latency_main() -> None:
     """A row for each checkpoint: milliseconds of batch_size greedy texts, and tokens a second."""
-    config, written = configs(__doc__, BenchConfig, WriteConfig)
+    config, written = configs(__doc__, BenchConfig, DecodingConfig)
     if not written.ckpts:
         raise UserError("latency compares checkpoints: give --ckpts a/ckpt.pt b/ckpt.pt")
     device, runs, rows = pick_device(config.device), {}, []

@@ -248,10 +248,10 @@ def durations() -> list[str]:
     """Minutes of the finished steps, by how their names begin; of a resumed one only those since."""
     minutes = defaultdict(float)
     for log in sorted(Path("logs").glob("*.txt")):
-        spent = (log.stat().st_mtime - log.with_suffix(".begun").stat().st_mtime) / 60
-        for name in (log.stem.split("-")[0], "all"):
-            minutes[name] += spent
-    return section("Time", [{"steps": name, "minutes": spent} for name, spent in sorted(minutes.items())])
+        begun = min(path.stat().st_mtime for path in log.parent.glob(f"{log.stem}.*"))
+        for name in ("(all)", log.stem.split("-")[0]):
+            minutes[name] += (log.stat().st_mtime - begun) / 60
+    return section("Time", [{"steps": name, "minutes": spent} for name, spent in minutes.items()])
 
 
 def report(loops: dict[str, dict]) -> None:

@@ -172,7 +172,7 @@ def test_tables_hold_what_the_logs_say(tmp_path, monkeypatch):
         written(f"{name}-test", first, last, *[seen] * (name == both[0]), blocks=perplexity)
     evaluated = {"step": 2, "loss": 3.0, "val_loss": 2.0}, {"step": 4, "loss": 1.0, "val_loss": 2.5}
     written("few-full-own", first, *evaluated, blocks=40.0)
-    scores, answer = dict.fromkeys([*tables.SCORES], 5.0), {"ckpt": "a\u2028line"}
+    scores, answer = dict.fromkeys(tables.SCORES, 5.0), {"ckpt": "a\u2028line"}
     Path("tuning-few-lora8-0").mkdir()
     answer = json.dumps({"input": "", "output": "", "answers": answer}, ensure_ascii=False)
     Path("tuning-few-lora8-0/ckpt-answers-few.jsonl").write_text(f"{{}}\n{answer}\n")
