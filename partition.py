@@ -202,7 +202,7 @@ def head_counts(model: Llama, joint: bool = False) -> Counts:
 
 
 def budget(whole: Counts, share: float) -> int:
-    """Groups (or units of latents) in a share of the cache, over all slots. Raises UserError below one."""
+    """Groups (or units of latents) in a share of the cache. Raises UserError below one for each slot."""
     most = sum(whole.values())
     total, least = int(share * most + 1e-9), -(-1000 * len(whole) // most) / 1000
     few = f"kv_budget {share} leaves nothing for some layer's K or V: give --kv_budget {least} to 1"

@@ -119,8 +119,8 @@ def draw_ratios(panels: dict[str, tuple[list[float], dict[str, list[float]]]]) -
     drawn, [axes] = plot.grid(1, len(panels), 8, 5)
     for place, (title, (x, lines)) in zip(axes, panels.items()):
         for (label, y), marker in zip(lines.items(), "os^vDPX*+xd"):
-            place.plot(x, y, marker=marker, markersize=5, label=label)
-        place.set(xlabel="share of the KV cache", ylabel="perplexity ratio", title=title, yscale="log")
+            place.semilogy(x, y, marker=marker, markersize=5, label=label)
+        place.set(xlabel="share of the KV cache", ylabel="perplexity, ratio to the original's", title=title)
         most = max(max(y) for y in lines.values())
         near = (1.02, 1.05) if most < 2 else ()  # else these would be written over each other
         ticks = [t for t in (1, *near, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 40) if t < 1.1 * most]
@@ -245,13 +245,13 @@ def printed() -> Iterator[str]:
 
 
 def durations() -> list[str]:
-    """Minutes of the finished steps, by how their names begin; of a resumed one only those since."""
+    """Minutes of finished steps by how their names begin: of one resumed, since then; 0 without a .begun."""
     minutes = defaultdict(float)
     for log in sorted(Path("logs").glob("*.txt")):
         begun = min(path.stat().st_mtime for path in log.parent.glob(f"{log.stem}.*"))
-        for name in ("(all)", log.stem.split("-")[0]):
-            minutes[name] += (log.stat().st_mtime - begun) / 60
-    return section("Time", [{"steps": name, "minutes": spent} for name, spent in minutes.items()])
+        minutes[log.stem.split("-")[0]] += (log.stat().st_mtime - begun) / 60
+    rows = [{"steps": name, "minutes": spent} for name, spent in minutes.items()]
+    return section("Time", [*rows, {"steps": "all", "minutes": sum(minutes.values())}])
 
 
 def report(loops: dict[str, dict]) -> None:

@@ -47,6 +47,8 @@ def test_any_text_round_trips(tiny_data, text):
 def test_a_space_before_every_text_is_no_byte_and_tokenizers_that_lose_text_are_known(tiny_data, prefixed):
     prefix, text = read_tokenizer(prefixed.serialized_model_proto()), "some words\nand more"
     ids = np.array(prefix.prompt(text))
+    assert ids.tolist() == [1, *prefix.sp.encode(text)] and prefix.decode(ids.tolist()) == text
+    assert prefix.token_bytes()[ids].sum() == len(text), "a space before every text is no byte"
     assert bits_per_byte(np.log(2), ids, prefix) == (len(ids) - 1) / len(text)
     assert prepared(str(tiny_data))[2].is_exact() and prefix.is_exact()
     for size, lossy in ((290, {"normalization_rule_name": "nmt_nfkc"}), (22, {"byte_fallback": False})):
@@ -145,8 +147,9 @@ def test_prepared_data_is_not_replaced_unless_asked(tiny_data, tmp_path):
         with pytest.raises(UserError, match=word):
             prepare(PrepareConfig("x", text=text, out=str(out), overwrite=overwrite))
     shutil.rmtree(tmp_path / "out.partial")  # it was kept
-    with held(tmp_path / "out.partial"), pytest.raises(UserError, match="is in use"):
-        prepare(PrepareConfig("x", text=text, out=str(tmp_path / "out")))
+    with held(tmp_path / "new.partial"):
+        done = quick("data/prepare.py", "x", "--text", *text, "--out", tmp_path / "new")
+    refused(done, "new.partial is in use")
     (tmp_path / "link").symlink_to("out")
     for size, out in ((274, "out"), (275, "out"), (276, "link")):
         assert made(tmp_path / out, "x", text=text, vocab_size=size, overwrite=True)[1].vocab_size == size
@@ -210,6 +213,8 @@ def test_an_example_is_prompt_answer_and_end_and_the_mask_is_the_answer(data):
         pairs = [encoded(record, tokenizer) for record in kept]
         parts = map(Examples(folder, meta, name, 10**6).parts, range(len(kept)))
         assert [(prompt.tolist(), answer.tolist()) for prompt, answer in parts] == pairs
+        mask = [bit for prompt, answer in pairs for bit in [0] * len(prompt) + [1] * len(answer)]
+        assert np.fromfile(folder / f"{name}.mask", np.uint8).tolist() == mask
         assert all(prompt[0] == tokenizer.bos and answer[-1] == tokenizer.eos for prompt, answer in pairs)
         assert [tokenizer.decode(answer) for _, answer in pairs] == [record["output"] for record in kept]
         seen += kept

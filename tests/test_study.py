@@ -209,5 +209,6 @@ def test_tables_hold_what_the_logs_say(tmp_path, monkeypatch):
     assert text.count(f"| {healed} |") == len(run.LOOPS["recipe"]) - 1
     drawn = ("groups", "depth", "lengths", "published")
     assert all(Path(f"figures/{name}-dark.png").exists() for name in drawn)
-    assert "| few | 2 |" in text and "| depth | 12 |" in text  # minutes
+    assert "| few | 2 |" in text and "| depth | 12 |" in text
+    assert f"| all | {2 * len(list(Path('logs').glob('*.txt')))} |" in text  # minutes
     assert text.count(" | 2.000 -> 1.500 |") == len(run.LOOPS["merge"])
