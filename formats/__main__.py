@@ -74,13 +74,15 @@ def main() -> None:
     other += ["tokenizer", "block_size"] * (config.base is not None)  # the base has both
     if unused := [name for name in other if name in flags]:
         raise UserError(f"{config.action} does not use --{unused[0]}: leave it out")
+    wrong = ".gguf" if config.action == "import" or config.adapter else ".pt"
+    kinds = "import writes a .pt, export a folder or a .gguf, export --adapter a folder or a .pt"
+    require(out.suffix != wrong, f"{out} has the wrong ending: {kinds}")
     if config.adapter:
         adapters.export(source, out, config.overwrite)
     elif config.action == "export" and out.suffix == ".gguf":
         writable(out, config.overwrite)
         gguf.write_gguf(source, out)
     elif config.action == "export":
-        require(out.suffix != ".pt", f"{out} would be a folder: name a folder or a .gguf, or give --adapter")
         models.export(source, out)
     else:
         writable(out, config.overwrite)

@@ -52,7 +52,7 @@ def with_adapter(base: dict, source: Path) -> dict:
     if peft:
         permute_rows(tensors, model.config.head_dim, to_pairs=True)
     adapt(model, settings).load_state_dict(tensors, strict=False, assign=True)
-    kept = {key: x for key, x in base.items() if key in ("config", "tokenizer", "data", "train")}
+    kept = {key: x for key, x in base.items() if key in ("config", "tokenizer", "data", "train", "grouped")}
     return {**kept, "model": model.state_dict(), "lora": asdict(settings), "source": str(source)}
 
 

@@ -65,6 +65,7 @@ def settings_of(fields: dict, tensors: set[str]) -> Settings:
     scaled = "rope_freqs.weight" in tensors or own.get("rope.scaling.type", factor) not in ("none", 0, 1)
     require(not scaled, "its RoPE is scaled: import the model's Hugging Face folder instead")
     require(not own.get("expert_count"), "it is a mixture of experts")
+    require(own.get("split.count", 1) < 2, "it is a part of a model: join them, llama-gguf-split --merge")
     n_layer, n_head, dim = own["block_count"], one(own["attention.head_count"]), own["embedding_length"]
     heads = own.get("attention.head_count_kv", n_head)
     groups = {"n_kv_head": heads}

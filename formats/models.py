@@ -175,8 +175,7 @@ def exported(path: Path, each: bool = False) -> tuple[ModelConfig, Weights, list
     checkpoint = load(path)
     c, weights = model_config(checkpoint), dict(checkpoint["model"])
     require(not checkpoint.get("lora"), f"{path} has an adapter: checkpoint.py merge, or export --adapter")
-    ordinary = not (c.novel or c.gated)
-    require(ordinary, "a --novel or --gated model cannot be exported: no other Llama has these layers")
+    require(not (c.novel or c.gated), "a --novel or --gated model has layers that no other Llama has")
     load_weights(empty_model(c), weights, str(path))
     tokenizer = read_tokenizer(checkpoint["tokenizer"]) if checkpoint["tokenizer"] else None
     size = max(x.itemsize for x in weights.values())
@@ -196,9 +195,8 @@ def export(path: Path, folder: Path) -> None:
     require(c.dim % c.n_head == 0, f"transformers needs n_head to divide dim: {c.n_head} and {c.dim}")
     permute_rows(weights, c.head_dim, to_pairs=False)
     dtype = max((x.dtype for x in weights.values()), key=lambda dtype: dtype.itemsize)
-    config = config_of(c, heads, tokenizer, dtype)
     weights = {their_name(name): x for name, x in weights.items()}
-    files = {"model.safetensors": weights, "config.json": config}
+    files = {"model.safetensors": weights, "config.json": config_of(c, heads, tokenizer, dtype)}
     write_folder(folder, files | (tokenizer_files(tokenizer) if tokenizer else {}))
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"wrote {folder}, {size:,} bytes, {heads} K/V heads of {c.n_head}")

@@ -189,14 +189,13 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict | None:
     prefix = [{"type": "Prepend", "prepend": SPACE}] if tokenizer.dummy_prefix else []
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if tokenizer.dummy_prefix else []
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
-    back = [back, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    back = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}, {"type": "ByteFallback"}]
     return {
         "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": [{"id": i, "content": tokenizer.pieces[i], **ADDED} for i in special],
         "normalizer": {"type": "Sequence", "normalizers": [*prefix, spaces]},
         "pre_tokenizer": None, "post_processor": bos_template(tokenizer),
-        "decoder": {"type": "Sequence", "decoders": [*back, *strip]},
+        "decoder": {"type": "Sequence", "decoders": [*back, {"type": "Fuse"}, *strip]},
         "model": {"type": "BPE", "unk_token": tokenizer.pieces[sp.unk_id()], "fuse_unk": True,
                   "byte_fallback": True, "continuing_subword_prefix": None, "end_of_word_suffix": None,
                   "vocab": {piece: i for i, piece in tokenizer.pieces.items()}, "merges": merges},

@@ -9,13 +9,12 @@ machine and one version of PyTorch: digests of what `content` finds in the files
 
 import json
 import re
-import subprocess
 import sys
 import tempfile
 from hashlib import sha256
 from pathlib import Path
 
-from conftest import ONE_THREAD, ROOT, content
+from conftest import ONE_THREAD, ROOT, command, content
 from corpus import write_corpus
 from foreign import save_folder, their_model
 
@@ -25,7 +24,7 @@ KEPT = (".pt", ".bin", ".mask", ".model", ".safetensors", "log.jsonl", "groups.j
 TUNE = "train.py --dataset {data} --out_dir {out} --batch_size 4 --max_steps 30 --warmup_steps 5 --device cpu"
 TUNE += " --dtype float32 --eval_tokens 0"
 TRAIN = TUNE + " --n_layer 2 --n_head 4 --dim 32 --block_size 32"
-TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node 2 "
+TORCHRUN = "torch.distributed.run --standalone --nproc_per_node 2 {root}/"
 GROUP = "gqa.py {plain} --out {out}.pt --calibration_tokens 2048 --eval_tokens 512 --device cpu"
 EVAL = " --method all --json --max_tokens 2000 --device cpu"
 SEARCH = "search_groups.py {plain} --out {out}/groups.json --search_tokens 1024 --device cpu"
@@ -50,10 +49,10 @@ PARTS = {
     "lora": TUNE + " --init_from {plain} --lora_r 4 --lora_dropout 0.1",
     "qlora": TUNE + " --init_from {plain} --lora_r 4 --quantize nf4 --lora_targets wq wv w1 w2",
     "lora_merged": "checkpoint.py merge {lora} --out {out}.pt",
-    "lora_to_peft": "-m formats export {lora} {out} --adapter",
-    "lora_from_peft": "-m formats import {lora_to_peft} {out}.pt --base {plain}",
-    "to_hugging_face": "-m formats export {plain} {out}",
-    "from_hugging_face": "-m formats import {inputs}/llama {out}.pt",
+    "lora_to_peft": "formats export {lora} {out} --adapter",
+    "lora_from_peft": "formats import {lora_to_peft} {out}.pt --base {plain}",
+    "to_hugging_face": "formats export {plain} {out}",
+    "from_hugging_face": "formats import {inputs}/llama {out}.pt",
     "perplexity": "eval_ppl.py {plain}" + EVAL,
     "perplexity_bfloat16": "eval_ppl.py {uneven} --dtype bfloat16" + EVAL,
     "text_cached": "sample.py {uneven_trained} --prompt def" + GREEDY,
@@ -83,11 +82,9 @@ def run_part(name: str, paths: dict[str, Path]) -> dict[str, str]:
     """Run a part, note the path that other parts use, and return its digests."""
     folder = paths["inputs"].with_name(name)
     words = [word.replace("{out}", f"{folder}/out").format_map(paths) for word in PARTS[name].split()]
-    words = [str(ROOT / word) if word.endswith(".py") else word for word in words]
-    how = {"cwd": folder.parent, "env": {**ONE_THREAD, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}}
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300, **how)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(words)}\n{done.stderr[-1500:]}")
+    env = {**ONE_THREAD, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = command(*words, cwd=folder.parent, env=env, timeout=300)
+    assert done.returncode == 0, f"{' '.join(words)}\n{done.stderr[-1500:]}"
     outs = (folder / "out/ckpt.pt", folder / "out.pt", folder / "out")
     paths[name] = next((path for path in outs if path.exists()), folder)
     files = [path for path in sorted(folder.rglob("*")) if path.name.endswith(KEPT)]
@@ -103,7 +100,7 @@ def main() -> None:
     for name in reversed(PARTS):
         needed |= set(re.findall(r"{(\w+)}", PARTS[name])) if name in needed else set()
     with tempfile.TemporaryDirectory(prefix="golden ") as folder:
-        paths = {"inputs": Path(folder, "inputs")}
+        paths = {"inputs": Path(folder, "inputs"), "root": ROOT}
         write_inputs(paths["inputs"])
         for name in (name for name in PARTS if name in needed):
             try:

@@ -104,6 +104,8 @@ search_groups.py run/ckpt.pt --out new.json --calibration_tokens 1024
     export five.pt new                       n_head
     export lora.pt new                       checkpoint.py merge
     export run/ckpt.pt new.pt --adapter      --lora_r
+    export lora.pt new.gguf --adapter        import writes a .pt
+    import hf new.gguf                       import writes a .pt
     import lora.pt new.pt --base run/ckpt.pt --block_size 64    --block_size
 -m study
     score run/ckpt.pt --dataset data         eval_ppl.py
@@ -124,7 +126,7 @@ CASES = [f"{command} {row}".rsplit("  ", 1) for command, *rows in BLOCKS for row
 def room(good, tmp_path_factory):
     """A folder with the files that MISTAKES names."""
     room = shutil.copytree(good, tmp_path_factory.mktemp("room") / "files")
-    data, saved = room / "data", load(room / "run/ckpt.pt")
+    data, saved = room / "data", load(ckpt := room / "run/ckpt.pt")
     train = shutil.copytree(data, room / "flipped") / "train.bin"
     train.write_bytes(train.read_bytes()[::-1])  # of the same size
     change_json(shutil.copytree(data, room / "kindless") / "meta.json", kind=0)
@@ -135,8 +137,7 @@ def room(good, tmp_path_factory):
     shutil.copy(room / "records/x.json", room / "tasks.json")
     shutil.copy(room / "adapted/ckpt.pt", room / "lora.pt")
     save(room / "bare.pt", {**saved, "tokenizer": None})
-    latents = sharp_model(k_latent=[[1] * 4] * 2, v_latent=[6, 6])
-    save(room / "latent.pt", checkpoint_of(latents))
+    save(room / "latent.pt", checkpoint_of(sharp_model(k_latent=[[1] * 4] * 2, v_latent=[6, 6])))
     save(room / "novel.pt", checkpoint_of(sharp_model(novel=True)))
     save(room / "five.pt", checkpoint_of(sharp_model(n_head=5, head_dim=6)))
     save_folder(their_model(attention_bias=True), room / "other_hf")
@@ -145,9 +146,8 @@ def room(good, tmp_path_factory):
     again = {"train": {**saved["train"], "overwrite": True}}  # a guard must not take it from there
     splits = {**saved["data"]["splits"], "val": {"sha256": "0"}}
     save(room / "moved/ckpt.pt", {**saved, **again, "data": {"splits": splits}})
-    other = ["--text", room / "text.txt", "--vocab_size", 270, "--out", room / "other"]
-    tasks = ["--from", room / "tasks.json", "--tokenizer", room / "run/ckpt.pt", "--out", room / "tasks"]
-    assert not any(quick("data/prepare.py", "x", *flags).returncode for flags in (other, tasks))
+    run("data/prepare.py", "x", "--text", room / "text.txt", "--vocab_size", 270, "--out", room / "other")
+    run("data/prepare.py", "x", "--from", room / "tasks.json", "--tokenizer", ckpt, "--out", room / "tasks")
     return room
 
 

@@ -291,7 +291,7 @@ def test_which_tokenizer_of_a_folder_is_read(tmp_path, prefixed, byte_level, mon
 def files(folder, quantize="none", base=None, **settings):
     """A tuned model, saved as ours.pt; base.pt is its base, or another one."""
     lora = LoRAConfig(3, 5.0, 0.0, list(TARGETS), quantize)
-    save(folder / "base.pt", foreign.checkpoint_of(base or sharp_model(**settings)))
+    save(folder / "base.pt", {**foreign.checkpoint_of(base or sharp_model(**settings)), "grouped": {"a": 1}})
     tuned = adapted(sharp_model(**settings), **asdict(lora))
     save(folder / "ours.pt", {**foreign.checkpoint_of(tuned), "lora": asdict(lora)})
     return tuned
@@ -328,6 +328,7 @@ def test_adapters_cross_to_peft_and_back(tmp_path, kv):
     attach(tmp_path, "theirs")
     back = build_model(load(tmp_path / "back.pt"))
     assert_close(logits(back), logits(theirs), 1e-5, "imported")
+    assert load(tmp_path / "back.pt")["grouped"] == {"a": 1}
     assert (logits(back) - logits(ours)).abs().max() > 1e-2
     formats("export", tmp_path / "back.pt", tmp_path / "again", "--adapter")
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "again"))
@@ -431,12 +432,14 @@ def test_a_gguf_file_comes_back_and_is_the_same_model_to_transformers(tmp_path, 
         assert_close(logits(theirs), logits(ours.float()), TOLERANCE, "transformers' logits")
 
 
-@pytest.mark.parametrize("name", ["rope.scaling.factor", "rope.scale_linear", "attention.head_count_kv"])
-def test_what_a_gguf_file_has_and_ours_have_not_is_refused(name):
+@pytest.mark.parametrize("name, value, why", [
+    ("rope.scaling.factor", 4.0, "scaled"), ("rope.scale_linear", 4.0, "scaled"),  # to llama.cpp both linear
+    ("attention.head_count_kv", [4, 3], "do not divide 4"), ("split.count", 2, "--merge"),
+])  # fmt: skip
+def test_what_a_gguf_file_has_and_ours_have_not_is_refused(name, value, why):
     sizes = {"llama.block_count": 2, "llama.attention.head_count": 4, "llama.embedding_length": 8}
-    value, why = ([4, 3], "do not divide 4") if name.endswith("kv") else (4.0, "scaled")
-    with pytest.raises(UserError, match=why):  # llama.cpp takes a factor without a type as linear
-        settings_of({"general.architecture": "llama", **sizes, f"llama.{name}": value}, set())
+    with pytest.raises(UserError, match=why):
+        settings_of({"general.architecture": "llama", **sizes, f"llama.{name}": value, name: value}, set())
 
 
 @pytest.mark.parametrize("part", PARTED)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import sacrebleu
 import torch
-from conftest import quick, records, refused, sharp_model, to_hugging_face
+from conftest import quick, records, refused, run, sharp_model, to_hugging_face
 from nltk import edit_distance  # rouge-score needs it
 from PIL import Image  # matplotlib needs it, too
 from rouge_score.rouge_scorer import RougeScorer
@@ -18,7 +18,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from checkpoint import build, load
 from common import IGNORE, UserError
 from data.instruct import encoded
-from study import run, score, tables
+from study import run as study
+from study import score, tables
 from study.plot import attention_weights, curve, draw_together
 
 
@@ -33,8 +34,7 @@ def test_every_figure_is_drawn(tiny_run, tiny_data, tmp_path):
     for action in ("loss", "attention", "similarity", "groups", "architecture"):
         source = tiny_run.parent if action == "loss" else tiny_run
         curves = ["--train", "--x", "epochs"] if action == "loss" else []
-        done = quick("study", "plot", action, source, *curves, "--out", tmp_path / f"{action}.png")
-        assert done.returncode == 0, done.stderr
+        run("study", "plot", action, source, *curves, "--out", tmp_path / f"{action}.png")
         for name, paper in ((action, (255, 255, 255)), (f"{action}-dark", (13, 17, 23))):
             picture = Image.open(tmp_path / f"{name}.png").convert("RGB")
             assert picture.getpixel((0, 0)) == paper
@@ -62,10 +62,10 @@ def test_what_models_answer_is_kept_and_scored(tiny_run, tmp_path):
     tasks = [{"instruction": "Repeat.", "input": text, "output": text} for text in texts]
     (tmp_path / "tasks.json").write_text(json.dumps(tasks))
     data, paths = tmp_path / "tasks", [tmp_path / f"{steps}" / "ckpt.pt" for steps in (1, 20)]
-    quick("data/prepare.py", "tasks", "--from", f"{data}.json", "--tokenizer", tiny_run, "--out", data)
+    run("data/prepare.py", "tasks", "--from", f"{data}.json", "--tokenizer", tiny_run, "--out", data)
     for path in paths:
         size = ["--block_size", 160, "--max_steps", path.parent.name, "--out_dir", path.parent]
-        assert quick("train.py", "--init_from", tiny_run, "--dataset", data, *size).returncode == 0
+        run("train.py", "--init_from", tiny_run, "--dataset", data, *size)
     done = quick("study", "score", paths[1], "--base", paths[0], "--max_new_tokens", 20, "--json")
     summary, *kept = map(json.loads, (tmp_path / "20/ckpt-answers-tasks-test.jsonl").open())
     assert summary == json.loads(done.stdout) and len(kept) == summary["examples"]
@@ -111,7 +111,8 @@ def test_a_choice_is_right_where_the_own_reference_has_the_least_loss(tiny_run, 
 def test_a_model_writes_on_from_the_train_split(tiny_run, tiny_data, tmp_path):
     _, tokenizer = build(load(tiny_run))
     flags = "study", "write", tiny_run, tmp_path / "own", "--dataset", tiny_data, "--tokens"
-    assert quick(*flags, 9000).returncode == quick(*flags, 3000, "--overwrite").returncode == 0
+    run(*flags, 9000)
+    run(*flags, 3000, "--overwrite")
     refused(quick(*flags, 3000), "--overwrite")
     texts = [path.read_text("utf-8") for path in (tmp_path / "own").iterdir()]
     for split in ("train", "val"):
@@ -124,7 +125,7 @@ def test_every_step_has_flags_that_exist(monkeypatch):
     monkeypatch.setattr("common.Parser.parse_intermixed_args", lambda self: sys.exit(self.parse_args() and 7))
     other = {"ckpt": "smol.pt", "dataset": "wiki", "shape": "--dim 768", "parts": ["tuning"], "only": "multi"}
     for config in ({}, {"fast": True}, other):
-        steps = run.steps(run.StudyConfig(**config))
+        steps = study.steps(study.StudyConfig(**config))
         assert not set("[]<>") & set("".join(steps.values()))
         for words in (shlex.split(line.removeprefix("-m ")) for line in steps.values()):
             if words[0] not in ("download", "first_lines"):  # functions
@@ -137,17 +138,17 @@ def test_steps_are_skipped_resumed_or_leave_no_log(tmp_path, tiny_data, monkeypa
     monkeypatch.chdir(tmp_path)
     shape = "--n_layer 1 --n_head 2 --dim 16 --block_size 16 --eval_tokens 64 --max_steps 3"
     line, log = f"train.py --dataset {tiny_data} {shape}", tmp_path / "logs" / "short.txt"
-    run.run("short", line)
+    study.run("short", line)
     log.write_text(line)
-    run.run("short", line)
+    study.run("short", line)
     assert log.read_text() == line
     with pytest.raises(UserError, match=r"step bad: .*nosuch.pt.*checkpoint.py show nosuch.pt"):
-        run.run("bad", "checkpoint.py show nosuch.pt")
+        study.run("bad", "checkpoint.py show nosuch.pt")
     assert not log.with_name("bad.txt").exists()
     log.unlink()  # as if killed before it was written
     with pytest.raises(UserError, match="begun is of another command"):
-        run.run("short", f"{line} --lr 1")
-    run.run("short", line)
+        study.run("short", f"{line} --lr 1")
+    study.run("short", line)
     assert (tmp_path / "short" / "log.jsonl").read_text().count('"loss"') == 3, "it began anew"
 
 
@@ -187,15 +188,15 @@ def test_tables_hold_what_the_logs_say(tmp_path, monkeypatch):
         written(f"attention-{way}-512", rows=[{"train_tok_s": rate, "eval_tok_s": 1.0, "peak": 2**21}])
     for when, original, grouped in (("before", 10.0, 20.0), ("after", 8.0, 12.0)):
         written(f"{when}-base", blocks=original, kv_bytes_per_token=64)
-        for merge in run.LOOPS["merge"]:
+        for merge in study.LOOPS["merge"]:
             written(f"{when}-{merge}-1of2", blocks=grouped, kv_bytes_per_token=32)
-    tables.report(run.LOOPS)  # of a study that was interrupted
-    for recipe in run.LOOPS["recipe"]:
+    tables.report(study.LOOPS)  # of a study that was interrupted
+    for recipe in study.LOOPS["recipe"]:
         for when, ppl in (("before", 20.0), ("after", 15.0), ("after16", 15.0), ("first", 18.0)):
             ppl /= 2 if recipe == "original" else 1
             written(f"published-{recipe}-{when}-block_mean", block_mean=ppl, kv_bytes_per_token=32)
             written(f"published-{recipe}-{when}-sliding", sliding=ppl - 5)
-    tables.report(run.LOOPS)
+    tables.report(study.LOOPS)
     text = Path("tables.md").read_text()
     assert "| short | 5 | plain | 9 | 3 | 60 ± 0 | 15 ± 5 | 1 ± 0 | 1 | 2 | 3 |" in text
     assert "| short | 5 | novel | 9 | 3 | 60 ± 0 | 14.5 ± 3.5 | 1 ± 0.1 |" in text
@@ -206,9 +207,9 @@ def test_tables_hold_what_the_logs_say(tmp_path, monkeypatch):
     assert "| 512 | naive | 2,000" in text and "| 512 | sdpa | 1,000" in text
     healed = "32 | 20.00 (2.000) | 15.00 (3.000)" + " | 15.00 (2.000) | 10.00 (4.000)" * 2
     healed += " | 18.00 (2.400) | 13.00 (5.200)"
-    assert text.count(f"| {healed} |") == len(run.LOOPS["recipe"]) - 1
+    assert text.count(f"| {healed} |") == len(study.LOOPS["recipe"]) - 1
     drawn = ("groups", "depth", "lengths", "published")
     assert all(Path(f"figures/{name}-dark.png").exists() for name in drawn)
     assert "| few | 2 |" in text and "| depth | 12 |" in text
     assert f"| all | {2 * len(list(Path('logs').glob('*.txt')))} |" in text  # minutes
-    assert text.count(" | 2.000 -> 1.500 |") == len(run.LOOPS["merge"])
+    assert text.count(" | 2.000 -> 1.500 |") == len(study.LOOPS["merge"])
