@@ -406,7 +406,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_activations = False  # keep each block's input, recompute the rest in the backward
-        self.compiled_step = None  # what adds a token to each text, once sample.compile_step has made it
+        self.compiled_step = None  # sample.compile_step's: adds a token to texts
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(TransformerBlock(config, layer) for layer in range(config.n_layer))

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 
 from checkpoint import build, load
-from common import UserError, bounded, compiler_missing, exit_cleanly, parse, pick_device
+from common import bounded, compiler_missing, exit_cleanly, parse, pick_device, require
 from data.tokenizer import Tokenizer, prompt_text
 from model import ATTENTION, Attention, HeadGroups, Llama, widen
 
@@ -32,8 +32,8 @@ class SampleConfig:
     top_p: float = bounded(0.95, 1e-9, 1)  # draw from the likeliest tokens of this probability together
     num_samples: int = bounded(1, 1)  # texts to write
     seed: int = bounded(0, 0, 2**63 - 1)  # of the first text; the next has seed + 1
-    kv_bits: int | None = bounded(None, 4, 16)  # KV cache in integers of 8 or 4 bits, or in floats (16)
-    compile: bool = False  # compile the step of a token: half a minute at first, then several times the speed
+    kv_bits: int | None = bounded(None, 4, 16)  # KV cache in integers of 8 or 4 bits; 16: floats
+    compile: bool = False  # compile the step of a token: half a minute, then several times as fast
     device: str = "auto"  # cuda, mps, cpu or auto
 
 
@@ -72,7 +72,9 @@ def compile_step(model: Llama) -> None:
     """Compile the step that adds one token to each text: the first such step takes tens of seconds, all
     others a fraction of the time. Weights may still change in place, but not their dtype, nor the layers.
     A small model's time goes into calling kernels from Python. So a twin with the same weights, but with
-    products and attention as loops over one row, becomes one graph."""
+    products and attention as loops over one row, becomes one graph. Raises UserError without a compiler."""
+    missing = compiler_missing(model.tok_embeddings.weight.device)
+    require(not missing, f"--compile needs {missing}: install it, or drop --compile")
     model.compiled_step = None  # not copied
     shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, memo=shared).eval()
@@ -92,14 +94,12 @@ def compile_step(model: Llama) -> None:
 def main() -> None:
     config = SampleConfig(**parse(__doc__, SampleConfig))
     task = {"instruction": config.instruction, "input": config.input}
-    if config.prompt and any(task.values()):
-        raise UserError("--prompt is text to continue, --instruction a task to answer: give one of them")
+    both = config.prompt and any(task.values())
+    require(not both, "--prompt is text to continue, --instruction a task: give one of them")
     device = pick_device(config.device)
     model, tokenizer = build(load(config.ckpt), device, config.kv_bits)
     prompt = tokenizer.prompt(prompt_text(task) if any(task.values()) else config.prompt)
     if config.compile:
-        if missing := compiler_missing(device):
-            raise UserError(f"--compile needs {missing}: install it, or drop --compile")
         compile_step(model)
     how = {"temperature": config.temperature, "top_p": config.top_p, "stop": tokenizer.stop}
     for number in range(config.num_samples):

@@ -258,7 +258,7 @@ def decode_main() -> None:
         caches[name] = KVCache(model.eval().config, c.block_size)
         for part in prompt.split(128, dim=1):  # the scores of a whole prompt would need much memory
             model(part, cache=caches[name])
-        if compiling_pays(TrainConfig(compile=written.compile), 0, device):
+        if written.compile:
             compile_step(model)
         step = partial(model.compiled_step or model, prompt[:, :1], cache=caches[name])
         runs[name] = lambda step=step: step().sum().item()  # waits for a GPU
@@ -277,7 +277,7 @@ def latency_main() -> None:
     models = {path: build_model(load(path), device) for path in written.ckpts}  # in its own number format
     new = min(64, *(model.config.block_size - 1 for model in models.values()))
     for name, model in models.items():
-        if compiling_pays(TrainConfig(compile=written.compile), 0, device):  # or an error
+        if written.compile:
             compile_step(model)
         runs[name] = partial(model.generate, [[1]] * config.batch_size, new)
     for name, seconds in in_turns(runs, config.steps).items():

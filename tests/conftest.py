@@ -51,6 +51,13 @@ def tiny_run(tiny_data, tmp_path_factory) -> Path:
     return out / "ckpt.pt"
 
 
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """What sample.py would compile runs as it is."""
+    monkeypatch.setattr("sample.compiler_missing", lambda device: None)
+    monkeypatch.setattr(torch, "compile", lambda step, **options: step)
+
+
 @pytest.fixture(scope="session")
 def prefixed(tmp_path_factory):
     """A SentencePiece model that puts a space before every text, as Llama 2's and llama2.c's do."""

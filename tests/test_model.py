@@ -21,7 +21,6 @@ SHAPES = {
     "novel uneven": {"novel": True, **UNEVEN}, "gated": {"gated": True}, "scaled": {"rope_scaling": SCALED},
 }  # fmt: skip
 TOLERANCE = 1e-5  # ten times what sums of 64 terms in another order lose through 2 layers in float32
-NO_COMPILER = compiler_missing(torch.device("cpu")) is not None
 
 
 @pytest.mark.parametrize("attention", ["naive", "sdpa"])
@@ -95,8 +94,7 @@ def test_a_prompt_read_in_parts_equals_the_whole(name, attention, padding):
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("name", SHAPES)
 @torch.no_grad()
-def test_the_step_that_is_compiled_computes_what_the_model_does(name, rows, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda step, **options: step)
+def test_the_step_that_is_compiled_computes_what_the_model_does(name, rows, uncompiled):
     model, padding = sharp_model(**SHAPES[name]).double(), torch.tensor([0, 4, 7])[:rows]
     cache, token = KVCache(model.config, 40), tokens_of((rows, 1), seed=1)
     model(tokens_of((rows, 30)), cache=cache, padding=padding)
@@ -107,8 +105,7 @@ def test_the_step_that_is_compiled_computes_what_the_model_does(name, rows, monk
 
 @pytest.mark.parametrize("novel", [False, True])
 @torch.no_grad()
-def test_the_step_that_is_compiled_computes_in_float32_what_is_stored_in_bfloat16(novel, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda step, **options: step)
+def test_the_step_that_is_compiled_computes_in_float32_what_is_stored_in_bfloat16(novel, uncompiled):
     model, cache = sharp_model(novel=novel, **UNEVEN).bfloat16(), KVCache(ModelConfig(**TINY), 40)
     model(tokens_of((1, 30)), cache=cache)
     exact, caches = copy.deepcopy(model).double(), [copy.deepcopy(cache) for _ in range(3)]
@@ -120,7 +117,7 @@ def test_the_step_that_is_compiled_computes_in_float32_what_is_stored_in_bfloat1
     assert (fine - truth).abs().max() < 0.5 * (rough - truth).abs().max() < 0.05 * truth.abs().max()
 
 
-@pytest.mark.skipif(NO_COMPILER, reason="needs a C++ compiler and Python's headers")
+@pytest.mark.skipif(bool(compiler_missing(torch.device("cpu"))), reason="needs a C++ compiler")
 def test_compiled_models_write_their_own_text_and_do_not_compile_anew():
     """Of the same shapes, but with other groups: what one has compiled would fit the other."""
     torch._dynamo.reset()
