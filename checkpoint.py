@@ -10,7 +10,7 @@ A checkpoint is a dict that `torch.load(path, weights_only=True)` reads, and tha
     config      the fields of ModelConfig; lora, train, grouped: those of LoRAConfig, TrainConfig, GroupConfig
     tokenizer   the bytes of a SentencePiece model or of another kind that data/tokenizer.py reads, or None
     data        meta.json of the training data, with its checksums; source: what it was imported from
-    step, tokens, seconds, optimizers, scaler   where training is, and what it needs to go on
+    step, tokens, seconds, log_size, optimizers, scaler    where training is, and what it needs to go on
 
 It needs no random state: batches and dropout are functions of (seed, step).
 """

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from checkpoint import build_model, load, lora_config, model_config, save, trained_on
 from common import (
     IGNORE, UserError, autocast, bounded, checked, compiler_missing, exit_cleanly, held, is_a, note, parse,
-    peak_memory_bytes, pick, pick_device, pick_dtype, replacing, require,
+    peak_memory_bytes, pick, pick_device, pick_dtype, require,
 )  # fmt: skip
 from data.loader import Batch, Examples, Text, open_data, padded, prepared
 from data.tokenizer import Tokenizer
@@ -334,18 +334,11 @@ def validate(model: Llama, data: Text | Examples, dtype: torch.dtype, most=None)
 class Log:
     """log.jsonl, one JSON object a line; a resumed run drops what was written after its checkpoint."""
 
-    def __init__(self, path: Path, resumed_at: int | None, again: bool):
-        self.path, kept = path, []
-        if resumed_at is not None and path.exists():
-            try:
-                records = map(json.loads, path.read_text().split("\n")[:-1])  # the last may be half a line
-                # its step is evaluated again: it may have been the last, on the whole split
-                kept = [r for r in records if (r["step"], again and "val_loss" in r) <= (resumed_at, False)]
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{path} is damaged: move it away, and the run goes on without it") from None
+    def __init__(self, path: Path, size: int):
+        self.path = path
         if rank() == 0:
-            with replacing(path, "w") as file:
-                file.writelines(json.dumps(record) + "\n" for record in kept)
+            with open(path, "ab") as file:
+                file.truncate(min(size, file.tell()))  # which may have been cut, or lost
 
     def write(self, **record) -> None:
         """Append; numbers that JSON cannot express (inf, nan) become null."""
@@ -393,7 +386,7 @@ def restore(checkpoint: dict, optimizers: list[torch.optim.Optimizer], scaler: t
                 require(sound, f"state of parameter {i}")
                 own["state"][i] = {name: shard(x, p) for name, x in moments[i].items()}
             optimizer.load_state_dict(own)
-        for key, kind in {"step": int, "tokens": int, "seconds": float}.items():
+        for key, kind in {"step": int, "tokens": int, "log_size": int, "seconds": float}.items():
             require(is_a(checkpoint[key], kind) and 0 <= checkpoint[key] < math.inf, key)
         if scaler.is_enabled() and checkpoint["scaler"]:  # the run may have had another --dtype until now
             scaler.load_state_dict(checkpoint["scaler"])
@@ -522,7 +515,7 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
     constant = {"config": asdict(c), "train": asdict(config), "data": meta, "tokenizer": tokenizer.data}
     constant |= {"grouped": checkpoint["grouped"]} if "grouped" in checkpoint else {}
     constant |= {"lora": asdict(lora)} if lora.lora_r else {}
-    log = Log(path.with_name("log.jsonl"), step if config.resume else None, config.eval_tokens > 0)
+    log = Log(path.with_name("log.jsonl"), checkpoint["log_size"] if config.resume else 0)
     log.write(step=step, **describe(model, config, lora, data))
     how = str(dtype).removeprefix("torch.") + ", compiled" * config.compile
     how += f", {world()} processes" * (world() > 1) + " that share the weights" * config.fsdp
@@ -543,7 +536,7 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
             state = whole(state | {"optimizers": [optimizer.state_dict() for optimizer in optimizers]})
             state |= {"step": step, "tokens": tokens, "seconds": seconds, "scaler": scaler.state_dict()}
             if rank() == 0:
-                save(path, constant | state)
+                save(path, constant | state | {"log_size": log.path.stat().st_size})
             # all wait: a rank that left before would have torchrun end rank 0 while it writes
             saved, stop = step, sum_over_ranks(len(caught)) > 0
         if due and step and config.eval_tokens and not stop:  # after saving: it may fail
