@@ -69,7 +69,9 @@ def check_bounds(cls: type, values: dict) -> None:
     """Raise UserError for a number out of its field's bounds, or an empty name."""
     for field in dataclasses.fields(cls):
         value, (low, high) = values.get(field.name), field.metadata.get("bounds", (-math.inf, math.inf))
-        require(value not in ("", [""]) or field.default == "", f"--{field.name} is empty: leave it out")
+        name = field.name.rstrip("_")
+        empty = value in ("", [""]) and field.default != ""
+        require(not empty, f"{name} is empty: give it a value, or leave --{name} out")
         if isinstance(value, int | float) and not low <= value <= high:  # nan fails, too
             limit = f"{low} or more" if high == math.inf else f"{low} to {high}"
             raise UserError(f"{field.name} is {repr(value)[:80]}: give --{field.name} {limit}")
@@ -206,12 +208,14 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 def compiler_missing(device: torch.device) -> str | None:
-    """What torch.compile needs for a CPU and does not find here; None if all is there."""
-    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    """What torch.compile and Triton need and do not find here; None if all is there."""
+    names = [os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")]
+    if device.type == "cuda":  # as Triton looks for one
+        names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     header = Path(sysconfig.get_path("include"), "Python.h")
-    if device.type != "cpu" or (shutil.which(compiler) and header.exists()):
+    if device.type == "mps" or (any(map(shutil.which, names)) and header.exists()):
         return None
-    return f"a C++ compiler ({compiler}) and {header} (python3-dev)"
+    return f"a compiler ({' or '.join(names)}) and {header} (python3-dev)"
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -273,10 +277,10 @@ def held(folder: Path) -> Iterator[None]:
 
 def writable(path: Path, overwrite: bool) -> None:
     """Raise UserError if `path` is a folder, a file that must not be replaced, or where none can be made."""
-    parent = next(folder for folder in path.resolve().parents if folder.exists())
-    require(parent.is_dir() and os.access(parent, os.W_OK), f"cannot write in {parent}: name another")
     taken = path.is_dir() or (path.exists() and not overwrite)
     require(not taken, f"{path} exists: give the name of a new file, or --overwrite one")
+    parent = next(folder for folder in path.resolve().parents if folder.exists())
+    require(parent.is_dir() and os.access(parent, os.W_OK), f"cannot write in {parent}: name another")
 
 
 def sha256_of(path: Path) -> str:

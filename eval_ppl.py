@@ -65,7 +65,8 @@ def window_nll(
     the one before did not make: every token is scored once. stride = context gives non-overlapping blocks.
     """
     assert 1 <= stride <= context and not model.training, f"stride {stride}, context {context}"
-    device, last, windows, scored = model.tok_embeddings.weight.device, len(tokens) - 1, [], 0
+    device, last = model.tok_embeddings.weight.device, len(tokens) - 1
+    windows, scored = [], 0  # (first input, first prediction to keep, end)
     for start in range(0, max(1, last - context + stride), stride):
         end = min(start + context, last)
         windows.append((start, scored, end))
@@ -123,11 +124,11 @@ def bits_per_byte(nats: float, tokens: np.ndarray, tokenizer: Tokenizer) -> floa
 def evaluate(config: EvalConfig, model: Llama, tokens: np.ndarray, dtype: torch.dtype) -> tuple[dict, float]:
     """{method: perplexity, or None if not asked for}, and nats a token: of `blocks`, or else of `sliding`."""
     asked = METHODS if config.method == "all" else (config.method,)
-    context, how, record, nats = config.context, (dtype, config.batch_size, config.json), {}, math.nan
+    context, how, record = config.context, (dtype, config.batch_size, config.json), {}
     if "sliding" in asked:
         nats = mean_nll(window_nll(model, tokens, context, config.stride, *how))
         record["sliding"] = perplexity(nats)
-    if "blocks" in asked or "block_mean" in asked:
+    if config.method != "sliding":
         blocks = window_nll(model, tokens, context, context, *how)
         nats = mean_nll(blocks)
         # a short rest would weigh as much
@@ -139,6 +140,7 @@ def evaluate(config: EvalConfig, model: Llama, tokens: np.ndarray, dtype: torch.
 
 def read_tokens(config: EvalConfig, checkpoint: dict, tokenizer: Tokenizer) -> tuple[np.ndarray, str]:
     """The tokens that the flags name, and a word for them."""
+    require(not (config.text and config.dataset), "--text is a file, --dataset a prepared folder: give one")
     if config.text:
         try:
             tokens, source = np.array(tokenizer.prompt(Path(config.text).read_bytes().decode())), config.text
@@ -180,8 +182,10 @@ def main() -> None:
     protocol = f"{record['tokens']:,} tokens, context {config.context}, {record['tokenizer']}"
     for method in METHODS:
         if record[method] is not None:
-            stride = f", stride {config.stride}" if method == "sliding" else ""
-            print(f"perplexity {record[method]:.4f} | {method} | {protocol}{stride}")
+            more = {"sliding": f", stride {config.stride}", "block_mean": ", whole blocks only"}.get(
+                method, ""
+            )
+            print(f"perplexity {record[method]:.4f} | {method} | {protocol}{more}")
     print(f"bits per byte {record['bits_per_byte']:.4f} | loss {nats:.4f} nats a token")
     rate = record["tokens"] * (2 if config.method == "all" else 1) / seconds  # blocks and block_mean are one
     print(f"parameters {record['params']:,} | KV cache {kv:,} bytes a token | {rate:,.0f} tokens/s")

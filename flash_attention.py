@@ -23,7 +23,6 @@ Decoding splits a long cache into parts and combines their results (Flash-Decodi
     TRITON_INTERPRET=1 python ...                        # runs the kernels without a GPU, slowly
 """
 
-from shutil import which
 from typing import NamedTuple
 
 import torch
@@ -32,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr
 
-from common import note
+from common import compiler_missing, note
 from model import HeadGroups, Llama, sdpa
 
 HEAD_DIMS = range(16, 129)  # a tensor core takes no less, the registers of a program hold no more
@@ -244,7 +243,8 @@ def flash_attention(
     """Causal softmax(q k^T / sqrt(D)) v, (B, H, T, D), and lse (B, H, T), in base 2; opaque to torch.compile.
     q (B, H, T, D), k (B, G_k, T, D) and v (B, G_v, T, D) may have any strides. k_groups and v_groups: (H,)
     integers below G_k and G_v, the groups that each query head reads; one tensor for both saves time."""
-    (B, H, T, _), (out, lse) = q.shape, outputs(q)
+    B, H, T, _ = q.shape
+    out, lse = outputs(q)
     assert T == k.shape[2] == v.shape[2] and k_groups.shape == v_groups.shape == (H,), (k.shape, v.shape)
     launch(forward_kernel, T, "M", (H, B), (q, k, v, out), k_groups, v_groups, lse, T)
     return out, lse
@@ -322,8 +322,8 @@ def why_not(model: Llama) -> str | None:
         return None
     if not weight.is_cuda or torch.version.hip or torch.cuda.get_device_capability(weight.device) < (8, 0):
         return "it needs an NVIDIA GPU of compute capability 8.0 or more (or TRITON_INTERPRET=1, slowly)"
-    compiler = triton.knobs.build.cc or which("gcc") or which("clang")
-    return None if compiler else "Triton needs a C compiler: install gcc"
+    missing = compiler_missing(weight.device)
+    return f"Triton needs {missing}" if missing else None
 
 
 def use_kernels(model: Llama) -> None:

@@ -41,7 +41,7 @@ from partition import (
 from refit import STEPS, Statistics, divergence, refit, sensitivity, statistics
 
 Directions = dict[Slot, tuple[torch.Tensor, ...]]  # (e, z, mix), see `directions`
-MOST_CONTEXT = 1024  # tokens; more change few choices
+MOST_CONTEXT = 1024  # longest calibration block, tokens; longer ones change few choices
 
 
 def directions(rows: torch.Tensor, weighted: torch.Tensor, C: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -90,9 +90,9 @@ def merge_keys(attention: Attention, groups: Groups, stats: Statistics) -> tuple
 def merge_values(attention: Attention, groups: Groups, stats: Statistics) -> tuple[torch.Tensor, ...]:
     """wv (g D, C) and wo, of its old shape, when the value heads of each group share one.
 
-    The stack of W_o^h W_v^h C^(1/2) gets its best approximation of rank D, C of the inputs as attention
-    mixes them, over all heads, whose errors are taken to be independent. The novel layer behind wv leaves no
-    symmetry: its heads share the mean, weighted by |W_o^h|^2.
+    The stack of W_o^h W_v^h C^(1/2) gets its best approximation of rank D, where C = E[m m^T] of the inputs
+    as attention mixes them, averaged over all heads; the heads' errors are taken to be independent. A novel
+    layer behind wv leaves no symmetry: its heads share the mean, weighted by |W_o^h|^2.
     """
     values, readers, sizes = value_heads(attention)
     _, rows, C = weighted_rows(attention, "v", stats)
@@ -127,7 +127,8 @@ def latent(found: tuple[torch.Tensor, ...], size: int) -> tuple[list[int], torch
     """The strongest R `directions` that fit `size` cached numbers: how many of each f, their rows (R, C), and
     the coefficients (n, R) that restore the n rows from them."""
     e, z, mix = found
-    n, strongest = e.shape[1], e.flatten().argsort(descending=True)[: size // 2 if z.is_complex() else size]
+    n, count = e.shape[1], size // 2 if z.is_complex() else size  # a complex number is two
+    strongest = e.flatten().argsort(descending=True)[:count]
     ranks = torch.bincount(strongest // n, minlength=len(e)).tolist()
     parts = [(z[f, n - r :], mix[f, :, n - r :]) for f, r in enumerate(ranks)]
     return ranks, torch.cat([z for z, _ in parts]), torch.cat([mix for _, mix in parts], dim=1)
@@ -341,12 +342,13 @@ def main() -> None:
         maps = maps or choose(model, stats, counts, config.grouping, config.seed)
         small = merge(model, maps, stats, config.merge)
     if config.refit != "none":
-        refit(small, model, blocks, STEPS * (config.refit == "all"), quiet=False)
-    stored, wide = checkpoint["model"]["norm.weight"].dtype, model.norm.weight.dtype
-    small = small.to(stored).to(wide)  # what is measured is what is saved
+        refit(small, model, blocks, STEPS if config.refit == "all" else 0, quiet=False)
+    stored, weight = checkpoint["model"]["norm.weight"].dtype, model.norm.weight
+    saved = with_model(checkpoint, small.to("cpu", stored)) | {"grouped": asdict(config)}
+    save(out, saved)
+    small = build_model(saved, weight.device).to(weight.dtype)  # what is measured is what was saved
     val = val[: config.eval_tokens + 1]
     before, after = perplexity_on(val, model), perplexity_on(val, small)
-    save(out, with_model(checkpoint, small.to("cpu", stored)) | {"grouped": asdict(config)})
     print(*picture(small.config), sep="\n")
     old, new = (m.config.kv_bytes_per_token(stored.itemsize) for m in (model, small))
     print(f"KV cache: {old:,} -> {new:,} bytes a token ({100 * new / old:.1f}%)")

@@ -49,7 +49,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.linear, self.scale = linear.requires_grad_(False), alpha / r
         weight = linear.codes if isinstance(linear, NF4Linear) else linear.weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)  # beside bfloat16, too, which autocast joins
+        dtype = torch.promote_types(weight.dtype, torch.float32)  # also beside bfloat16: autocast casts both
         like = {"device": weight.device, "dtype": dtype}
         self.lora_A = nn.Parameter(torch.empty(r, linear.in_features, **like))
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, r, **like))

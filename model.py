@@ -32,7 +32,8 @@ from common import IGNORE, NO_FLAG, bounded, require
 ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 CHUNK = 2**19  # logits widened at a time: 2 MiB in float32 stay in a CPU's cache; a GPU takes 64 times more
 RAISED = 2.0**14  # scale of the gradient stored for the backward: float16 underflows below 6e-8
-MOST, WIDEST = 2**20, 2**13  # limits of any size, of a head's or a latent's: a file may be damaged
+MOST = 2**20  # widest model and feed-forward layer, largest vocabulary: a damaged file may ask for more
+WIDEST = 2**13  # widest head or latent
 Maps = list[list[int]]  # [layer][query head] -> the group that it reads
 
 
@@ -241,7 +242,8 @@ class KVCache:
         for store, new in ((self.keys, k), (self.values, v)):
             new = new if self.bits == 16 else pack(new, self.bits)
             if store[layer] is None:
-                self.dtype, store[layer] = k.dtype, new.new_empty(*new.shape[:2], self.capacity, new.shape[3])
+                self.dtype = k.dtype  # what unpacked numbers become
+                store[layer] = new.new_empty(*new.shape[:2], self.capacity, new.shape[3])
             # compiled, a slice assignment would copy the whole cache; sample.RowLinear's k may be wider
             store[layer].index_copy_(2, positions, new.type_as(store[layer]))
         kept = self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
@@ -430,7 +432,8 @@ class Llama(nn.Module):
         """tokens (B, T) int64 -> the normed residual stream behind the last block (B, T, C).
 
         padding: (B,) the number of tokens at each row's left that are no text and are not seen. They shift
-        the row's positions, which changes nothing: rotary attention depends on differences of positions only.
+        the row's positions, which changes nothing: rotary attention depends on differences of positions only
+        (with kv_bits below 16, up to the rounding of rotated keys).
         """
         T, past = tokens.shape[1], (cache.length if cache else 0)
         positions, mask = torch.arange(past, past + T, device=tokens.device), None
@@ -472,8 +475,9 @@ class Llama(nn.Module):
         """Yield, token by token, the next token of every prompt; None for one that has met a `stop` token.
 
         A text also stops after max_new_tokens, or when it fills block_size. Temperature 0 is greedy, the same
-        in any batch; above it one generator draws for all texts, from the smallest set of probability `top_p`
-        or more (arXiv 1904.09751). Raises UserError for an empty prompt or one that leaves no room.
+        in any batch (with kv_bits below 16, up to rounding); above it one generator draws for all texts, from
+        the smallest set of probability `top_p` or more (arXiv 1904.09751). Raises UserError for an empty
+        prompt, one that leaves no room, and a model that computes inf or nan.
         """
         assert not self.training, "call model.eval() first: dropout would change the text"
         require(prompts and all(prompts), "an empty prompt: give a token, such as the tokenizer's BOS")
@@ -489,6 +493,9 @@ class Llama(nn.Module):
         for count in range(1, max(most) + 1):
             forward = self.compiled_step if self.compiled_step and cache.length else self
             logits = forward(tokens, cache=cache, padding=padding)[:, -1]
+            require(
+                count > 1 or logits.isfinite().all(), "the model computes inf or nan: its weights are damaged"
+            )
             tokens = pick_token(logits, temperature, top_p, generator)  # (B, 1)
             new = tokens[:, 0].tolist()
             stopped = [s or t in stop for s, t in zip(stopped, new)]

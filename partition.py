@@ -46,7 +46,8 @@ def weighted_rows(attention: Attention, kind: str, stats: Statistics) -> tuple[t
     head, R W_v for W_v, R^T R the sum of W_o^T W_o over its readers (before a novel layer |W_o| W_v)."""
     if kind == "k":
         rows = complex_heads(attention.wk.weight, attention.head_dim).transpose(0, 1)
-        energy = stats.energy.new_zeros(rows.shape[1::-1])  # (n, F)
+        F, n, _ = rows.shape
+        energy = stats.energy.new_zeros(n, F)
         energy.index_add_(0, attention.k_groups.of_head, stats.energy)
         # a head whose queries are all near zero still gets a direction
         energy = energy.clamp(min=max(1e-6 * energy.mean().item(), TINY))
@@ -61,8 +62,9 @@ def weighted_rows(attention: Attention, kind: str, stats: Statistics) -> tuple[t
 
 
 class Costs:
-    """Cost of merging a set of a layer's K or V heads: the squared error, on weighted rows, of the best head
-    to share, the sum of the eigenvalues that are dropped; of novel values, of their mean."""
+    """Cost of merging a set of a layer's K or V heads: the squared error, on weighted rows, if they share the
+    best head, which is the sum of the Gram matrix's eigenvalues that are dropped. Novel values share their
+    weighted mean instead."""
 
     @torch.no_grad()
     def __init__(self, attention: Attention, kind: str, stats: Statistics):
@@ -120,7 +122,7 @@ def best_partitions(n: int, cost: Cost, wanted: Iterable[int] = ()) -> Partition
 
 
 def exact_partitions(n: int, cost: Cost, wanted: Iterable[int]) -> Partitions:
-    """Sets are numbers, whose bit h says whether head h is in it."""
+    """A set is an integer, whose bit h is 1 if head h is in it."""
     of_set = np.full(2**n, np.inf)
     for size in range(1, n - min(wanted) + 2):  # of g groups none has more than n - g + 1 heads
         heads = np.array(list(combinations(range(n), size)))

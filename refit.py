@@ -4,11 +4,11 @@ partition.py and gqa.py need the `statistics` of each layer; `sensitivity`, from
 what an error in a layer does to the model's predictions. Merging in closed form does the best that weights
 allow, head by head. What refitting adds, layer by layer:
 
-    wo      heads' errors add up, and the layers below change the inputs: ridge regression finds the wo that
-            comes closest to the original's residual stream, relative to the stream's size, as the next norm
-            sees it: a few tokens' streams can be 100 times larger
-    wq, wk  a merged key approximates each RoPE pair by itself, while the sum over pairs counts, inside a
-            softmax: L-BFGS moves the two until the queries look where they looked
+    wo      heads' errors add up, and the layers below change the inputs. Ridge regression finds the wo that
+            comes closest to the original's residual stream. Errors count relative to the stream's size, as
+            the next norm sees it, or a few tokens with streams 100 times larger would decide
+    wq, wk  a merged key approximates each RoPE pair by itself, while the softmax sees the sum over pairs.
+            L-BFGS moves the two until the queries look where they looked
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ QUERIES = 64  # at least, evenly spaced in each row of text, to observe attentio
 STEPS = 20  # of L-BFGS
 MOST_WEIGHTS = 2**28  # attention weights held of a layer, 1 GiB; beyond it fewer rows serve
 SENSED = 4096  # tokens of `sensitivity`
-TINY = 1e-30
+TINY = 1e-30  # in float32; partition.TINY is for float64
 
 
 # ---- observe ----

@@ -1,4 +1,4 @@
-"""Write text with a checkpoint, as it comes; the step of a token as one graph.
+"""Write text with a checkpoint, as it comes; with --compile, each token by one compiled graph.
 
 python sample.py out/RUN/ckpt.pt --prompt "def main(" --max_new_tokens 100
 python sample.py out/RUN/ckpt.pt --temperature 0               # greedy: always the likeliest token
@@ -39,7 +39,7 @@ class SampleConfig:
 
 def readable(ids: list[int], new_tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
     """The text of the new tokens, piece by piece, holding back a character until all of its bytes are there.
-    `ids` begins as the prompt's and grows. A run of byte tokens, <0xC3>, waits: one may spoil all."""
+    `ids` begins as the prompt's and grows. A run of byte tokens such as <0xC3> waits: one may spoil all."""
     shown = len(tokenizer.decode(ids))
     for token in new_tokens:
         ids.append(token)
@@ -107,7 +107,8 @@ def main() -> None:
         steps = model.stream([prompt], config.max_new_tokens, **how, generator=generator)
         if config.num_samples > 1:
             print(f"--- sample {number + 1}, seed {config.seed + number}")
-        pieces = readable(ids := list(prompt), (row[0] for row in steps), tokenizer)
+        ids = list(prompt)
+        pieces = readable(ids, (row[0] for row in steps), tokenizer)
         print(config.prompt + next(pieces), end="", flush=True)  # an error may come before the first token
         for piece in pieces:
             print(piece, end="", flush=True)

@@ -94,8 +94,10 @@ def open_log(path: Path, header: dict) -> tuple[IO, dict[str, dict]]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         file.seek(0)
         text = file.read()
-        lines = (text or json.dumps(header)).splitlines()
-        first, *records = [json.loads(line) for line in lines if line.endswith("}")]
+        lines = [
+            line for line in text.splitlines() if line.endswith("}")
+        ]  # a killed search leaves half of one
+        first, *records = map(json.loads, lines) if text else [header]
         numbers = [record[name] for record in records for name in ("loss", "kl", "groups", "kv_bytes")]
         require(all(map(math.isfinite, numbers)) and all(r["note"] for r in records), "a damaged record")
         found = {str((record["k_groups"], record["v_groups"])): record for record in records}
@@ -153,8 +155,8 @@ class Search:
         small = merge(self.model, maps, self.stats, self.config.merge)
         if self.config.refit == "none":
             return small
-        blocks, steps = self.blocks[: max(1, len(self.blocks) // part)], STEPS // part
-        return refit(small, self.model, blocks, steps * (self.config.refit == "all"))
+        steps = STEPS // part if self.config.refit == "all" else 0
+        return refit(small, self.model, self.blocks[: max(1, len(self.blocks) // part)], steps)
 
     def value(self, record: dict) -> float:
         """What is minimised: the loss, or over all budgets perplexity * groups ** groups_power."""
@@ -272,7 +274,8 @@ def main() -> None:
     writable(Path(config.out), config.overwrite)
     search = Search(config)
     with search.bar:
-        {"knapsack": knapsack_search, "random": random_search}[config.method](search)
+        search_with = knapsack_search if config.method == "knapsack" else random_search
+        search_with(search)
     rows = chosen(search)
     best, original = rows[0], search.report(search.model)[0]
     share = best["kv_bytes"] / search.model.config.kv_bytes_per_token(search.itemsize)
@@ -289,8 +292,9 @@ def main() -> None:
         value = f" | {search.value(row):.6g}" if search.total is None else ""
         print(f"  {ratio} | {cache}{value} | {row['name']}")
     print(f"{search.evals} groupings looked at; all measurements are in {config.log}")
-    how = f" --dataset {config.dataset}" if config.dataset else ""
-    how += " --merge mean" * (config.merge == "mean") + " --refit none" * (config.refit == "none")
+    same = ("dataset", "merge", "refit", "calibration_tokens", "seed")  # else it makes another model
+    changed = [name for name in same if getattr(config, name) != getattr(MergeConfig, name)]
+    how = "".join(f" --{name} {getattr(config, name)}" for name in changed)
     print(f"--- next:\npython gqa.py {config.ckpt} --groups {config.out} --out grouped.pt{how}")
 
 

@@ -71,14 +71,17 @@ eval_ppl.py run/ckpt.pt
     --text nosuch.txt                        nosuch.txt
     --text latin.txt                         latin.txt
     --stride 100 --context 10                --stride
+    --text text.txt --dataset data           --text
     --dataset tasks                          study score
 sample.py
     run/ckpt.pt --prompt '\udcff'            UTF-8
     run/ckpt.pt --prompt x --instruction y   --instruction
     bare.pt                                  --tokenizer
+    nan.pt                                   inf or nan
 checkpoint.py
     show hf                                  formats import hf
     merge lora.pt                            --out
+    merge lora.pt --out /                    / exists
     merge run/ckpt.pt --out new.pt           adapter
     merge lora.pt --out run/ckpt.pt          --overwrite
 gqa.py run/ckpt.pt --out new.pt --calibration_tokens 1024
@@ -135,6 +138,7 @@ def room(good, tmp_path_factory):
     shutil.copy(room / "records/x.json", room / "tasks.json")
     shutil.copy(room / "adapted/ckpt.pt", room / "lora.pt")
     save(room / "bare.pt", {**saved, "tokenizer": None})
+    save(room / "nan.pt", {**saved, "model": {name: torch.nan * x for name, x in saved["model"].items()}})
     save(room / "latent.pt", checkpoint_of(sharp_model(k_latent=[[1] * 4] * 2, v_latent=[6, 6])))
     save(room / "novel.pt", checkpoint_of(sharp_model(novel=True)))
     save(room / "five.pt", checkpoint_of(sharp_model(n_head=5, head_dim=6)))
@@ -173,6 +177,7 @@ LIES = {  # each of these was once a traceback, or worse
     "train.lr": "x", "train.seed": -1, "train": [], "data": [], "data.splits": None, "step": "x",
     "tokens": None, "seconds": torch.nan, "optimizers": [], "optimizers.0": 3, "optimizers.0.state": {0: 3},
     "optimizers.0.state.0": {}, "optimizers.1.state.0.step": torch.zeros(2, 2), "log_size": -1,
+    "optimizers.0.state.0.momentum_buffer": torch.zeros(()),
 }  # fmt: skip
 
 
