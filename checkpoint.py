@@ -12,7 +12,7 @@ A checkpoint is a dict that `torch.load(path, weights_only=True)` reads, and tha
     data        meta.json of the training data, with its checksums; source: what it was imported from
     step, tokens, seconds, log_size, optimizers, scaler    where training is, and what it needs to go on
 
-It needs no random state: batches and dropout are functions of (seed, step).
+It needs no random state: batches and dropout are functions of seed, step and rank.
 """
 
 import string

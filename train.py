@@ -46,7 +46,8 @@ SHAPE_FREE = {"attention", "dropout", "block_size", "rope_theta", "kv_bits"}  # 
 # what a resumed run may not change, besides its shape and its adapter
 RUN_FIXED = {"dataset", "init_from", "seed", "batch_size", "grad_accum", "optimizer", "momentum"}
 RUN_FIXED |= {"teacher", "distil_weight"}
-STREAM, COUNTED = 0.5, 10**7  # begin_embeddings: root mean square given, tokens read
+STREAM = 0.5  # root mean square that begin_embeddings gives to the embeddings' numbers
+COUNTED = 10**7  # tokens that it reads
 # factors of lr where Muon trains; all else 1 (see docs/recipe.md)
 RATES = {"wq": 2.0, "wk": 2.0, "w1": 0.7, "w2": 0.7, "w3": 0.7}
 STATE = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}  # of each parameter
@@ -149,7 +150,8 @@ def open_tokens(config: TrainConfig, flags: dict, c: ModelConfig, checkpoint: di
         remedy = f"python data/prepare.py NAME --tokenizer {source} ..., and give --dataset NAME"
         raise UserError(f"{folder} has another tokenizer than the checkpoint: {remedy}")
     own = [trained_on(checkpoint, name) == splits[name].get("sha256") for name in ("train", "val")]
-    require(all(own) or not config.resume, f"{folder} is not the data of the run: restore it, or --overwrite")
+    rather = f"start from the run, --init_from {source} and a new --out_dir"
+    require(all(own) or not config.resume, f"{folder} is not the data of the run: restore it, or {rather}")
     if meta["kind"] == "text" and train["tokens"] < 2 * c.block_size:
         few = f"{folder} has only {train['tokens']} train tokens, {2 * c.block_size} are needed"
         raise UserError(f"{few}: use more text, or a smaller --block_size")
@@ -216,7 +218,7 @@ def begin_embeddings(model: Llama, tokens: np.ndarray) -> None:
     places = torch.stack((torch.cat((first, second)), torch.cat((second, first + V))))
     M = torch.sparse_coo_tensor(places, information.repeat(2), (V, 2 * V), check_invariants=True)
     W = torch.randn(2 * V, C)
-    for _ in range(4):  # subspace iteration; sparse products are ten times slower by a transposed matrix
+    for _ in range(4):  # subspace iteration; qr's Q has its columns in a row, by which M takes far longer
         W = torch.linalg.qr(M.T @ (M @ W)).Q.contiguous()
     begin = STREAM * math.sqrt(C) * F.normalize(M @ W)
     for weight in (model.tok_embeddings.weight, model.output.weight):  # tied, they are one
@@ -228,7 +230,8 @@ def make_optimizers(model: Llama, config: TrainConfig) -> list[torch.optim.Optim
     """AdamW for all that learns; or Muon for the blocks' matrices, at lr times RATES, and AdamW for
     embeddings, output, norms, biases, and latents' mixes."""
     matrices, decayed, vectors, decay = [], [], [], config.weight_decay
-    for name, p in filter(lambda named: named[1].requires_grad, model.named_parameters()):
+    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, p in learning.items():
         if p.dim() != 2:
             vectors.append(p)
         elif config.optimizer == "muon" and name.startswith("layers."):
@@ -315,8 +318,9 @@ def mean_loss(model: Llama, batches: list[Batch], dtype: torch.dtype) -> tuple[f
     return sum_over_ranks(loss) / max(1, tokens), tokens
 
 
-def validate(model: Llama, data: Text | Examples, dtype: torch.dtype, most=None) -> tuple[float, int]:
-    """`mean_loss` on all blocks of text or answers of examples, or on some `most` tokens, evenly spread."""
+def validate(model: Llama, data, dtype: torch.dtype, rows: int, most: int | None = None) -> tuple[float, int]:
+    """`mean_loss` on all blocks of text or answers of examples, so many rows at a time, or on some `most`
+    tokens, evenly spread."""
     if isinstance(data, Text):
         T, ids = model.config.block_size, data.tokens
         starts = range(0, len(ids) - 1, max(T, T * len(ids) // most) if most else T)
@@ -326,33 +330,37 @@ def validate(model: Llama, data: Text | Examples, dtype: torch.dtype, most=None)
         items = [data.parts(row) for row in range(0, len(data.spans), every)]
         items.sort(key=lambda parts: len(parts[0]) + len(parts[1]))  # little padding
     model.eval()
-    result = mean_loss(model, [padded(items[i : i + 16]) for i in range(0, len(items), 16)], dtype)
+    result = mean_loss(model, [padded(items[i : i + rows]) for i in range(0, len(items), rows)], dtype)
     model.train()
     return result
 
 
 class Log:
-    """log.jsonl, one JSON object a line; a resumed run drops what was written after its checkpoint."""
+    """log.jsonl, one JSON object a line. A resumed run cuts off what was written after its checkpoint, which
+    includes the last evaluation of a run that goes on beyond its end."""
 
     def __init__(self, path: Path, size: int):
-        self.path = path
+        self.file = open(os.devnull if rank() else path, "a", buffering=1)  # noqa: SIM115
         if rank() == 0:
-            with open(path, "ab") as file:
-                file.truncate(min(size, file.tell()))  # which may have been cut, or lost
+            self.file.truncate(min(size, self.file.tell()))  # a shorter file would be filled up with zeros
 
     def write(self, **record) -> None:
         """Append; numbers that JSON cannot express (inf, nan) become null."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        if rank() == 0:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(finite) + "\n")
+        self.file.write(json.dumps(finite) + "\n")
+
+    def size(self) -> int:
+        """Bytes, on the disk by now: a checkpoint counts on them, also after a power failure."""
+        os.fsync(self.file.fileno())
+        return self.file.tell()
 
 
 def epoch_steps(data: Text | Examples, config: TrainConfig, block_size: int) -> float:
-    """Steps of one pass over a split: the last batch of examples may be a short one."""
-    batch, text = config.batch_size, isinstance(data, Text)
-    batches = len(data.tokens) / block_size / batch if text else math.ceil(len(data.spans) / batch)
-    return batches / config.grad_accum
+    """Steps of one pass over a split."""
+    if isinstance(data, Text):
+        return len(data.tokens) / block_size / config.batch_size / config.grad_accum
+    # the last batch may be a short one
+    return math.ceil(len(data.spans) / config.batch_size) / config.grad_accum
 
 
 def describe(model: Llama, config: TrainConfig, lora: LoRAConfig, data: Text | Examples) -> dict:
@@ -381,8 +389,8 @@ def restore(checkpoint: dict, optimizers: list[torch.optim.Optimizer], scaler: t
             own, moments = optimizer.state_dict(), saved["state"]
             params = [p for group in optimizer.param_groups for p in group["params"]]
             for i, p in enumerate(params if moments else ()):
-                sound = set(moments[i]) == STATE[type(optimizer)]
-                sound = sound and {x.shape for x in moments[i].values()} <= {torch.Size(), p.shape}
+                shapes = {name: () if name == "step" else p.shape for name in STATE[type(optimizer)]}
+                sound = {name: x.shape for name, x in moments[i].items()} == shapes
                 require(sound, f"state of parameter {i}")
                 own["state"][i] = {name: shard(x, p) for name, x in moments[i].items()}
             optimizer.load_state_dict(own)
@@ -395,8 +403,8 @@ def restore(checkpoint: dict, optimizers: list[torch.optim.Optimizer], scaler: t
 
 
 def catch_signals() -> list[int]:
-    """A list on which Ctrl-C and SIGTERM are put, for the loop to save and leave; one more than a second
-    after the first ends the process at once (a batch system may send the first twice)."""
+    """A list on which Ctrl-C and SIGTERM are put, for the loop to save and leave. A batch system may send the
+    first twice; a signal that comes more than a second after it ends the process at once."""
     caught, times = [], []
 
     def catch(number, frame):
@@ -411,7 +419,7 @@ def catch_signals() -> list[int]:
 
 
 def check_health(loss: float, norm: float, c: ModelConfig, step: int, saved: int) -> None:
-    """Raise UserError when training has diverged: not finite, or a loss of ten blind guesses."""
+    """Raise UserError when training has diverged: not finite, or a loss ten times that of a blind guess."""
     if not loss < 10 * math.log(c.vocab_size) or not math.isfinite(norm):
         what = f"training diverged at step {step}: loss {loss:.4g}, gradient norm {norm:.4g}"
         raise UserError(f"{what}; step {saved} is saved; try a lower --lr or a longer --warmup_steps")
@@ -423,7 +431,7 @@ def report(model: Llama, tokenizer: Tokenizer, data, config: TrainConfig, dtype,
     prompt = tokenizer.prompt("") if text else data.parts(0)[0].tolist()
     dtype = dtype if config.fsdp else torch.float32  # FSDP collects the weights in it
     if config.eval_tokens:
-        loss, count = validate(model, data, dtype)
+        loss, count = validate(model, data, dtype, min(16, config.batch_size))
         what = f"blocks, context {model.config.block_size}" if text else "answers of examples"
         ppl = f"val perplexity {math.exp(min(loss, 700)):.4f} | loss {loss:.4f} nats a token"
         print(f"{ppl} | {what} | {count:,} tokens")
@@ -495,8 +503,8 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
             use_kernels(model)
         except ImportError as error:  # Triton is for Linux
             note(f"no triton attention: {error}; sdpa takes its place")
-    # each shape of a batch of examples would be compiled
-    planned = last * config.batch_size * config.grad_accum * c.block_size * isinstance(data, Text)
+    # examples come in many shapes, each of which would be compiled
+    planned = last * config.batch_size * config.grad_accum * c.block_size if isinstance(data, Text) else 0
     config.compile = compiling_pays(config, 6 * model.num_params() * planned / world(), device)
     if config.compile:
         for layer in model.layers:  # those of the same head groups share what the first compiles
@@ -523,7 +531,6 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
     print(f"on {device}, {how} -> {path.parent}{since}", flush=True)
 
     # ---- the loop
-    constants = dtype, scaler, config.grad_clip, teacher, config.distil_weight
     caught, batches = catch_signals(), []
     bar = tqdm(total=last, initial=step, disable=rank() > 0 or None)
     while True:  # save and evaluate what `step` steps have made, then take another
@@ -536,11 +543,12 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
             state = whole(state | {"optimizers": [optimizer.state_dict() for optimizer in optimizers]})
             state |= {"step": step, "tokens": tokens, "seconds": seconds, "scaler": scaler.state_dict()}
             if rank() == 0:
-                save(path, constant | state | {"log_size": log.path.stat().st_size})
+                save(path, constant | state | {"log_size": log.size()})
+            saved = step
             # all wait: a rank that left before would have torchrun end rank 0 while it writes
-            saved, stop = step, sum_over_ranks(len(caught)) > 0
+            stop = sum_over_ranks(len(caught)) > 0
         if due and step and config.eval_tokens and not stop:  # after saving: it may fail
-            loss, count = validate(model, val_data, dtype, config.eval_tokens)
+            loss, count = validate(model, val_data, dtype, min(16, config.batch_size), config.eval_tokens)
             log.write(step=step, val_loss=loss, val_tokens=count, peak_memory_bytes=peak_memory_bytes(device))
             tqdm.write(f"step {step}/{last} | val loss {loss:.4f} | val ppl {math.exp(min(loss, 700)):.2f}")
         if stop or step == last:
@@ -549,20 +557,23 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
         began, lr = time.perf_counter(), learning_rate(config, step)
         batches = data.step_batches(config.batch_size, config.grad_accum, config.seed, step)
         torch.manual_seed(config.seed + 1_000_003 * (step + 1) + 7919 * rank())  # of dropout
-        loss, norm = train_step(learner, batches, optimizers, lr, *constants)
+        loss, norm = train_step(
+            learner, batches, optimizers, lr, dtype, scaler, config.grad_clip, teacher, config.distil_weight
+        )
         # to the scaler, an infinite norm only means: a smaller scale next
         scalable = scaler.is_enabled() and scaler.get_scale() >= 1
         check_health(loss, 0.0 if scalable else norm, c, step + 1, saved)
-        # input tokens, without the padding after the last target of a row
-        count = sum(((y != IGNORE).flip(1).cumsum(1) > 0).sum().item() for _, y in batches)
-        now = time.perf_counter() - began
-        step, tokens, seconds = step + 1, tokens + count, seconds + now
-        record = {"step": step, "loss": loss, "lr": lr, "norm": norm, "ms": 1000 * now, "tok_s": count / now}
+        # input tokens up to the last target of each row: what follows is padding
+        places = [(y != IGNORE) * torch.arange(1, y.shape[1] + 1) for _, y in batches]
+        count = sum(place.amax(1).sum().item() for place in places)
+        dt = time.perf_counter() - began
+        step, tokens, seconds = step + 1, tokens + count, seconds + dt
+        record = {"step": step, "loss": loss, "lr": lr, "norm": norm, "ms": 1000 * dt, "tok_s": count / dt}
         log.write(**record, tokens=tokens, seconds=seconds)
         bar.update()
         if step % 10 == 0 or step == 1:
             line = f"step {step}/{last} | loss {loss:.4f} | lr {lr:.1e} | norm {norm:.2f}"
-            tqdm.write(f"{line} | {1000 * now:.0f} ms | {count / now:,.0f} tok/s")
+            tqdm.write(f"{line} | {1000 * dt:.0f} ms | {count / dt:,.0f} tok/s")
     bar.close()
 
     # ---- the end

@@ -28,7 +28,7 @@ def read_meta(dataset: str) -> tuple[Path, dict]:
     require(folder is not None, f"no data set {dataset!r}: prepare it, python data/prepare.py {how}")
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        check_unchanged(folder / "tokenizer.model", meta["tokenizer_sha256"])
+        require(sha256_of(folder / "tokenizer.model") == meta["tokenizer_sha256"], "its tokenizer changed")
         require(meta["kind"] in ("text", "instructions"), "a kind that this version does not have")
         for split in SPLITS:
             size = meta["splits"][split]["tokens"] * {"uint16": 2, "uint32": 4}[meta["dtype"]]
@@ -87,7 +87,7 @@ class Text:
 def padded(examples: list[tuple]) -> Batch:
     """Prompts and answers -> inputs, padded behind with 0, and targets, IGNORE in prompts and padding."""
     width = max(len(prompt) + len(answer) for prompt, answer in examples) - 1
-    width += -width % 16  # for every new shape, a CPU's library of products keeps a kernel
+    width += -width % 16  # few widths: a CPU's library of products keeps a kernel for every shape
     x = [[*prompt, *answer[:-1], *[0] * width][:width] for prompt, answer in examples]
     y = [[*[IGNORE] * (len(prompt) - 1), *answer, *[IGNORE] * width][:width] for prompt, answer in examples]
     return torch.tensor(x, dtype=torch.int64), torch.tensor(y, dtype=torch.int64)

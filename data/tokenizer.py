@@ -74,7 +74,7 @@ class Tokenizer:
         """Choose the tokens that open and end a text; the first of `eos` ends a document."""
         require(all(type(i) is int and -1 <= i < 2**20 for i in [bos, *eos]), f"BOS {bos}, EOS {eos}")
         self.special = {"bos": bos, "add_bos": add_bos, "eos": eos}
-        self.bos, self.add_bos, self.eos = bos, add_bos, [*eos, -1][0]
+        self.bos, self.add_bos, self.eos = bos, add_bos, eos[0] if eos else -1
         self.stop = list(dict.fromkeys(token for token in [*eos, bos] if token >= 0))
         self.vocab_size = max(self.text_size, 1 + max(self.stop, default=0))
 
@@ -105,7 +105,7 @@ class Tokenizer:
         return [self.bos, *ids] if self.bos >= 0 and (self.add_bos or not ids) else ids
 
     def decode(self, ids: list[int]) -> str:
-        """Text of the ids: nothing for control tokens and unknown ones, U+FFFD for incomplete UTF-8."""
+        """Text of the ids: nothing for control tokens and ids that it lacks, U+FFFD for incomplete UTF-8."""
         return self.backend.decode([i for i in ids if i < self.text_size and i not in self.stop])
 
     def is_exact(self) -> bool:
@@ -147,7 +147,7 @@ class JsonTokenizer(Tokenizer):
         self.dummy_prefix = plain.tokens[0].startswith((SPACE, "Ġ"))
         start = framed.index(plain.ids[0])
         before, behind = framed[:start], framed[start + len(plain.ids) :]
-        self.set_special([*before, -1][0], bool(before), behind[:1])
+        self.set_special(before[0] if before else -1, bool(before), behind[:1])
 
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids
