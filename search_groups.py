@@ -292,9 +292,8 @@ def main() -> None:
         value = f" | {search.value(row):.6g}" if search.total is None else ""
         print(f"  {ratio} | {cache}{value} | {row['name']}")
     print(f"{search.evals} groupings looked at; all measurements are in {config.log}")
-    same = ("dataset", "merge", "refit", "calibration_tokens", "seed")  # else it makes another model
-    changed = [name for name in same if getattr(config, name) != getattr(MergeConfig, name)]
-    how = "".join(f" --{name} {getattr(config, name)}" for name in changed)
+    how = f" --dataset {config.dataset}" if config.dataset else ""  # gqa.py refits all unless told otherwise
+    how += " --merge mean" * (config.merge == "mean") + " --refit none" * (config.refit == "none")
     print(f"--- next:\npython gqa.py {config.ckpt} --groups {config.out} --out grouped.pt{how}")
 
 
