@@ -75,7 +75,8 @@ def cut(piece: Piece, mark: bytes, shares: tuple[float, ...]) -> list[Piece]:
 def split(pieces: list[Piece]) -> dict[str, list[Piece]]:
     """Whole files by a hash of their names, so that none is in two splits; few files are cut instead."""
     if len(pieces) < 20:
-        return dict(zip(SPLITS, map(list, zip(*(cut(piece, b"\n", SHARES) for piece in pieces)))))
+        parts = [cut(piece, b"\n", SHARES) for piece in pieces]  # [file][split]
+        return {name: list(of_split) for name, of_split in zip(SPLITS, zip(*parts))}
     pieces = sorted(pieces, key=lambda piece: sha256(os.fsencode(piece.name)).digest())
     total, parts = sum(piece.stop for piece in pieces), {}
     for name, share in zip(SPLITS[1:], SHARES[1:]):  # train is what remains

@@ -58,7 +58,7 @@ def read_source(config: PrepareConfig) -> dict[str, list]:
     if name in corpora.DOWNLOADS and not given:
         files = [corpora.download(*file, DATA / "downloads") for file in corpora.DOWNLOADS[name].items()]
     records = bool(config.parallel) or any({".json", ".jsonl"} & {*file.suffixes} for file in files)
-    if name in BUILT_IN and (config.text or (files and records != (name == "alpaca"))):
+    if name in BUILT_IN and (config.text or config.parallel or (files and records != (name == "alpaca"))):
         raise UserError(f"{name} is a built-in data set, which this is not: give yours another name")
     if records:
         return read_files(files, bool(config.parallel), config.fields or [], config.instruction)
@@ -112,7 +112,7 @@ def write_split(split: list, tokenizer: Tokenizer, path: Path, seen: dict[bytes,
                 continue
             seen[key] = seen[prompt_key] = path.stem
             if not record:
-                ids, end = tokenizer.prompt(text), [tokenizer.eos][: tokenizer.eos >= 0]
+                ids, end = tokenizer.prompt(text), [tokenizer.eos] * (tokenizer.eos >= 0)
             else:
                 ids, end = encoded(record, tokenizer)
                 mask.write(bytes(len(ids)) + b"\1" * len(end))

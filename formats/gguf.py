@@ -24,7 +24,7 @@ LLAMA3 = (  # the pattern of Llama 3's tokenizer.json
     r"|\s+(?!\S)|\s+"
 )
 SPLIT = {"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated", "invert": False}
-PARTED = {  # llama.cpp's names of the ways to part a text; whether a part that is a piece stays whole
+PARTED = {  # llama.cpp's name: the pre-tokenizers, and ignore_merges (a part that is a piece needs none)
     "gpt-2": ([LEVEL], False),
     "smollm": ([{"type": "Digits", "individual_digits": True}, LEVEL], False),
     "llama-bpe": ([SPLIT, {**LEVEL, "use_regex": False}], True),

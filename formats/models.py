@@ -244,7 +244,7 @@ def expand_groups(weights: Weights, c: ModelConfig, each: bool) -> list[int]:
     runs = [math.gcd(*Counter(layer).values()) for layer in classes]
     runs = runs if each else [math.gcd(*runs)] * c.n_layer
     for layer, (of, run) in enumerate(zip(classes, runs)):
-        order = sorted(range(c.n_head), key=[of.index(pair) for pair in of].__getitem__)
+        order = sorted(range(c.n_head), key=lambda head: of.index(of[head]))
         k_heads, v_heads = ([of[head][kind] for head in order[::run]] for kind in (0, 1))
         for part, ids, dim in (("wq", order, 0), ("wo", order, 1), ("wk", k_heads, 0), ("wv", v_heads, 0)):
             name = f"layers.{layer}.attention.{part}.weight"

@@ -92,7 +92,7 @@ def special_tokens(tokenizer: Tokenizer, folder: Path) -> tuple[int, bool, list[
 
     sentencepiece, add_bos = tokenizer.kind == "SentencePiece", settings.get("add_bos_token")
     add_bos = add_bos is not False if sentencepiece else tokenizer.add_bos or add_bos is True
-    bos = [*tokens("bos_token", tokenizer.bos), -1][0]
+    bos = next(iter(tokens("bos_token", tokenizer.bos)), -1)
     eos = tokens("eos_token", tokenizer.eos)
     return bos, add_bos, [token for token in eos if token != bos] or eos  # one may be both, as in SmolLM
 
@@ -127,8 +127,9 @@ def sentencepiece_model(pieces: list[tuple[float, str, int]], dummy_prefix: bool
 
 def entry(field: int, value: int | bytes) -> bytes:
     """One field of a protocol buffer: a varint, or bytes behind their length."""
-    wire_type, body = (0, varint(value)) if isinstance(value, int) else (2, varint(len(value)) + value)
-    return varint(field << 3 | wire_type) + body
+    if isinstance(value, int):
+        return varint(field << 3) + varint(value)
+    return varint(field << 3 | 2) + varint(len(value)) + value
 
 
 def varint(value: int) -> bytes:
@@ -168,7 +169,7 @@ def merges_of(tokenizer: Tokenizer) -> list[str] | None:
     other = (sp.is_control, sp.is_unknown, sp.is_byte, sp.is_unused)
     scores = {p: sp.get_score(i) for i, p in tokenizer.pieces.items() if not any(kind(i) for kind in other)}
     several = [score for piece, score in scores.items() if len(piece) > 1]
-    # user-defined pieces, never joined, have the score of the first
+    # two pieces of one score: user-defined ones, which no merge makes
     if len(set(several)) < len(several) or not tokenizer.is_exact():
         return None
     for piece in sorted(scores, key=lambda piece: -scores[piece]):

@@ -128,7 +128,7 @@ def main() -> None:
     flags += ["--dataset", asked.dataset] if asked.dataset else []
     gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     here = ("naive", "sdpa", *["triton"] * gpu)
-    width = math.gcd(c.dim, c.hidden_dim, c.n_head * c.head_dim, *sum(c.kv_widths, ()))
+    width = math.gcd(c.dim, c.hidden_dim, c.vocab_size, c.n_head * c.head_dim, *sum(c.kv_widths, ()))
     ranks = [n for n in (1, 2, 4, 8) if width % n == 0]
     rows, writers, prompt = {}, {}, [1] * min(16, c.block_size // 2)
     with tempfile.TemporaryDirectory() as folder:

@@ -31,7 +31,7 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from checkpoint import build, build_model, load, model_config, save
+from checkpoint import build_model, load, model_config, save
 from common import UserError, autocast, bounded, parse, peak_memory_bytes, pick, pick_device, pick_dtype
 from lora import LoRAConfig
 from model import KVCache, Llama, ModelConfig
@@ -130,7 +130,7 @@ def show(config, rows: list[dict], **about) -> None:
 
 
 def reset_peak_memory(device: torch.device) -> int:
-    """From now on the peak is what is held, which is returned, bytes, and what comes; on macOS it stays."""
+    """Reset the peak to what is held now, and return that, bytes; macOS cannot reset it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif os.access("/proc/self/clear_refs", os.W_OK):
@@ -139,7 +139,7 @@ def reset_peak_memory(device: torch.device) -> int:
 
 
 def compared(runs: dict[str, Callable], rounds: int, warm_up: int = 1) -> dict[str, dict]:
-    """ms: the median time of each run; ratio: the median, over the rounds, of the first one's time by it."""
+    """ms: the median time of each run; ratio: the median over rounds of the first run's time / its own."""
     seconds = in_turns(runs, rounds, warm_up)
     first = seconds[next(iter(runs))]
     ratio = {name: median(a / b for a, b in zip(first, own)) for name, own in seconds.items()}
@@ -250,7 +250,7 @@ def decode_main() -> None:
     heads, models = [c.n_head // i for i in (1, 2, 4, 8) if c.n_head % i == 0], {}
     for path, bits in product(written.ckpts or (), sorted({16, c.kv_bits}, reverse=True)):
         cache = "floats" if bits == 16 else f"{bits} bits"
-        models[f"{path}, {cache}"] = build(load(path), device, bits)[0]
+        models[f"{path}, {cache}"] = build_model(load(path), device, kv_bits=bits)
     if not models:
         models = {n: Llama(replace(c, n_kv_head=n, k_groups=None, v_groups=None)).to(device) for n in heads}
     prompt, runs, caches, rows = torch.ones(shape, dtype=torch.int64, device=device), {}, {}, []

@@ -45,7 +45,7 @@ class CompareConfig:
     """comparison"""
 
     ckpt: str  # the checkpoint
-    shares: list[float] | None = None  # of the KV cache (default: those of 3/4 2/3 1/2 1/3 1/4 1/8 there are)
+    shares: list[float] | None = None  # of the KV cache (default: 3/4 to 1/8, as far as heads allow)
     seeds: int = bounded(3, 1)  # calibration texts
     calibration_tokens: int = bounded(65536, 1)  # at most, of the train split
     eval_tokens: int = bounded(32768, 1)  # of the test split

@@ -22,7 +22,6 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -31,7 +30,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import train
-from common import IGNORE, bounded, replacing, require
+from common import IGNORE, bounded, require
 from formats.models import config_of
 from model import Llama, ModelConfig
 from sample import compile_step
@@ -63,6 +62,7 @@ class Peer(nn.Module):
             self.model = LlamaForCausalLM(LlamaConfig(**config_of(c, c.n_kv_head, None, torch.float32)))
             return
         spec = importlib.util.spec_from_file_location("its_model", path)
+        require(spec, f"{path} is no .py file: give the project's model.py")
         sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         if name == "nanoGPT":
@@ -125,7 +125,7 @@ def main() -> None:
     if config.gguf:
         work["llama.cpp, texts: 1"] = write, "llama.cpp", config.gguf, c, 1
     found: dict[str, list[dict]] = {name: [] for name in work}
-    with replacing(Path(config.out), "w") as file:
+    with open(config.out, "w", buffering=1) as file:  # what has been measured stays, whatever fails
         for _ in tqdm(range(config.rounds), desc="rounds", disable=None):
             for name, (function, *args) in work.items():
                 found[name].append(alone(name, function, *args))

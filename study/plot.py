@@ -48,6 +48,7 @@ class PlotConfig:
     x: Literal["seconds", "tokens", "step", "epochs"] = "seconds"  # loss: the horizontal axis
     train: bool = False  # loss: dashed, the training loss, too: each point the mean since the last
     text: str = "def add(a, b): return a + b"  # attention: the text to read
+    dataset: str | None = None  # similarity: prepared data of the same tokenizer (default: its own)
 
 
 def save(draw: Callable[[], Figure], path: Path) -> None:
@@ -149,9 +150,9 @@ def similarity(cost: Costs) -> np.ndarray:
     return alike.clip(min=0)
 
 
-def draw_similarity(ckpt: str) -> Figure:
+def draw_similarity(ckpt: str, dataset: str | None) -> Figure:
     """A map of the K heads and one of the V heads for each layer."""
-    _, model, blocks, *_ = open_inputs(MergeConfig(ckpt, out="unused", device="cpu"))
+    _, model, blocks, *_ = open_inputs(MergeConfig(ckpt, out="unused", dataset=dataset, device="cpu"))
     layers = [(layer.attention, seen) for layer, seen in zip(model.layers, statistics(model, blocks))]
     maps = [[similarity(Costs(attention, kind, seen)) for attention, seen in layers] for kind in "kv"]
     return squares(maps, ["K", "V"], [f"layer {i}" for i in range(len(layers))], "similarity of two heads")
@@ -167,7 +168,8 @@ def draw_groups(models: dict[str, ModelConfig]) -> Figure:
             place.imshow([[PALE[group % 8] for group in of_head] for of_head in maps], aspect="auto")
             for layer, head in itertools.product(range(c.n_layer), range(c.n_head)):
                 style = {"ha": "center", "va": "center", "fontsize": 8, "color": "black"}
-                place.text(head, layer, chr(65 + maps[layer][head]), **style)
+                group = maps[layer][head]
+                place.text(head, layer, chr(65 + group) if group < 26 else str(group), **style)
             kept = sum(max(of_head) + 1 for of_head in maps)
             place.set(xticks=range(c.n_head), yticks=range(c.n_layer), xlabel="query head", ylabel="layer")
             place.set_title(f"{name}: {kept} of {c.n_layer * c.n_head} {kind} heads", fontsize=9)
@@ -239,7 +241,7 @@ def main() -> None:
     draw = {
         "loss": lambda: draw_loss(config.paths, config.x, config.train),
         "attention": lambda: draw_attention(first, config.text),
-        "similarity": lambda: draw_similarity(first),
+        "similarity": lambda: draw_similarity(first, config.dataset),
         "groups": lambda: draw_groups({path: model_config(load(path)) for path in config.paths}),
         "together": lambda: draw_together(config.paths),
         "architecture": lambda: draw_architecture(model_config(load(first))),

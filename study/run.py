@@ -18,6 +18,7 @@ import sys
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from subprocess import PIPE
 from typing import Literal
 
 from tqdm import tqdm
@@ -55,7 +56,7 @@ objective-random: <search> --groups_power 2 --method random --joint --refit none
 objective-ours: <search> --groups_power 2 --refit output --out ours.json --log search.jsonl
 figure-heads: -m study plot groups <ours> --out figures/heads.png
 figure-together: -m study plot together <found> again-1of2.json again-1of4.json --out figures/together.png
-figure-similarity: -m study plot similarity <ckpt> --out figures/similarity.png
+figure-similarity: -m study plot similarity <ckpt> <own> --out figures/similarity.png
 figure-attention: -m study plot attention <ckpt> --out figures/attention.png
 figure-architecture: -m study plot architecture ours-1of2.pt --out figures/architecture.png
 """,
@@ -170,7 +171,7 @@ LOOPS["text"] = {  # of Multi30k and DialogSum
     "dialogsum-dev": "<sum>.dev.jsonl 436721e0a3571eef7072964f80e042fb151d8c6178db1a688ce8f803bbf0a13f",
     "dialogsum-test": "<sum>.test.jsonl 6de36eca7e7b9b10975fd5ea3f47391df172d8b3c15d03d84d763cbaab015fda",
 }
-FLAGS = {  # what several steps share; refits take most of a search's time, hence its few calibration tokens
+FLAGS = {  # what several steps share
     "<docstrings>": "",
     "<multi30k>": "--instruction 'Translate to German.' --parallel texts/train.en.gz texts/train.de.gz"
     " texts/val.en.gz texts/val.de.gz texts/test_2016_flickr.en.gz texts/test_2016_flickr.de.gz",
@@ -188,10 +189,11 @@ FLAGS = {  # what several steps share; refits take most of a search's time, henc
     "<forgot>": "--split test --max_tokens 16384 --context 256 --json",
     "<score>": "--max_new_tokens 48 --limit 100 --json",
     "<heal>": "--teacher <ckpt> <own> --lora_r 8 --max_steps 20 --warmup_steps 4 --eval_tokens 0",
+    # refits take most of its time, hence few calibration tokens
     "<search>": "search_groups.py <ckpt> <own> <size> --overwrite --calibration_tokens 32768",
     "<twothirds>": "<2of3> --search_tokens 2048 --overwrite",
     "<2of3>": f"--kv_budget {2 / 3}",
-    "<mean>": "--merge mean --refit none --calibration_tokens 4096",  # which a mean does not read
+    "<mean>": "--merge mean --refit none --calibration_tokens 16384",  # which a mean does not read
     "<p>": "--split test --max_tokens 16384 --json",
     "<lora>": "--lora_r 8 --lora_alpha 1 --optimizer adamw --lr 0.0005 --weight_decay 0 --warmup_steps 1"
     " --block_size 128 --batch_size 4 --grad_accum 4 --max_steps 30 --eval_tokens 0",
@@ -240,7 +242,8 @@ class StudyConfig:
 
 
 def first_lines(source: str, target: str, count: str) -> None:
-    Path(target).write_text(re.match(f"(.*\n){{,{int(count)}}}", Path(source).read_text())[0])
+    lines = Path(source).read_text().split("\n")  # splitlines would cut at a U+2028 inside a record
+    Path(target).write_text("\n".join(lines[: int(count)]) + "\n")
 
 
 def steps(config: StudyConfig) -> dict[str, str]:
@@ -289,11 +292,15 @@ def run(name: str, line: str) -> None:
         if words[0] != "-m":
             words[0] = str(ROOT / words[0])
         path = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=path)
-        if done.returncode:
-            error = (done.stderr.strip() or "it failed").splitlines()[-1]
-            raise UserError(f"step {name}: {error} | in {Path.cwd()}: python {' '.join(words)}")
-        printed = done.stdout
+        child = subprocess.Popen([sys.executable, *words], stdout=PIPE, stderr=PIPE, text=True, env=path)
+        try:
+            printed, errors = child.communicate()
+        except KeyboardInterrupt:  # which the child gets, too: train.py then saves
+            child.communicate()
+            raise
+        if child.returncode:
+            error, again = (errors.strip() or "it failed").splitlines()[-1], shlex.join(words)
+            raise UserError(f"step {name}: {error} | cd {Path.cwd()} && PYTHONPATH={ROOT} python {again}")
     with replacing(log, "w") as file:
         file.write(f"{line}\n{printed}")
 

@@ -245,7 +245,7 @@ def printed() -> Iterator[str]:
 
 
 def durations() -> list[str]:
-    """Minutes of finished steps by how their names begin: of one resumed, since then; 0 without a .begun."""
+    """Minutes of finished steps, summed by the first word of their names, of resumed ones since then."""
     minutes = defaultdict(float)
     for log in sorted(Path("logs").glob("*.txt")):
         begun = min(path.stat().st_mtime for path in log.parent.glob(f"{log.stem}.*"))
