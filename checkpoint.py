@@ -158,7 +158,7 @@ class CheckpointConfig:
 
     action: Literal["show", "merge"]  # what to do
     ckpt: str  # the checkpoint
-    out: str | None = None  # merge: the checkpoint to write
+    out: str = "merged.pt"  # merge: the checkpoint to write
     overwrite: bool = False  # merge: replace an existing checkpoint
 
 
@@ -218,7 +218,6 @@ def main() -> None:
     if config.action == "show":
         show(config.ckpt)
         return
-    require(config.out, "merge needs a name: give --out OUT.pt, the checkpoint to write")
     writable(Path(config.out), config.overwrite)
     save(Path(config.out), merged(load(config.ckpt)))
     show(config.out)

@@ -56,9 +56,7 @@ class EvalConfig:
 
 
 @torch.no_grad()
-def window_nll(
-    model: Llama, tokens: np.ndarray, context: int, stride: int, dtype: torch.dtype, batch_size=16, quiet=True
-) -> list[torch.Tensor]:  # fmt: skip
+def window_nll(model: Llama, tokens: np.ndarray, context: int, stride: int, dtype, batch_size=16) -> list:
     """Negative log-likelihoods, nats, of tokens[1:], window by window, on the CPU.
 
     A window of `context` inputs begins `stride` tokens after the one before and keeps the predictions that
@@ -73,7 +71,7 @@ def window_nll(
         scored = end
     batch_size = max(1, min(batch_size, MOST_LOGITS // (context * model.config.vocab_size)))
     batches, losses = range(0, len(windows), batch_size), []
-    for first in tqdm(batches, desc="evaluating", disable=quiet or None, leave=False):
+    for first in tqdm(batches, desc="evaluating", disable=None, leave=False):
         batch = windows[first : first + batch_size]
         longest = max(end - start for start, _, end in batch)
         ids = torch.zeros(len(batch), longest + 1, dtype=torch.int64)  # padded behind, where no one looks
@@ -124,7 +122,7 @@ def bits_per_byte(nats: float, tokens: np.ndarray, tokenizer: Tokenizer) -> floa
 def evaluate(config: EvalConfig, model: Llama, tokens: np.ndarray, dtype: torch.dtype) -> tuple[dict, float]:
     """{method: perplexity, or None if not asked for}, and nats a token: of `blocks`, or else of `sliding`."""
     asked = METHODS if config.method == "all" else (config.method,)
-    context, how, record = config.context, (dtype, config.batch_size, config.json), {}
+    context, how, record = config.context, (dtype, config.batch_size), {}
     if "sliding" in asked:
         nats = mean_nll(window_nll(model, tokens, context, config.stride, *how))
         record["sliding"] = perplexity(nats)
@@ -180,12 +178,10 @@ def main() -> None:
         return
     print(f"{config.ckpt} on {source}, {str(dtype).removeprefix('torch.')} products")
     protocol = f"{record['tokens']:,} tokens, context {config.context}, {record['tokenizer']}"
+    more = {"blocks": "", "sliding": f", stride {config.stride}", "block_mean": ", whole blocks only"}
     for method in METHODS:
         if record[method] is not None:
-            more = {"sliding": f", stride {config.stride}", "block_mean": ", whole blocks only"}.get(
-                method, ""
-            )
-            print(f"perplexity {record[method]:.4f} | {method} | {protocol}{more}")
+            print(f"perplexity {record[method]:.4f} | {method} | {protocol}{more[method]}")
     print(f"bits per byte {record['bits_per_byte']:.4f} | loss {nats:.4f} nats a token")
     rate = record["tokens"] * (2 if config.method == "all" else 1) / seconds  # blocks and block_mean are one
     print(f"parameters {record['params']:,} | KV cache {kv:,} bytes a token | {rate:,.0f} tokens/s")

@@ -172,7 +172,7 @@ def latent_sizes(model: Llama, found: Directions, tokens: torch.Tensor, share: f
         for slot in sizes:
             known[slot][step] = divergence(small.layers[slot[0]].attention, gradients[slot[0]])
     values = [np.interp(range(1, max(of) + 1), *zip(*sorted(of.items()))) for of in known.values()]
-    units = zip(whole.items(), knapsack(values)[1][budget(whole, share)])
+    units = zip(whole.items(), knapsack(values)[budget(whole, share)][1])
     return {slot: unit * n for (slot, most), n in units if n < most}
 
 
@@ -227,7 +227,7 @@ class MergeConfig:
     """What grouping and the search share."""
 
     ckpt: str  # the checkpoint; an adapter is merged first
-    out: str | None = None  # the checkpoint, or the group file, to write
+    out: str = "grouped.pt"  # the file to write
     kv_budget: float | None = bounded(None, 0, 1)  # share of the KV cache to keep, spread over the layers
     joint: bool = False  # one map for keys and values, as in other work
     merge: Literal["closed", "mean"] = "closed"  # how: the best shared head, or the mean of GQA's paper
@@ -237,9 +237,6 @@ class MergeConfig:
     seed: int = bounded(0, 0, 2**32 - 1)  # of the calibration text, and of random groups
     device: str = "auto"  # cuda, mps, cpu or auto
     overwrite: bool = False  # replace an existing file
-
-    def __post_init__(self):
-        require(self.out, "a name is missing: give --out FILE, what to write")
 
 
 @dataclass
@@ -253,7 +250,6 @@ class GroupConfig(MergeConfig):
     eval_tokens: int = bounded(65536, 1)  # of the val split, for the perplexities before and after
 
     def __post_init__(self):
-        super().__post_init__()
         if [self.groups, self.kv_budget, self.n_kv_head].count(None) != 2:
             raise UserError("which groups? give one of --kv_budget 0.5, --n_kv_head N and --groups FILE.json")
         of_groups = self.joint or self.grouping != "best" or self.merge != "closed"
@@ -321,7 +317,7 @@ def asked_counts(config: GroupConfig, model: Llama) -> Counts:
 
 def perplexity_on(tokens: np.ndarray, model: Llama) -> float:
     context = min(model.config.block_size, 2048)
-    return perplexity(mean_nll(window_nll(model, tokens, context, context, torch.float32, quiet=False)))
+    return perplexity(mean_nll(window_nll(model, tokens, context, context, torch.float32)))
 
 
 def main() -> None:

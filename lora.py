@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import UserError, bounded
+from common import bounded
 from model import Llama, widen
 from nf4 import NF4Linear, linear_of
 
@@ -38,8 +38,6 @@ class LoRAConfig:
 
     def __post_init__(self):
         self.lora_targets = list(dict.fromkeys(self.lora_targets or TARGETS[:4]))
-        if self.quantize != "none" and not self.lora_r:
-            raise UserError("--quantize freezes the model: give --lora_r 8, so that an adapter learns")
 
 
 class LoRALinear(nn.Module):

@@ -194,10 +194,6 @@ class HeadGroups(nn.Module):
         x = x.unflatten(2, (self.size, -1)).flatten(1, 2)
         return x if self.in_order else x.index_select(1, self.slots)
 
-    def expand(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, G, T, D) -> (B, H, T, D), a copy for every head, for kernels that know no groups."""
-        return x if self.size == 1 and self.in_order else x.index_select(1, self.of_head)
-
 
 def hartley(n: int) -> torch.Tensor:
     """(n, n), (cos + sin)(2 pi i j / n) / sqrt(n): symmetric, its own inverse. It spreads outliers, as keys
@@ -275,9 +271,10 @@ def sdpa(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.Tensor
         return naive(q, k, v, k_groups, v_groups, mask)
     if q.shape[2] == 1:
         return k_groups.scatter(F.scaled_dot_product_attention(k_groups.gather(q), k, v, attn_mask=mask))
-    grouped = one_map and k_groups.in_order and k_groups.size > 1
-    if not grouped:
-        k, v = k_groups.expand(k), v_groups.expand(v)
+    equal_runs = one_map and k_groups.in_order
+    if not equal_runs:
+        k, v = k.index_select(1, k_groups.of_head), v.index_select(1, v_groups.of_head)
+    grouped = equal_runs and k_groups.size > 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
 
 
@@ -493,9 +490,8 @@ class Llama(nn.Module):
         for count in range(1, max(most) + 1):
             forward = self.compiled_step if self.compiled_step and cache.length else self
             logits = forward(tokens, cache=cache, padding=padding)[:, -1]
-            require(
-                count > 1 or logits.isfinite().all(), "the model computes inf or nan: its weights are damaged"
-            )
+            finite = count > 1 or logits.isfinite().all()
+            require(finite, "the model computes inf or nan: its weights are damaged")
             tokens = pick_token(logits, temperature, top_p, generator)  # (B, 1)
             new = tokens[:, 0].tolist()
             stopped = [s or t in stop for s, t in zip(stopped, new)]

@@ -8,6 +8,7 @@ groups whose union adds least merge until g are left; then heads move and change
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from itertools import combinations
 
 import numpy as np
@@ -22,7 +23,7 @@ TINY = 1e-300  # keeps weights that are zero from becoming nan
 Groups = list[list[int]]  # the members of each group, in ascending order
 Cost = Callable[[np.ndarray], np.ndarray]  # (N, s) heads of N sets of s members -> (N,) costs
 Partitions = dict[int, tuple[float, Groups]]  # number of groups -> total cost, groups
-Slot = tuple[int, str]  # (layer, "k", "v" or "joint"): heads that form groups
+Slot = tuple[int, str]  # (layer, "k", "v" or "kv"): heads that form groups; kv: both kinds alike
 Counts = dict[Slot, int]  # groups in each slot, or the size of its latent
 
 
@@ -101,14 +102,11 @@ class Costs:
 
 
 def slot_costs(model: Llama, stats: list[Statistics], slot: Slot) -> Cost:
-    """What a slot's groups minimise; joint costs add both kinds, each as a share of one group's cost."""
-    layer, kind = slot
-    attention = model.layers[layer].attention
-    if kind != "joint":
-        return Costs(attention, kind, stats[layer])
-    both = [Costs(attention, one, stats[layer]) for one in "kv"]
-    whole = [max(cost(np.arange(cost.n)[None]).item(), TINY) for cost in both]
-    return lambda sets: sum(cost(sets) / of_one for cost, of_one in zip(both, whole))
+    """What a slot's groups minimise: K's cost, V's or both, each as a share of one group's."""
+    layer, kinds = slot
+    costs = [Costs(model.layers[layer].attention, kind, stats[layer]) for kind in kinds]
+    whole = [max(cost(np.arange(cost.n)[None]).item(), TINY) for cost in costs]
+    return lambda sets: sum(cost(sets) / of_one for cost, of_one in zip(costs, whole))
 
 
 # ---- the cheapest groups ----
@@ -122,30 +120,25 @@ def best_partitions(n: int, cost: Cost, wanted: Iterable[int] = ()) -> Partition
 
 
 def exact_partitions(n: int, cost: Cost, wanted: Iterable[int]) -> Partitions:
-    """A set is an integer, whose bit h is 1 if head h is in it."""
-    of_set = np.full(2**n, np.inf)
+    of_set: dict[tuple[int, ...], float] = {}
     for size in range(1, n - min(wanted) + 2):  # of g groups none has more than n - g + 1 heads
-        heads = np.array(list(combinations(range(n), size)))
-        of_set[(1 << heads).sum(1)] = cost(heads)
-    # [g, set]: lowest cost of g groups of the set
-    sets, best = np.arange(2**n), np.full((n + 1, 2**n), np.inf)
-    best[0, 0] = 0
-    first = np.zeros((n + 1, 2**n), dtype=np.int64)  # [g, set]: of these groups, the one with its lowest head
-    for whole in sets[1:]:
-        rest = whole & (whole - 1)  # all but the lowest head
-        parts = sets[sets & ~rest == whole ^ rest]  # the subsets that hold it
-        totals = of_set[parts] + best[:-1, whole ^ parts]  # (n, number of parts)
-        choice = totals.argmin(1)
-        best[1:, whole], first[1:, whole] = totals[np.arange(n), choice], parts[choice]
-    found = {}
-    for g in wanted:
-        left, groups = 2**n - 1, []
-        while left:
-            part = first[g - len(groups), left]
-            groups.append([head for head in range(n) if part >> head & 1])
-            left ^= part
-        found[g] = (float(best[g, -1]), groups)
-    return found
+        sets = list(combinations(range(n), size))
+        of_set |= zip(sets, cost(np.array(sets)).tolist())
+
+    @cache
+    def best(heads: tuple[int, ...], g: int) -> tuple[float, Groups]:
+        """The cheapest g groups: one that holds the first head, and the cheapest of the rest."""
+        if g == 1:
+            return of_set[heads], [list(heads)]
+        ways = []
+        for size in range(1, len(heads) - g + 2):
+            for group in combinations(heads, size):
+                if group[0] == heads[0]:
+                    total, groups = best(tuple(h for h in heads if h not in group), g - 1)
+                    ways.append((of_set[group] + total, [list(group), *groups]))
+        return min(ways)
+
+    return {g: best(tuple(range(n)), g) for g in wanted}
 
 
 def greedy_partitions(n: int, cost: Cost, wanted: Iterable[int]) -> Partitions:
@@ -199,7 +192,7 @@ def head_counts(model: Llama, joint: bool = False) -> Counts:
     """The model's K and V heads in each slot, keys first: they get more of an uneven share."""
     c = model.config
     require(not joint or c.k_groups == c.v_groups, "keys and values are grouped apart already: drop --joint")
-    maps = {"joint": c.k_groups} if joint else {"k": c.k_groups, "v": c.v_groups}
+    maps = {"kv": c.k_groups} if joint else {"k": c.k_groups, "v": c.v_groups}
     return {(layer, kind): max(of_head) + 1 for kind in maps for layer, of_head in enumerate(maps[kind])}
 
 
@@ -225,7 +218,7 @@ def choose(
 ) -> tuple[Maps, Maps]:  # fmt: skip
     """k_groups and v_groups with so many groups in each slot: the best, runs of neighbour heads, or random.
     `known` {slot: best_partitions} keeps what was computed for later calls."""
-    heads, labels = head_counts(model, any(kind == "joint" for _, kind in counts)), {}
+    heads, labels = head_counts(model, any(kinds == "kv" for _, kinds in counts)), {}
     known = {} if known is None else known
     for slot, g in counts.items():
         n, labels[slot] = heads[slot], np.empty(heads[slot], int)
@@ -257,21 +250,19 @@ def as_maps(model: Llama, labels: dict[Slot, np.ndarray]) -> tuple[Maps, Maps]:
     maps = [], []
     for of_kind, kind, sources in zip(maps, "kv", (model.config.k_groups, model.config.v_groups)):
         for layer, of_head in enumerate(sources):
-            label = labels.get((layer, kind), labels.get((layer, "joint")))
+            label = labels.get((layer, kind), labels.get((layer, "kv")))
             of_kind.append(numbered(label[of_head].tolist()))
     return maps
 
 
-def knapsack(values: list[np.ndarray]) -> tuple[np.ndarray, list[list[int]]]:
-    """values[i][g - 1], what g groups (or units) cost in slot i -> for every total number of them the least
-    sum (inf: there is none), and how many in each slot give it."""
-    most = sum(map(len, values))
-    best, counts = np.full(most + 1, np.inf), [[] for _ in range(most + 1)]  # of the slots so far
-    best[0] = 0
+def knapsack(values: list[np.ndarray]) -> dict[int, tuple[float, list[int]]]:
+    """values[i][g - 1], what g groups (or units) cost in slot i -> {total number of them: the least sum, and
+    how many in each slot give it}."""
+    best = {0: (0.0, [])}  # of the slots so far
     for value in values:
-        options = np.full((len(value), most + 1), np.inf)  # [g - 1, total]
-        for g in range(1, len(value) + 1):
-            options[g - 1, g:] = best[: most + 1 - g] + value[g - 1]
-        choice = (options.argmin(0) + 1).tolist()
-        best, counts = options.min(0), [[*counts[total - g], g] for total, g in enumerate(choice)]
-    return best, counts
+        before, best = best, {}
+        for total, (lost, counts) in before.items():
+            for g, more in enumerate(value.tolist(), 1):
+                if total + g not in best or lost + more <= best[total + g][0]:
+                    best[total + g] = lost + more, [*counts, g]
+    return best

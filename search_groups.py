@@ -44,6 +44,7 @@ from refit import STEPS, divergence, refit, sensitivity, statistics
 class SearchConfig(MergeConfig):
     """search"""
 
+    out: str = "groups.json"  # the file to write
     groups_power: float | None = bounded(None, 0, 10)  # or: minimise perplexity * (K/V heads) ** this
     method: Literal["knapsack", "random"] = "knapsack"  # see above
     max_evals: int = bounded(60, 2)  # groupings to evaluate before the last judgement
@@ -51,7 +52,6 @@ class SearchConfig(MergeConfig):
     log: str | None = None  # the JSONL of all evaluations (default: OUT.jsonl)
 
     def __post_init__(self):
-        super().__post_init__()
         goals = [self.kv_budget, self.groups_power]
         require(goals.count(None) == 1, "for which size? give --kv_budget 0.5 or --groups_power 2")
         self.log = self.log or str(Path(self.out).with_suffix(".jsonl"))
@@ -94,9 +94,7 @@ def open_log(path: Path, header: dict) -> tuple[IO, dict[str, dict]]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         file.seek(0)
         text = file.read()
-        lines = [
-            line for line in text.splitlines() if line.endswith("}")
-        ]  # a killed search leaves half of one
+        *lines, half = text.split("\n")  # a killed search leaves half a line
         first, *records = map(json.loads, lines) if text else [header]
         numbers = [record[name] for record in records for name in ("loss", "kl", "groups", "kv_bytes")]
         require(all(map(math.isfinite, numbers)) and all(r["note"] for r in records), "a damaged record")
@@ -109,8 +107,7 @@ def open_log(path: Path, header: dict) -> tuple[IO, dict[str, dict]]:
     require(not other, f"{path} is of another {' and '.join(other)}: give the same flags, or another --log")
     if not text:
         print(json.dumps(header), file=file)
-    elif not text.endswith("\n"):  # half a line of a search that was killed
-        print(file=file)
+    file.truncate(file.tell() - len(half.encode()))
     return file, found
 
 
@@ -198,11 +195,11 @@ def knapsack_search(search: Search) -> None:
     measure the untried counts with the best prediction. A neighbour of measured counts, one group given from
     one slot to another, is predicted to have their loss plus the change of the two slots' divergence."""
     kl_of, original_loss = predict(search), search.judge(search.model)[0]
-    sums, counts = knapsack(list(kl_of.values()))
+    best_of = knapsack(list(kl_of.values()))
     predicted, measured, moves = {}, set(), set()  # {numbers of groups in all slots: value}
-    for total in [search.total] if search.total else np.flatnonzero(np.isfinite(sums)).tolist():
-        sizes = search.described(search.maps(dict(zip(search.heads, counts[total]))))
-        predicted[tuple(counts[total])] = search.value({**sizes, "loss": float(original_loss + sums[total])})
+    for kl, counts in [best_of[search.total]] if search.total else best_of.values():
+        sizes = search.described(search.maps(dict(zip(search.heads, counts))))
+        predicted[tuple(counts)] = search.value({**sizes, "loss": original_loss + kl})
     while predicted and search.evals < search.config.max_evals:
         best = min(predicted, key=predicted.get)
         del predicted[best]

@@ -107,7 +107,7 @@ def tpe_search(search: Search) -> None:
 
 
 def searches_main() -> None:
-    config = SearchConfig(**{"out": "unused.json", **parse(__doc__, SearchConfig)})
+    config = SearchConfig(**parse(__doc__, SearchConfig))
     require(config.kv_budget is not None, "TPE shares out a budget: give --kv_budget 0.5")
     ways = {"TPE": (tpe_search, 2.5), "knapsack": (knapsack_search, 1), "random": (random_search, 2.5)}
     with tempfile.TemporaryDirectory() as folder:

@@ -152,7 +152,7 @@ def similarity(cost: Costs) -> np.ndarray:
 
 def draw_similarity(ckpt: str, dataset: str | None) -> Figure:
     """A map of the K heads and one of the V heads for each layer."""
-    _, model, blocks, *_ = open_inputs(MergeConfig(ckpt, out="unused", dataset=dataset, device="cpu"))
+    _, model, blocks, *_ = open_inputs(MergeConfig(ckpt, dataset=dataset, device="cpu"))
     layers = [(layer.attention, seen) for layer, seen in zip(model.layers, statistics(model, blocks))]
     maps = [[similarity(Costs(attention, kind, seen)) for attention, seen in layers] for kind in "kv"]
     return squares(maps, ["K", "V"], [f"layer {i}" for i in range(len(layers))], "similarity of two heads")

@@ -80,7 +80,6 @@ sample.py
     nan.pt                                   inf or nan
 checkpoint.py
     show hf                                  formats import hf
-    merge lora.pt                            --out
     merge lora.pt --out /                    / exists
     merge run/ckpt.pt --out new.pt           adapter
     merge lora.pt --out run/ckpt.pt          --overwrite

@@ -180,10 +180,10 @@ def test_every_choice_has_the_groups_that_it_was_asked_for(grouping, joint):
     model = frozen().double()
     stats, heads = statistics(model, TOKENS), head_counts(model, joint)
     for g in range(1, 5):
-        counts = {**dict.fromkeys(heads, g), (0, "joint" if joint else "k"): 3}
+        counts = {**dict.fromkeys(heads, g), (0, "kv" if joint else "k"): 3}
         k, v = choose(model, stats, counts, grouping)
         found = head_counts(merge(model, (k, v), stats))
-        assert found == {(layer, kind): counts[layer, "joint" if joint else kind] for layer, kind in found}
+        assert found == {(layer, kind): counts[layer, "kv" if joint else kind] for layer, kind in found}
         assert choose(model, stats, counts, grouping) == (k, v) and (not joint or k == v)
         if grouping == "neighbour":
             assert all(of_head == sorted(of_head) for of_head in k + v)
