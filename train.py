@@ -33,7 +33,7 @@ from common import (
     IGNORE, UserError, autocast, bounded, checked, compiler_missing, exit_cleanly, held, is_a, note, parse,
     peak_memory_bytes, pick, pick_device, pick_dtype, require,
 )  # fmt: skip
-from data.loader import Batch, Examples, Text, open_data, padded, prepared
+from data.loader import Batch, Examples, Text, padded, prepared
 from data.tokenizer import Tokenizer
 from lora import LoRAConfig, adapt
 from model import Llama, ModelConfig, widen
@@ -318,23 +318,6 @@ def mean_loss(model: Llama, batches: list[Batch], dtype: torch.dtype) -> tuple[f
     return sum_over_ranks(loss) / max(1, tokens), tokens
 
 
-def validate(model: Llama, data, dtype: torch.dtype, rows: int, most: int | None = None) -> tuple[float, int]:
-    """`mean_loss` on all blocks of text or answers of examples, so many rows at a time, or on some `most`
-    tokens, evenly spread."""
-    if isinstance(data, Text):
-        T, ids = model.config.block_size, data.tokens
-        starts = range(0, len(ids) - 1, max(T, T * len(ids) // most) if most else T)
-        items = [(ids[at : at + 1], ids[at + 1 : at + T + 1]) for at in starts]  # as prompt and answer
-    else:
-        every = max(1, len(data.tokens) // most) if most else 1
-        items = [data.parts(row) for row in range(0, len(data.spans), every)]
-        items.sort(key=lambda parts: len(parts[0]) + len(parts[1]))  # little padding
-    model.eval()
-    result = mean_loss(model, [padded(items[i : i + rows]) for i in range(0, len(items), rows)], dtype)
-    model.train()
-    return result
-
-
 class Log:
     """log.jsonl, one JSON object a line. A resumed run cuts off what was written after its checkpoint, which
     includes the last evaluation of a run that goes on beyond its end."""
@@ -355,12 +338,19 @@ class Log:
         return self.file.tell()
 
 
-def epoch_steps(data: Text | Examples, config: TrainConfig, block_size: int) -> float:
-    """Steps of one pass over a split."""
-    if isinstance(data, Text):
-        return len(data.tokens) / block_size / config.batch_size / config.grad_accum
-    # the last batch may be a short one
-    return math.ceil(len(data.spans) / config.batch_size) / config.grad_accum
+def validate(model: Llama, data: Text | Examples, config: TrainConfig, dtype, step: int, log: Log) -> None:
+    """Log and print `mean_loss` on the val split: on some `eval_tokens`, after the last step on all."""
+    most, rows = config.eval_tokens, min(16, config.batch_size)
+    items = data.some(most if step < config.max_steps else len(data.tokens))
+    model.eval()
+    loss, count = mean_loss(model, [padded(items[i : i + rows]) for i in range(0, len(items), rows)], dtype)
+    model.train()
+    peak = peak_memory_bytes(model.tok_embeddings.weight.device)
+    log.write(step=step, val_loss=loss, val_tokens=count, peak_memory_bytes=peak)
+    ppl = f"val perplexity {math.exp(min(loss, 700)):.4f} | loss {loss:.4f} nats a token"
+    unit = "blocks" if isinstance(data, Text) else "answers of examples"
+    how = f"{unit}, context {model.config.block_size} | {count:,} tokens"
+    tqdm.write(f"step {step}/{config.max_steps} | {ppl} | {how}")
 
 
 def describe(model: Llama, config: TrainConfig, lora: LoRAConfig, data: Text | Examples) -> dict:
@@ -372,11 +362,10 @@ def describe(model: Llama, config: TrainConfig, lora: LoRAConfig, data: Text | E
     if lora.lora_r:
         on = f"LoRA of rank {lora.lora_r} on {' '.join(lora.lora_targets)}, base in {lora.quantize}"
         print(f"trainable: {trainable:,} of {params:,} parameters ({100 * trainable / params:.2f}%) | {on}")
-    rows, text = config.batch_size * config.grad_accum, isinstance(data, Text)
-    size, unit = (rows * c.block_size, "tokens") if text else (rows, "examples, loss on answers only")
-    epochs = config.max_steps / epoch_steps(data, config, c.block_size)
-    print(f"batch: {config.batch_size} sequences x {config.grad_accum} micro-batches, ", end="")
-    print(f"{size:,} {unit} a step; {config.max_steps:,} steps = {epochs:.3f} epochs of {config.dataset}")
+    epochs = config.max_steps * config.grad_accum / data.batches(config.batch_size)
+    most = config.batch_size * config.grad_accum * c.block_size
+    print(f"batch: {config.batch_size} sequences x {config.grad_accum} micro-batches, up to ", end="")
+    print(f"{most:,} tokens a step; {config.max_steps:,} steps = {epochs:.3f} epochs of {config.dataset}")
     settings = {"model": asdict(c), "lora": asdict(lora), "train": asdict(config)}
     return {**settings, "params": params, "trainable": trainable, "epochs": epochs}
 
@@ -428,20 +417,15 @@ def check_health(loss: float, norm: float, c: ModelConfig, step: int, saved: int
 def report(model: Llama, tokenizer: Tokenizer, data, config: TrainConfig, dtype, path: Path, log: Log):
     """Evaluate on the whole val split, print a sample, and what to run next."""
     text, device = isinstance(data, Text), model.tok_embeddings.weight.device
-    prompt = tokenizer.prompt("") if text else data.parts(0)[0].tolist()
+    prompt = data.some(1)[0][0].tolist()  # an instruction, or the first token of the text
     dtype = dtype if config.fsdp else torch.float32  # FSDP collects the weights in it
     if config.eval_tokens:
-        loss, count = validate(model, data, dtype, min(16, config.batch_size))
-        what = f"blocks, context {model.config.block_size}" if text else "answers of examples"
-        ppl = f"val perplexity {math.exp(min(loss, 700)):.4f} | loss {loss:.4f} nats a token"
-        print(f"{ppl} | {what} | {count:,} tokens")
-        record = {"step": config.max_steps, "val_loss": loss, "val_tokens": count}
-        log.write(**record, peak_memory_bytes=peak_memory_bytes(device))
+        validate(model, data, config, dtype, config.max_steps, log)
     generator = torch.Generator(device).manual_seed(0)
     how = {"temperature": 0.8, "top_p": 0.95, "stop": tokenizer.stop, "generator": generator}
     model.eval()
     with autocast(device, dtype), torch.compiler.set_stance("force_eager"):
-        (new,) = model.generate([prompt or [0]], 160, **how)
+        (new,) = model.generate([prompt], 160, **how)
     command = f"python eval_ppl.py {path} --split test" if text else f"python -m study score {path}"
     print(f"--- a sample:\n{tokenizer.decode(prompt + new)}\n--- next:\n{command}\npython sample.py {path}")
 
@@ -481,9 +465,11 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
         folder, meta, tokenizer = open_tokens(config, flags, c, checkpoint)
     if not checkpoint and "vocab_size" not in flags:
         c = replace(c, vocab_size=tokenizer.vocab_size)
-    data, val_data = (open_data(folder, meta, split, c.block_size) for split in ("train", "val"))
+    kind = Examples if meta["kind"] == "instructions" else Text
+    data, val_data = (kind(folder, meta, split, c.block_size) for split in ("train", "val"))
     if "epochs" in flags:
-        steps = round(config.epochs * epoch_steps(data, config, c.block_size), 6)  # 9 / 7 * 21 > 27
+        steps = config.epochs * data.batches(config.batch_size) / config.grad_accum
+        steps = round(steps, 6)  # 9 / 7 * 21 > 27
         config.max_steps = max(1, math.ceil(steps))
     last = config.max_steps
 
@@ -548,9 +534,7 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
             # all wait: a rank that left before would have torchrun end rank 0 while it writes
             stop = sum_over_ranks(len(caught)) > 0
         if due and step and config.eval_tokens and not stop:  # after saving: it may fail
-            loss, count = validate(model, val_data, dtype, min(16, config.batch_size), config.eval_tokens)
-            log.write(step=step, val_loss=loss, val_tokens=count, peak_memory_bytes=peak_memory_bytes(device))
-            tqdm.write(f"step {step}/{last} | val loss {loss:.4f} | val ppl {math.exp(min(loss, 700)):.2f}")
+            validate(model, val_data, config, dtype, step, log)
         if stop or step == last:
             break
 

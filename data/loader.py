@@ -80,8 +80,18 @@ class Text:
     """A split of text: one long row of tokens. `step_batches` takes batch_size, grad_accum, seed, step."""
 
     def __init__(self, folder: Path, meta: dict, split: str, block_size: int):
-        self.tokens = open_split(folder, meta, split)
+        self.tokens, self.block_size = open_split(folder, meta, split), block_size
         self.step_batches = partial(step_batches, self.tokens, block_size)
+
+    def batches(self, batch_size: int) -> float:
+        """Micro-batches of an epoch."""
+        return len(self.tokens) / self.block_size / batch_size
+
+    def some(self, most: int) -> list[tuple]:
+        """Blocks of some `most` tokens, evenly spread, each as a prompt of one token and an answer."""
+        T, size = self.block_size, len(self.tokens)
+        starts = range(0, size - 1, max(T, T * size // most))
+        return [(self.tokens[at : at + 1], self.tokens[at + 1 : at + T + 1]) for at in starts]
 
 
 def padded(examples: list[tuple]) -> Batch:
@@ -116,6 +126,15 @@ class Examples:
         start, answer, end = self.spans[row]
         return self.tokens[start:answer], self.tokens[answer:end]
 
+    def batches(self, batch_size: int) -> int:
+        """Micro-batches of an epoch, of which the last may be a short one."""
+        return -(-len(self.spans) // batch_size)
+
+    def some(self, most: int) -> list[tuple]:
+        """Prompts and answers of some `most` tokens, evenly spread, then sorted by length: little padding."""
+        rows = range(0, len(self.spans), max(1, len(self.tokens) // most))
+        return [self.parts(row) for row in sorted(rows, key=self.lengths.__getitem__)]
+
     @lru_cache(maxsize=2)  # noqa: B019
     def epoch(self, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
         """The rows of each micro-batch: shuffle, sort pools of 64 batches by length, cut, shuffle."""
@@ -128,12 +147,7 @@ class Examples:
 
     def step_batches(self, batch_size: int, grad_accum: int, seed: int, step: int) -> list[Batch]:
         """The `grad_accum` micro-batches of a step, each of up to `batch_size` examples."""
-        count = -(-len(self.spans) // batch_size)
+        count = self.batches(batch_size)
         numbers = range(step * grad_accum, (step + 1) * grad_accum)
         batches = (self.epoch(batch_size, seed, n // count)[n % count] for n in numbers)
         return [padded([self.parts(row) for row in rows]) for rows in batches]
-
-
-def open_data(folder: Path, meta: dict, split: str, block_size: int) -> Text | Examples:
-    """A split of either kind."""
-    return (Examples if meta["kind"] == "instructions" else Text)(folder, meta, split, block_size)
