@@ -74,7 +74,7 @@ def check_bounds(cls: type, values: dict) -> None:
         require(not empty, f"{name} is empty: give it a value, or leave --{name} out")
         if isinstance(value, int | float) and not low <= value <= high:  # nan fails, too
             limit = f"{low} or more" if high == math.inf else f"{low} to {high}"
-            raise UserError(f"{field.name} is {repr(value)[:80]}: give --{field.name} {limit}")
+            raise UserError(f"{name} is {repr(value)[:80]}: give --{name} {limit}")
 
 
 def checked(cls: type, values: dict):

@@ -417,7 +417,7 @@ def check_health(loss: float, norm: float, c: ModelConfig, step: int, saved: int
 def report(model: Llama, tokenizer: Tokenizer, data, config: TrainConfig, dtype, path: Path, log: Log):
     """Evaluate on the whole val split, print a sample, and what to run next."""
     text, device = isinstance(data, Text), model.tok_embeddings.weight.device
-    prompt = data.some(1)[0][0].tolist()  # an instruction, or the first token of the text
+    prompt = tokenizer.prompt("") or [0] if text else data.parts(0)[0].tolist()
     dtype = dtype if config.fsdp else torch.float32  # FSDP collects the weights in it
     if config.eval_tokens:
         validate(model, data, config, dtype, config.max_steps, log)

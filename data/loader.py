@@ -28,13 +28,13 @@ def read_meta(dataset: str) -> tuple[Path, dict]:
     require(folder is not None, f"no data set {dataset!r}: prepare it, python data/prepare.py {how}")
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        require(sha256_of(folder / "tokenizer.model") == meta["tokenizer_sha256"], "its tokenizer changed")
         require(meta["kind"] in ("text", "instructions"), "a kind that this version does not have")
         for split in SPLITS:
             size = meta["splits"][split]["tokens"] * {"uint16": 2, "uint32": 4}[meta["dtype"]]
             require(size == (folder / f"{split}.bin").stat().st_size, f"{split}.bin has another size")
     except Exception as error:
         raise UserError(f"{folder} is damaged ({error!s:.150}): prepare it again with --overwrite") from None
+    check_unchanged(folder / "tokenizer.model", meta.get("tokenizer_sha256"))
     return folder, meta
 
 
