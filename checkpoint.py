@@ -145,8 +145,8 @@ def with_model(checkpoint: dict, model: Llama) -> dict:
 def merged(checkpoint: dict) -> dict:
     """The checkpoint as an ordinary one: adapter added, NF4 dequantized, in the dtype of its embeddings."""
     require(lora_config(checkpoint).lora_r > 0, "this checkpoint has no adapter: there is nothing to merge")
-    dtype = checkpoint["model"]["tok_embeddings.weight"].dtype
-    return with_model(checkpoint, plain(build_model(checkpoint)).to(dtype))
+    model, weights = build_model(checkpoint), checkpoint["model"]
+    return with_model(checkpoint, plain(model).to(weights["tok_embeddings.weight"].dtype))
 
 
 # ---- the command ----

@@ -47,7 +47,7 @@ def require(condition: bool, message: str) -> None:
 # ---- settings ----
 
 
-def bounded(default, low: float, high: float = math.inf):
+def bounded(default, low: float, high: float = 2**62):
     """A dataclass field whose number must lie in low..high; None, where the type allows it, has no bounds."""
     return dataclasses.field(default=default, metadata={"bounds": (low, high)})
 
@@ -73,7 +73,7 @@ def check_bounds(cls: type, values: dict) -> None:
         empty = value in ("", [""]) and field.default != ""
         require(not empty, f"{name} is empty: give it a value, or leave --{name} out")
         if isinstance(value, int | float) and not low <= value <= high:  # nan fails, too
-            limit = f"{low} or more" if high == math.inf else f"{low} to {high}"
+            limit = f"{low} or more" if high == 2**62 else f"{low} to {high}"
             raise UserError(f"{name} is {repr(value)[:80]}: give --{name} {limit}")
 
 
@@ -197,7 +197,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") else torch.float32
 

@@ -64,25 +64,21 @@ def window_nll(model: Llama, tokens: np.ndarray, context: int, stride: int, dtyp
     """
     assert 1 <= stride <= context and not model.training, f"stride {stride}, context {context}"
     device, last = model.tok_embeddings.weight.device, len(tokens) - 1
-    windows, scored = [], 0  # (first input, first prediction to keep, end)
-    for start in range(0, max(1, last - context + stride), stride):
-        end = min(start + context, last)
-        windows.append((start, scored, end))
-        scored = end
+    starts = range(0, max(1, last - context + stride), stride)
     batch_size = max(1, min(batch_size, MOST_LOGITS // (context * model.config.vocab_size)))
-    batches, losses = range(0, len(windows), batch_size), []
+    batches, losses = range(0, len(starts), batch_size), []
     for first in tqdm(batches, desc="evaluating", disable=None, leave=False):
-        batch = windows[first : first + batch_size]
-        longest = max(end - start for start, _, end in batch)
-        ids = torch.zeros(len(batch), longest + 1, dtype=torch.int64)  # padded behind, where no one looks
-        for row, (start, _, end) in enumerate(batch):
-            ids[row, : end + 1 - start] = torch.from_numpy(tokens[start : end + 1].astype(np.int64))
+        batch = starts[first : first + batch_size]
+        T = min(context, last - batch[0])
+        ids = torch.zeros(len(batch), T + 1, dtype=torch.int64)  # padded behind, where no one looks
+        for row, start in enumerate(batch):
+            ids[row, : last + 1 - start] = torch.from_numpy(tokens[start : start + T + 1].astype(np.int64))
         with autocast(device, dtype):
             logits = widen(model(ids[:, :-1].to(device)))
         # over the last axis: over a strided one float32 sums 49,152 classes 1e-4 nats too low
         nll = -logits.log_softmax(-1).gather(-1, ids[:, 1:, None].to(device))[..., 0].cpu()  # (B, T)
-        for row, (start, scored, end) in enumerate(batch):
-            losses.append(nll[row, scored - start : end - start].clone())
+        for row, start in enumerate(batch):  # the window before has made the first predictions
+            losses.append(nll[row, (context - stride) * (start > 0) : last - start].clone())
     return losses
 
 
@@ -99,14 +95,16 @@ def mean_nll(windows: list[torch.Tensor]) -> float:
 def split_tokens(checkpoint: dict, tokenizer: Tokenizer, dataset, split: str) -> tuple[np.ndarray, str]:
     """A split of a prepared data set, the checkpoint's own unless another is named, and a word for it.
     Raises UserError for a data set that is not there, of instructions, or of another tokenizer."""
-    name = dataset or checkpoint.get("train", {}).get("dataset")
+    own = checkpoint.get("train", {}).get("dataset")
+    name = dataset or own
     require(isinstance(name, str), "the checkpoint names no data set: give --dataset (or eval_ppl.py --text)")
     folder, meta = read_meta(name)
     if meta["kind"] == "instructions":
         raise UserError(f"{folder} holds instructions: python -m study score, or give --dataset of text")
     if (folder / "tokenizer.model").read_bytes() != tokenizer.data:
         raise UserError(f"{folder} has another tokenizer than the checkpoint: give --dataset of the same")
-    if not dataset and trained_on(checkpoint, split) != meta["splits"][split].get("sha256"):
+    changed = trained_on(checkpoint, split) != meta["splits"][split].get("sha256")
+    if changed and name == own and split != "train":
         note(f"{folder} was prepared anew since training, which may have seen this text")
     return open_split(folder, meta, split), f"{name} {split}"
 

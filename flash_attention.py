@@ -317,7 +317,7 @@ def why_not(model: Llama) -> str | None:
     if any(c.k_latent + c.v_latent):
         return "its kernels do not support latent keys and values"
     if c.head_dim not in HEAD_DIMS or weight.dtype == torch.float64:
-        return f"it takes head_dim {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}, not {c.head_dim}, and no float64"
+        return f"it takes head_dim {HEAD_DIMS[0]} to {HEAD_DIMS[-1]} (here {c.head_dim}), and no float64"
     if INTERPRETED.value:
         return None
     if not weight.is_cuda or torch.version.hip or torch.cuda.get_device_capability(weight.device) < (8, 0):

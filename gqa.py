@@ -179,14 +179,6 @@ def latent_sizes(model: Llama, found: Directions, tokens: torch.Tensor, share: f
 # ---- the new model ----
 
 
-def merged_config(c: ModelConfig, k_groups: Maps, v_groups: Maps) -> ModelConfig:
-    """The config with these groups; for plain grouped-query attention n_kv_head is their number."""
-    n, H = max(k_groups[0]) + 1, c.n_head
-    even = [[head * n // H for head in range(H)]] * c.n_layer
-    plain_gqa = H % n == 0 and k_groups == v_groups == even
-    return replace(c, n_kv_head=n if plain_gqa else H, k_groups=k_groups, v_groups=v_groups)
-
-
 def source_groups(of_source: list[int], of_target: list[int]) -> Groups:
     """For each target group the source K or V heads that it unites. Raises UserError if it splits one."""
     pairs = sorted(set(zip(of_target, of_source)))
@@ -204,7 +196,7 @@ def mean(weight: torch.Tensor, groups: Groups) -> torch.Tensor:
 def merge(model: Llama, maps: tuple[Maps, Maps], stats: list[Statistics], how: str = "closed") -> Llama:
     """The model with its K and V heads merged into (k_groups, v_groups), in "closed" form or as the "mean";
     it shares all other weights."""
-    c, weights = merged_config(model.config, *maps), model.state_dict()
+    c, weights = replace(model.config, k_groups=maps[0], v_groups=maps[1]), model.state_dict()
     for layer, block in enumerate(model.layers):
         attention, new = block.attention, {}
         k = source_groups(attention.k_groups.of_list, maps[0][layer])
@@ -329,8 +321,7 @@ def main() -> None:
     counts = {} if maps or config.latent else asked_counts(config, model)
     if config.latent:
         budget(latent_units(model.config)[1], config.kv_budget)  # raises now what it would in a minute
-    unread = config.merge == "mean" and (config.groups or config.grouping != "best")
-    stats = [] if unread else statistics(model, blocks)
+    stats = statistics(model, blocks)
     if config.latent:
         found = all_directions(model, stats)
         small = to_latents(model, found, latent_sizes(model, found, blocks, config.kv_budget))
@@ -349,7 +340,8 @@ def main() -> None:
     old, new = (m.config.kv_bytes_per_token(stored.itemsize) for m in (model, small))
     print(f"KV cache: {old:,} -> {new:,} bytes a token ({100 * new / old:.1f}%)")
     ratio = f"perplexity {before:.4f} -> {after:.4f}, x {after / before:.4f}"
-    print(f"{ratio} | {len(val) - 1:,} tokens of {name}")
+    read = ", which a search may have read" * (config.groups is not None)
+    print(f"{ratio} | {len(val) - 1:,} tokens of {name}{read}")
     heal = f"--init_from {out} --teacher {config.ckpt} --distil_weight 1 --batch_size 4 --max_steps 100"
     heal += f" --dataset {config.dataset}" if config.dataset else ""
     print(f"--- next:\npython train.py {heal} --out_dir {out.with_suffix('')}-healed")

@@ -77,7 +77,7 @@ class ModelConfig:
             sound = set(scaling) == set(ROPE_SCALING) and all(0 < x < math.inf for x in scaling.values())
             sound = sound and scaling["low_freq_factor"] < scaling["high_freq_factor"]
             require(sound, f"rope_scaling is {scaling}: give {', '.join(ROPE_SCALING)}, low below high")
-        G = self.n_kv_head = self.n_kv_head or H
+        G = self.n_kv_head or H
         require(H % G == 0, f"n_kv_head {G} does not divide n_head {H}: give --n_kv_head a divisor of {H}")
         uniform = [[h * G // H for h in range(H)]] * self.n_layer
         self.k_groups, self.v_groups = self.k_groups or uniform, self.v_groups or uniform
@@ -86,6 +86,9 @@ class ModelConfig:
             for of_head in groups:
                 dense = len(of_head) == H and set(of_head) == set(range(len(set(of_head))))
                 require(dense, f"{name} has {of_head}: give {H} group numbers that skip none from 0 on")
+        n = max(self.k_groups[0]) + 1
+        even = [[h * n // H for h in range(H)]] * self.n_layer
+        self.n_kv_head = n if H % n == 0 and self.k_groups == self.v_groups == even else H
         self.k_latent = [r if any(r) else [] for r in self.k_latent or [[]] * self.n_layer]
         self.v_latent = self.v_latent or [0] * self.n_layer
         wrong = "k_latent or v_latent is of another model"
@@ -105,17 +108,13 @@ class ModelConfig:
         values = [r or (max(g) + 1) * self.head_dim for r, g in zip(self.v_latent, self.v_groups)]
         return list(zip(keys, values))
 
-    @property
-    def kv_numbers_per_token(self) -> int:
-        """Numbers that the KV cache holds for one token, in all layers."""
-        return sum(map(sum, self.kv_widths))
-
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes that the KV cache takes for one token, its floats being of `itemsize` bytes."""
+        numbers = sum(map(sum, self.kv_widths))
         if self.kv_bits == 16:
-            return itemsize * self.kv_numbers_per_token
+            return itemsize * numbers
         scales = sum(max(groups) + 1 for groups in self.k_groups + self.v_groups)
-        return self.kv_numbers_per_token * self.kv_bits // 8 + 2 * scales  # see pack
+        return numbers * self.kv_bits // 8 + 2 * scales  # see pack
 
 
 def widen(x: torch.Tensor) -> torch.Tensor:
@@ -124,7 +123,7 @@ def widen(x: torch.Tensor) -> torch.Tensor:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467), in float32 or wider."""
+    """x / sqrt(mean(x^2) + eps), in float32 or wider, times the weight (arXiv 1910.07467)."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -430,7 +429,7 @@ class Llama(nn.Module):
 
         padding: (B,) the number of tokens at each row's left that are no text and are not seen. They shift
         the row's positions, which changes nothing: rotary attention depends on differences of positions only
-        (with kv_bits below 16, up to the rounding of rotated keys).
+        (up to rounding, and in half precision or with kv_bits below 16 rotated keys are rounded coarsely).
         """
         T, past = tokens.shape[1], (cache.length if cache else 0)
         positions, mask = torch.arange(past, past + T, device=tokens.device), None
@@ -472,8 +471,8 @@ class Llama(nn.Module):
         """Yield, token by token, the next token of every prompt; None for one that has met a `stop` token.
 
         A text also stops after max_new_tokens, or when it fills block_size. Temperature 0 is greedy, the same
-        in any batch (with kv_bits below 16, up to rounding); above it one generator draws for all texts, from
-        the smallest set of probability `top_p` or more (arXiv 1904.09751). Raises UserError for an empty
+        in any batch up to rounding (see `hidden`); above it one generator draws for all texts, from the
+        smallest set of probability `top_p` or more (arXiv 1904.09751). Raises UserError for an empty
         prompt, one that leaves no room, and a model that computes inf or nan.
         """
         assert not self.training, "call model.eval() first: dropout would change the text"
@@ -490,8 +489,7 @@ class Llama(nn.Module):
         for count in range(1, max(most) + 1):
             forward = self.compiled_step if self.compiled_step and cache.length else self
             logits = forward(tokens, cache=cache, padding=padding)[:, -1]
-            finite = count > 1 or logits.isfinite().all()
-            require(finite, "the model computes inf or nan: its weights are damaged")
+            require(math.isfinite(logits.amax()), "the model computes inf or nan: its weights are damaged")
             tokens = pick_token(logits, temperature, top_p, generator)  # (B, 1)
             new = tokens[:, 0].tolist()
             stopped = [s or t in stop for s, t in zip(stopped, new)]

@@ -69,18 +69,18 @@ def dequantize(codes: torch.Tensor, absmax: torch.Tensor, scales: torch.Tensor, 
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x W^T; W, which gets no gradient, is dequantized in the forward, and again in the backward, so that it
-    need not be kept in between."""
+    """product(x, W) = x W^T; W, which gets no gradient, is dequantized in the forward, and again in the
+    backward, so that it need not be kept in between."""
 
     @staticmethod
-    def forward(ctx, x, codes, absmax, scales, shape):
+    def forward(ctx, x, codes, absmax, scales, shape, product):
         ctx.save_for_backward(codes, absmax, scales)
         ctx.shape = shape
-        return F.linear(x, dequantize(codes, absmax, scales, shape).type_as(x))  # autocast rounds both
+        return product(x, dequantize(codes, absmax, scales, shape).type_as(x))  # autocast rounds both
 
     @staticmethod
     def backward(ctx, grad):
-        return grad @ dequantize(*ctx.saved_tensors, ctx.shape).type_as(grad), None, None, None, None
+        return grad @ dequantize(*ctx.saved_tensors, ctx.shape).type_as(grad), None, None, None, None, None
 
 
 class NF4Linear(nn.Module):
@@ -100,7 +100,7 @@ class NF4Linear(nn.Module):
         return linear_of(dequantize(self.codes, self.absmax, self.scales, self.shape))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return FrozenProduct.apply(x, self.codes, self.absmax, self.scales, self.shape)
+        return FrozenProduct.apply(x, self.codes, self.absmax, self.scales, self.shape, F.linear)
 
 
 def linear_of(weight: torch.Tensor) -> nn.Linear:

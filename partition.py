@@ -131,11 +131,11 @@ def exact_partitions(n: int, cost: Cost, wanted: Iterable[int]) -> Partitions:
         if g == 1:
             return of_set[heads], [list(heads)]
         ways = []
-        for size in range(1, len(heads) - g + 2):
-            for group in combinations(heads, size):
-                if group[0] == heads[0]:
-                    total, groups = best(tuple(h for h in heads if h not in group), g - 1)
-                    ways.append((of_set[group] + total, [list(group), *groups]))
+        for size in range(len(heads) - g + 1):
+            for others in combinations(heads[1:], size):
+                group = (heads[0], *others)
+                total, groups = best(tuple(h for h in heads[1:] if h not in others), g - 1)
+                ways.append((of_set[group] + total, [list(group), *groups]))
         return min(ways)
 
     return {g: best(tuple(range(n)), g) for g in wanted}
@@ -145,7 +145,7 @@ def greedy_partitions(n: int, cost: Cost, wanted: Iterable[int]) -> Partitions:
     known: dict[tuple[int, ...], float] = {}
 
     def costs(sets: Groups) -> list[float]:
-        new = {tuple(s) for s in sets} - set(known)
+        new = {tuple(s) for s in sets if tuple(s) not in known}
         for size in {len(s) for s in new}:
             batch = [s for s in new if len(s) == size]
             known.update(zip(batch, cost(np.array(batch)).tolist()))
@@ -166,23 +166,18 @@ def greedy_partitions(n: int, cost: Cost, wanted: Iterable[int]) -> Partitions:
 
 def improve(groups: Groups, costs: Callable[[Groups], list[float]]) -> Groups:
     """Move the head, or exchange the two, that help most, until none do."""
-    groups = list(groups)
     while True:
-        trials = []  # (a, b, what group a becomes, what group b becomes)
-        for a, b in combinations(range(len(groups)), 2):
-            A, B = groups[a], groups[b]
+        trials = []
+        for A, B in combinations(groups, 2):
+            rest = [group for group in groups if group not in (A, B)]
             pairs = [({x}, set()) for x in A if len(A) > 1] + [(set(), {y}) for y in B if len(B) > 1]
             pairs += [({x}, {y}) for x in A for y in B]
-            trials += [(a, b, sorted({*A} - x | y), sorted({*B} - y | x)) for x, y in pairs]
-        if not trials:
+            trials += [[*rest, sorted({*A} - x | y), sorted({*B} - y | x)] for x, y in pairs]
+        costs([group for trial in trials for group in trial])  # all at once
+        best = min(trials, key=lambda trial: sum(costs(trial)), default=groups)
+        if sum(costs(best)) >= (1 - 1e-9) * sum(costs(groups)):
             return groups
-        now, ours, theirs = costs(groups), costs([t[2] for t in trials]), costs([t[3] for t in trials])
-        gains = [now[a] + now[b] - x - y for (a, b, *_), x, y in zip(trials, ours, theirs)]
-        best = int(np.argmax(gains))
-        if gains[best] <= 1e-9 * sum(now):
-            return groups
-        a, b, groups_a, groups_b = trials[best]
-        groups[a], groups[b] = groups_a, groups_b
+        groups = best
 
 
 # ---- how many, and which ----

@@ -40,7 +40,7 @@ def observed(T: int, device: torch.device) -> tuple[slice, torch.Tensor]:
 
 @dataclass
 class Statistics:
-    """Means over a layer's attention inputs x and queries q, in float64."""
+    """Means over a layer's attention inputs x and queries q; slices of text are added in float64."""
 
     inputs: torch.Tensor  # (C, C) E[x x^T]; not centred, since RoPE makes a constant key vary
     mixed: torch.Tensor  # (C, C) E[m m^T], m = sum_s a_s x_s as attention mixes x for an observed query

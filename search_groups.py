@@ -19,7 +19,7 @@ import fcntl
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import permutations, product
 from pathlib import Path
 from typing import IO, Literal
@@ -32,7 +32,7 @@ from tqdm import tqdm
 from checkpoint import picture
 from common import UserError, bounded, exit_cleanly, parse, replacing, require, sha256_of, writable
 from eval_ppl import MOST_LOGITS, perplexity
-from gqa import MOST_CONTEXT, MergeConfig, merge, merged_config, open_inputs
+from gqa import MOST_CONTEXT, MergeConfig, merge, open_inputs
 from model import Llama, Maps, widen
 from partition import (
     Counts, Slot, as_maps, best_partitions, budget, choose, even_counts, head_counts, knapsack, slot_costs,
@@ -54,7 +54,7 @@ class SearchConfig(MergeConfig):
     def __post_init__(self):
         goals = [self.kv_budget, self.groups_power]
         require(goals.count(None) == 1, "for which size? give --kv_budget 0.5 or --groups_power 2")
-        self.log = self.log or str(Path(self.out).with_suffix(".jsonl"))
+        self.log = self.log or self.out.removesuffix(".json") + ".jsonl"
         if Path(self.log).resolve() == Path(self.out).resolve():
             raise UserError(f"--out {self.out} would be the log, too: name it groups.json")
 
@@ -132,9 +132,9 @@ class Search:
         read = b"".join(x.tobytes() for x in (blocks.cpu().numpy(), *texts))
         header = {"model": sha256_of(Path(config.ckpt)), "text": hashlib.sha256(read).hexdigest()}
         header |= {"refit": config.refit, "merge": config.merge}
+        self.stats = statistics(model, blocks)
         self.log, self.records = open_log(Path(config.log), header)
         self.judge, self.choice, self.report = (Judge(model, text) for text in texts)
-        self.stats = statistics(model, blocks)
         self.seen: dict[str, dict] = {}  # the groupings of this search, by their maps
         self.evals, self.bar = 0, tqdm(total=config.max_evals, desc=config.method, disable=None)
 
@@ -144,7 +144,8 @@ class Search:
     def described(self, maps: tuple[Maps, Maps]) -> dict:
         """groups: K/V heads, half of the sum of K and V groups; kv_bytes: of the cache of a token."""
         heads = sum(max(of_head) + 1 for of_head in maps[0] + maps[1])
-        kv_bytes = merged_config(self.model.config, *maps).kv_bytes_per_token(self.itemsize)
+        config = replace(self.model.config, k_groups=maps[0], v_groups=maps[1])
+        kv_bytes = config.kv_bytes_per_token(self.itemsize)
         return {"groups": heads / 2, "kv_bytes": kv_bytes, "k_groups": maps[0], "v_groups": maps[1]}
 
     def grouped(self, maps: tuple[Maps, Maps], part: int = 1) -> Llama:
@@ -279,7 +280,7 @@ def main() -> None:
     record = {"share": share, **best, "original_loss": original, "judged": rows}
     with replacing(Path(config.out), "w") as file:
         file.write(json.dumps(record | {"search": asdict(config), "evals": search.evals}) + "\n")
-    print(*picture(merged_config(search.model.config, best["k_groups"], best["v_groups"])), sep="\n")
+    print(*picture(replace(search.model.config, **{k: best[k] for k in ("k_groups", "v_groups")})), sep="\n")
     base = f"the original's {perplexity(original):.4f}, on {search.report.count:,} other tokens"
     objective = "" if search.total else f" | perplexity * groups^{config.groups_power:g}"
     print(f"perplexity, relative to {base}{objective}")
@@ -291,6 +292,7 @@ def main() -> None:
     print(f"{search.evals} groupings looked at; all measurements are in {config.log}")
     how = f" --dataset {config.dataset}" if config.dataset else ""  # gqa.py refits all unless told otherwise
     how += " --merge mean" * (config.merge == "mean") + " --refit none" * (config.refit == "none")
+    how += f" --seed {config.seed} --calibration_tokens {config.calibration_tokens}"
     print(f"--- next:\npython gqa.py {config.ckpt} --groups {config.out} --out grouped.pt{how}")
 
 

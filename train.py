@@ -62,8 +62,8 @@ class TrainConfig:
     resume: bool = False  # continue the run in out_dir; settings are the run's, except for the flags given
     overwrite: bool = False  # start anew in a directory that holds a run
     init_from: str | None = None  # a ckpt.pt whose weights and shape to start from
-    batch_size: int = bounded(16, 1)  # sequences of one micro-batch, divided among the processes
-    grad_accum: int = bounded(1, 1)  # micro-batches of one step
+    batch_size: int = bounded(16, 1, 2**20)  # sequences of one micro-batch, divided among the processes
+    grad_accum: int = bounded(1, 1, 2**20)  # micro-batches of one step
     max_steps: int = bounded(500, 1)  # optimizer steps
     epochs: float | None = bounded(None, 0, 1e6)  # passes over the train split, in place of max_steps
     lr: float | None = bounded(None, 0, 1e9)  # peak (default: muon .01, adamw .002, tuning .001, LoRA .005)
@@ -82,7 +82,7 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of products; weights stay in float32
     checkpoint_activations: bool = False  # keep the blocks' inputs only, recompute the rest in the backward
     fsdp: bool = False  # FSDP2: each process keeps a shard of every matrix, its gradient and optimizer state
-    compile: bool | None = None  # torch.compile each block (default: where a CPU run is long enough to gain)
+    compile: bool | None = None  # torch.compile each block (default: if a new CPU run is long enough to gain)
 
     def __post_init__(self):
         if self.lr is None:
@@ -142,22 +142,20 @@ def open_tokens(config: TrainConfig, flags: dict, c: ModelConfig, checkpoint: di
     tokenizer is not the checkpoint's, if it is not the data of a resumed run, or has too few tokens."""
     source = f"{config.out_dir}/ckpt.pt" if config.resume else config.init_from
     how = ["--tokenizer", source] if checkpoint.get("tokenizer") else []  # without one, the data set's serves
-    if "vocab_size" in flags and not how:
-        how = ["--vocab_size", str(c.vocab_size)]
     folder, meta, tokenizer = prepared(config.dataset, *how)
     splits, train = meta["splits"], meta["splits"]["train"]
-    if checkpoint.get("tokenizer") not in (None, tokenizer.data):
-        remedy = f"python data/prepare.py NAME --tokenizer {source} ..., and give --dataset NAME"
-        raise UserError(f"{folder} has another tokenizer than the checkpoint: {remedy}")
     own = [trained_on(checkpoint, name) == splits[name].get("sha256") for name in ("train", "val")]
     rather = f"start from the run, --init_from {source} and a new --out_dir"
     require(all(own) or not config.resume, f"{folder} is not the data of the run: restore it, or {rather}")
+    if checkpoint.get("tokenizer") not in (None, tokenizer.data):
+        remedy = f"python data/prepare.py NAME --tokenizer {source} ..., and give --dataset NAME"
+        raise UserError(f"{folder} has another tokenizer than the checkpoint: {remedy}")
     if meta["kind"] == "text" and train["tokens"] < 2 * c.block_size:
         few = f"{folder} has only {train['tokens']} train tokens, {2 * c.block_size} are needed"
         raise UserError(f"{few}: use more text, or a smaller --block_size")
     if (checkpoint or "vocab_size" in flags) and c.vocab_size < tokenizer.vocab_size:
         few = f"vocab_size {c.vocab_size} is below the {tokenizer.vocab_size} of {folder}"
-        raise UserError(f"{few}: drop --vocab_size, or prepare the data with it")
+        raise UserError(f"{few}: drop the flag, or prepare data with --vocab_size {c.vocab_size}")
     return folder, meta, tokenizer
 
 
@@ -165,9 +163,9 @@ def open_teacher(path: str, c: ModelConfig, tokenizer: Tokenizer, device: torch.
     """The model whose predictions are learnt from. Raises UserError if it cannot read the same tokens."""
     checkpoint = load(path)
     teacher = build_model(checkpoint, device).requires_grad_(False)
-    if checkpoint["tokenizer"] not in (None, tokenizer.data) or teacher.config.vocab_size != c.vocab_size:
-        raise UserError(f"--teacher {path} has another tokenizer: give one of the same")
-    most = teacher.config.block_size
+    most, V, data = teacher.config.block_size, teacher.config.vocab_size, checkpoint["tokenizer"]
+    require(data in (None, tokenizer.data), f"--teacher {path} has another tokenizer: give one of the same")
+    require(c.vocab_size == V, f"--teacher {path} has {V} tokens: give a new model --vocab_size {V}")
     require(most >= c.block_size, f"--teacher {path} reads {most} tokens: give --block_size {most} or less")
     return teacher
 
@@ -349,8 +347,8 @@ def validate(model: Llama, data: Text | Examples, config: TrainConfig, dtype, st
     log.write(step=step, val_loss=loss, val_tokens=count, peak_memory_bytes=peak)
     ppl = f"val perplexity {math.exp(min(loss, 700)):.4f} | loss {loss:.4f} nats a token"
     unit = "blocks" if isinstance(data, Text) else "answers of examples"
-    how = f"{unit}, context {model.config.block_size} | {count:,} tokens"
-    tqdm.write(f"step {step}/{config.max_steps} | {ppl} | {how}")
+    how = f"{unit}, context {model.config.block_size}, {str(dtype).removeprefix('torch.')} products"
+    tqdm.write(f"step {step}/{config.max_steps} | {ppl} | {how} | {count:,} tokens")
 
 
 def describe(model: Llama, config: TrainConfig, lora: LoRAConfig, data: Text | Examples) -> dict:
@@ -360,7 +358,8 @@ def describe(model: Llama, config: TrainConfig, lora: LoRAConfig, data: Text | E
     heads = f"{c.n_head} heads of {c.head_dim}" + ", novel" * c.novel + ", gated" * c.gated
     print(f"model: {params:,} parameters | {c.n_layer} layers | width {c.dim} | {heads}")
     if lora.lora_r:
-        on = f"LoRA of rank {lora.lora_r} on {' '.join(lora.lora_targets)}, base in {lora.quantize}"
+        on = f"LoRA of rank {lora.lora_r} on {' '.join(lora.lora_targets)}"
+        on += f", base in {lora.quantize}" * (lora.quantize != "none")
         print(f"trainable: {trainable:,} of {params:,} parameters ({100 * trainable / params:.2f}%) | {on}")
     epochs = config.max_steps * config.grad_accum / data.batches(config.batch_size)
     most = config.batch_size * config.grad_accum * c.block_size
@@ -385,8 +384,9 @@ def restore(checkpoint: dict, optimizers: list[torch.optim.Optimizer], scaler: t
             optimizer.load_state_dict(own)
         for key, kind in {"step": int, "tokens": int, "log_size": int, "seconds": float}.items():
             require(is_a(checkpoint[key], kind) and 0 <= checkpoint[key] < math.inf, key)
-        if scaler.is_enabled() and checkpoint["scaler"]:  # the run may have had another --dtype until now
-            scaler.load_state_dict(checkpoint["scaler"])
+        if scaler.is_enabled() and (saved := checkpoint["scaler"]):  # {} if the run had another --dtype
+            require(all(is_a(x, float) and 0 <= x < math.inf for x in saved.values()), "scaler")
+            scaler.load_state_dict(saved)
     except Exception as error:
         raise UserError(f"no sound training state ({error!s:.120}): start from it with --init_from") from None
 
@@ -444,9 +444,11 @@ def main(change: Callable[[Llama], None] | None = None) -> None:
     path = Path(flags["out_dir"]) / "ckpt.pt"
     with nullcontext() if rank() else held(path.parent):  # one run at a time in a folder
         require(path.exists() or not resume, f"no run in {path.parent}: drop --resume, or name its --out_dir")
-        if path.exists() and not resume and not flags.get("overwrite"):
+        if path.exists() and not resume:
             remedy = "give --resume to continue it, --overwrite to start anew, or another --out_dir"
-            raise UserError(f"{path.parent} already holds a run: {remedy}")
+            require(flags.get("overwrite", False), f"{path.parent} already holds a run: {remedy}")
+            kept = Path(flags.get("teacher", "")).resolve() != path.resolve()
+            require(kept, f"the run would overwrite its --teacher {path}: give another --out_dir")
         train(flags, path, load(path) if resume else source, change)
 
 

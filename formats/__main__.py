@@ -2,7 +2,7 @@
 
 python -m formats import TinyLlama-1.1B/ tiny.pt                     # a Hugging Face folder, or Meta's own
 python -m formats import stories260K.bin stories.pt --tokenizer tok512.bin              # llama2.c's
-python -m formats import SmolLM2-135M.gguf smol.pt                   # llama.cpp's, whatever its quantization
+python -m formats import SmolLM2-135M.gguf smol.pt                   # llama.cpp's, also quantized
 python -m formats import ADAPTER both.pt --base base.pt              # PEFT's folder, or our own .pt
 python -m formats export out/RUN/ckpt.pt FOLDER                      # a Hugging Face folder
 python -m formats export out/RUN/ckpt.pt OUT.gguf                    # for llama.cpp

@@ -17,22 +17,19 @@ from formats.models import permute_rows, their_name
 from lora import TARGETS, LoRAConfig, adapt
 from model import Llama, ModelConfig
 
+PEFT = "base_model.model.{}.weight"  # a tensor's name there: ...model.layers.3.self_attn.q_proj.lora_A.weight
 # an ordinary LoRA's settings; others would make another function of the same tensors
-PLAIN = {"peft_type": ["LORA"], "bias": [None, "none"], "init_lora_weights": [None, True, False, "gaussian"]}
+PLAIN = {"peft_type": ["LORA"], "bias": [None, "none"]}
+PLAIN["init_lora_weights"] = [None, True, False, "gaussian", "eva", "orthogonal"]  # not changing the base
 EMPTY = ("lora_bias", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern")
 EMPTY += ("trainable_token_indices", "alora_invocation_tokens", "layer_replication", "layers_to_transform")
-HARMLESS = ("use_rslora", "loftq_config", "eva_config")  # other use_... and ..._config are variants of LoRA
+HARMLESS = ("use_rslora", "eva_config")  # other use_... and ..._config are variants of LoRA
 
 
 def check_order(c: ModelConfig) -> None:
     """Raise UserError for a model whose heads Hugging Face's format would lay out otherwise."""
     plain = replace(c, k_groups=None, v_groups=None, k_latent=None, v_latent=None, novel=False, gated=False)
     require(c == plain, "PEFT has no uneven groups, latents, --novel or --gated: name a .pt, or merge it")
-
-
-def peft_name(ours: str) -> str:
-    """layers.3.attention.wq.lora_A -> base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight"""
-    return f"base_model.model.{their_name(ours)}.weight"
 
 
 def with_adapter(base: dict, source: Path) -> dict:
@@ -82,7 +79,7 @@ def read_peft(folder: Path, base: Llama) -> tuple[LoRAConfig, Weights]:
         if copy is not None and not torch.equal(copy, base.output.weight.to(copy.dtype)):
             raise UserError("an adapter of another model: its copy of lm_head differs from the base's")
         names = empty_model(base.config, LoRAConfig(1, lora_targets=list(TARGETS))).state_dict()
-        ours = {peft_name(name): name for name in names if ".lora_" in name}
+        ours = {PEFT.format(their_name(name)): name for name in names if ".lora_" in name}
         tensors = {ours.get(name, name): x for name, x in tensors.items()}
         targets = [target for target in TARGETS if target in {name.split(".")[-2] for name in tensors}]
         fields = {"lora_r": config["r"], "lora_alpha": config["lora_alpha"], "lora_targets": targets}
@@ -104,10 +101,10 @@ def export(source: Path, out: Path, overwrite: bool) -> None:
     else:
         check_order(model.config)
         permute_rows(tensors, model.config.head_dim, to_pairs=False)
-        alpha, theirs = settings.lora_alpha, {peft_name(name): x for name, x in tensors.items()}
+        alpha, theirs = settings.lora_alpha, {PEFT.format(their_name(name)): x for name, x in tensors.items()}
         modules = list(dict.fromkeys(name.split(".")[-3] for name in theirs))  # such as q_proj
         config = {
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(source),
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None,
             "bias": "none", "r": settings.lora_r, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
             "lora_dropout": settings.lora_dropout, "target_modules": modules, "modules_to_save": None,
             "fan_in_fan_out": False, "use_dora": False, "use_rslora": False, "inference_mode": True,

@@ -20,7 +20,7 @@ Settings, Weights = dict[str, object], dict[str, torch.Tensor]
 
 @contextmanager
 def reading(path: Path, what: str) -> Iterator[None]:
-    """A block that reads `path` as `what`; whatever it raises becomes a UserError that names the path."""
+    """A block that reads `path` as `what`; what damaged bytes raise becomes a UserError that names it."""
     try:
         yield
     except UserError as error:

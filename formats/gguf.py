@@ -69,7 +69,9 @@ def settings_of(fields: dict, tensors: set[str]) -> Settings:
     n_layer, n_head, dim = own["block_count"], one(own["attention.head_count"]), own["embedding_length"]
     heads = own.get("attention.head_count_kv", n_head)
     groups = {"n_kv_head": heads}
-    if isinstance(heads, list):
+    if isinstance(heads, list) and len(set(heads)) == 1:
+        groups = {"n_kv_head": one(heads)}
+    elif isinstance(heads, list):
         require(not any(n_head % n for n in heads), f"its K/V heads {heads} do not divide {n_head}"[:160])
         maps = [[head * n // n_head for head in range(n_head)] for n in heads]
         groups = {"k_groups": maps, "v_groups": maps}
@@ -88,7 +90,7 @@ def tokenizer_of(path: Path, fields: dict, vocab_size: int) -> bytes:
     """The tokenizer in a file's fields, as bytes for the checkpoint. Raises UserError for an unknown kind."""
     own = {name.removeprefix("tokenizer.ggml."): value for name, value in fields.items()}
     with reading(path, "tokenizer"):
-        kind, pre = own["model"], own.get("pre", "default")
+        kind, pre = own.get("model", "missing"), own.get("pre", "default")
         if kind == "llama":
             pieces = list(zip(own["scores"], own["tokens"], own["token_type"]))
             data = sentencepiece_model(pieces, own.get("add_space_prefix", True))
@@ -97,9 +99,10 @@ def tokenizer_of(path: Path, fields: dict, vocab_size: int) -> bytes:
             require(known, f"its tokenizer is {kind}, {pre}: import with --tokenizer FILE")
             data = byte_level_of(own, *PARTED[pre])
         tokenizer = read_tokenizer(data)
-        bos, eos = own.get("bos_token_id", tokenizer.bos), own.get("eos_token_id", tokenizer.eos)
+        bos, ends = own.get("bos_token_id", tokenizer.bos), ("eos_token_id", "eot_token_id", "eom_token_id")
+        eos = list(dict.fromkeys(own[end] for end in ends if end in own)) or tokenizer.special["eos"]
         add_bos = own.get("add_bos_token", kind == "llama" or pre == "llama-bpe")
-        tokenizer = with_special(tokenizer, bos, add_bos, [eos] * (eos >= 0))
+        tokenizer = with_special(tokenizer, bos, add_bos, eos)
     check_fits(path, tokenizer, vocab_size)
     return tokenizer.data
 
@@ -143,7 +146,7 @@ def write_gguf(path: Path, out: Path) -> None:
         write_tokenizer(writer, tokenizer, c.vocab_size)
         theirs = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c.n_layer)
         for name, x in weights.items():
-            x = x.float() if x.dim() == 1 else x
+            x = x.float() if x.dim() == 1 or x.dtype == torch.float64 else x
             raw = gguf.GGMLQuantizationType.BF16 if x.dtype == torch.bfloat16 else None
             data = x.view(torch.uint8) if raw else x
             writer.add_tensor(theirs.get_name(name, [".weight"]), data.numpy(), raw_dtype=raw)
@@ -184,7 +187,7 @@ def write_tokenizer(writer, tokenizer: Tokenizer, vocab_size: int) -> None:
         writer.add_unk_token_id(sp.unk_id())
     writer.add_token_list(pieces)
     writer.add_token_types([kinds.get(i, Kind.UNUSED) for i in range(vocab_size)])
-    writer.add_add_bos_token(tokenizer.add_bos)
+    writer.add_add_bos_token(tokenizer.add_bos and tokenizer.bos >= 0)
     writer.add_eos_token_id(tokenizer.eos)
     if tokenizer.bos >= 0:
         writer.add_bos_token_id(tokenizer.bos)

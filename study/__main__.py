@@ -17,7 +17,6 @@ COMMANDS = {  # name: module and function, what it does
     "write": ("write.main", "text that a model writes, to heal its smaller self on"),
     "latency": ("bench.latency_main", "milliseconds of a text, checkpoints in turns (--ckpts)"),
     "compare-groups": ("compare_groups.main", "what each step of merging heads contributes"),
-    "compare-searches": ("compare_groups.searches_main", "best loss by evaluations, beside Optuna"),
     "compare-speed": ("compare_speed.main", "speed beside transformers, llama2.c, nanoGPT, llama.cpp"),
     "begin": ("variants.begin_main", "train.py, from other first weights: scaled or torch"),
     "pace": ("bench.pace_main", "milliseconds of a training step, variants in turns"),
@@ -36,7 +35,7 @@ def main() -> None:
     try:
         getattr(importlib.import_module(f"study.{module}"), function)()
     except ModuleNotFoundError as error:
-        extra = ["llama_cpp", "matplotlib", "optuna", "rapidfuzz", "rouge_score", "sacrebleu", "transformers"]
+        extra = ["llama_cpp", "matplotlib", "rapidfuzz", "rouge_score", "sacrebleu", "transformers"]
         if error.name not in extra:
             raise
         name = error.name.replace("_", "-").replace("llama-cpp", "llama-cpp-python")

@@ -34,8 +34,8 @@ from checkpoint import build_model, load, model_config
 from common import UserError, pick_device, require
 from lora import TARGETS, LoRALinear
 from model import HeadGroups, Llama, naive, sdpa
-from nf4 import FrozenProduct, NF4Linear, dequantize
-from study.bench import BenchConfig, alone, configs, in_turns, records, show
+from nf4 import FrozenProduct, NF4Linear
+from study.bench import BenchConfig, alone, configs, in_turns, records, show, with_kernels
 
 H, D = 16, 64  # of the kernel table: query heads and their width
 
@@ -55,24 +55,11 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, slices: int, columns: bool) 
     return torch.cat([F.linear(x, w) for w in weight.chunk(slices)], dim=-1)
 
 
-class FrozenSlices(FrozenProduct):
-    """The same in slices: W is dequantized in the forward and again in the backward, and gets no gradient."""
-
-    @staticmethod
-    def forward(ctx, x, codes, absmax, scales, shape, slices, columns):
-        ctx.save_for_backward(codes, absmax, scales)
-        ctx.shape = shape
-        return multiply(x, dequantize(codes, absmax, scales, shape).type_as(x), slices, columns)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return *FrozenProduct.backward(ctx, grad), None, None
-
-
 def forward(layer: nn.Module, slices: int, columns: bool, x: torch.Tensor) -> torch.Tensor:
     """What a linear layer, in NF4 or not, or its adapter computes, in slices."""
     if isinstance(layer, NF4Linear):
-        return FrozenSlices.apply(x, layer.codes, layer.absmax, layer.scales, layer.shape, slices, columns)
+        product = partial(multiply, slices=slices, columns=columns)
+        return FrozenProduct.apply(x, layer.codes, layer.absmax, layer.scales, layer.shape, product)
     if isinstance(layer, nn.Linear):
         return multiply(x, layer.weight, slices, columns)
     # a rank holds the columns of A or the rows of B that belong to its slice of W, and all of the other
@@ -96,10 +83,7 @@ def slice_model(model: Llama, slices: int) -> None:
 
 def prepare(model: Llama, backend: str, slices: int) -> None:
     """Make the model that of a row, and fail unless this function computes its attention."""
-    if backend == "triton":
-        from flash_attention import use_kernels
-
-        use_kernels(model)
+    with_kernels(model)
     if slices > 1:
         slice_model(model, slices)
     names = {layer.attention.attend.__name__.replace("fused", "triton") for layer in model.layers}
@@ -127,6 +111,7 @@ def main() -> None:
     flags = [*flags.split(), "--init_from", asked.init_from]
     flags += ["--dataset", asked.dataset] if asked.dataset else []
     gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    gpu = gpu and 16 <= c.head_dim <= 128 and not any(c.k_latent + c.v_latent)  # what the kernels take
     here = ("naive", "sdpa", *["triton"] * gpu)
     width = math.gcd(c.dim, c.hidden_dim, c.vocab_size, c.n_head * c.head_dim, *sum(c.kv_widths, ()))
     ranks = [n for n in (1, 2, 4, 8) if width % n == 0]

@@ -146,10 +146,19 @@ def compared(runs: dict[str, Callable], rounds: int, warm_up: int = 1) -> dict[s
     return {name: {"ms": 1000 * median(own), "ratio": ratio[name]} for name, own in seconds.items()}
 
 
+def with_kernels(model: nn.Module) -> nn.Module:
+    """The model, in Triton's kernels if that is its --attention."""
+    if model.config.attention == "triton":
+        from flash_attention import use_kernels
+
+        use_kernels(model)
+    return model
+
+
 def random_step(model: nn.Module, train: TrainConfig, shape: tuple[int, int], dtype: torch.dtype, parts=1):
     """A train_step on `shape` = (B, T) random tokens in `parts` micro-batches, blocks compiled where train.py
     would compile a long run's; its optimizers, and its batches."""
-    device = next(model.parameters()).device
+    device = next(with_kernels(model).parameters()).device
     if compiling_pays(train, math.inf, device):
         for part in model.layers if isinstance(model, Llama) else [model]:
             part.compile()
@@ -255,7 +264,7 @@ def decode_main() -> None:
         models = {n: Llama(replace(c, n_kv_head=n, k_groups=None, v_groups=None)).to(device) for n in heads}
     prompt, runs, caches, rows = torch.ones(shape, dtype=torch.int64, device=device), {}, {}, []
     for name, model in models.items():
-        caches[name] = KVCache(model.eval().config, c.block_size)
+        caches[name] = KVCache(with_kernels(model.eval()).config, c.block_size)
         for part in prompt.split(128, dim=1):  # the scores of a whole prompt would need much memory
             model(part, cache=caches[name])
         if written.compile:
@@ -274,7 +283,8 @@ def latency_main() -> None:
     if not written.ckpts:
         raise UserError("latency compares checkpoints: give --ckpts a/ckpt.pt b/ckpt.pt")
     device, runs, rows = pick_device(config.device), {}, []
-    models = {path: build_model(load(path), device) for path in written.ckpts}  # in its own number format
+    # in their own number format
+    models = {path: with_kernels(build_model(load(path), device)) for path in written.ckpts}
     new = min(64, *(model.config.block_size - 1 for model in models.values()))
     for name, model in models.items():
         if written.compile:

@@ -1,17 +1,11 @@
-"""What each step of merging heads contributes, and what each way of searching finds.
+"""What each step of merging heads contributes: python -m study compare-groups ckpt.pt
 
-    python -m study compare-groups ckpt.pt
-    python -m study compare-searches ckpt.pt --kv_budget 0.5 --refit none     # needs pip install optuna
-
-compare-groups prints perplexities on the test split, ratios to the original's, for shares of the KV cache,
-untrained; rows with a + add a step to the one above. A cell is the mean over seeds.
-
-compare-searches prints the best loss that each search finds, the knapsack after --max_evals evaluations, the
-others after 2.5 times as many. TPE draws a weight for each slot, and the budget is shared out in proportion.
+It prints perplexities on the test split, by the original's, for shares of the KV cache, untrained; rows with
+a + add a step to the one above. A cell is the mean over seeds.
 """
 
-import tempfile
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 
 import numpy as np
 from tqdm import tqdm
@@ -22,7 +16,6 @@ from eval_ppl import split_tokens
 from gqa import all_directions, calibration_blocks, latent_sizes, merge, open_model, perplexity_on, to_latents
 from partition import budget, choose, even_counts, head_counts
 from refit import STEPS, refit, statistics
-from search_groups import Search, SearchConfig, knapsack_search, random_search
 from study.bench import table
 
 ROWS = {  # one map for K and V?, which heads share, how they are merged, steps of refit (None: none at all)
@@ -59,11 +52,14 @@ def main() -> None:
     data = checkpoint, read_tokenizer(checkpoint["tokenizer"]), config.dataset
     (text, _), (test, source) = split_tokens(*data, "train"), split_tokens(*data, "test")
     test = test[: config.eval_tokens + 1]
+    one_map = model.config.k_groups == model.config.v_groups
+    require(one_map, f"{config.ckpt} has K and V groups of its own: give its original")
     heads = {joint: head_counts(model, joint) for joint in (True, False)}
     whole = sum(heads[True].values())
     least = len(heads[True]) / whole
     shares = config.shares or [x for x in (3 / 4, 2 / 3, 1 / 2, 1 / 3, 1 / 4, 1 / 8) if x >= least]
-    require(all(least - 1e-9 <= x <= 1 for x in shares), f"--shares {shares}: give {least:.3f} to 1")
+    known = all(least - 1e-9 <= x <= 1 for x in shares)
+    require(known, f"--shares {shares}: give {math.ceil(1000 * least) / 1000} to 1")
     totals = dict.fromkeys(budget(heads[True], share) for share in shares)  # what rounding leaves of them
     base, cells = perplexity_on(test, model), {(name, total): [] for name in ROWS for total in totals}
     print(f"perplexity {base:.4f} | {len(test) - 1:,} tokens of {source}", flush=True)
@@ -87,34 +83,3 @@ def main() -> None:
     for (name, total), ratios in cells.items():
         rows[name][f"{total / whole:.3g}"] = f"{np.mean(ratios):.3f}"
     print(table(list(rows.values())))
-
-
-def tpe_search(search: Search) -> None:
-    """Tree-structured Parzen estimator, with Optuna's default settings."""
-    import optuna
-
-    def objective(trial) -> float:
-        weights = {slot: trial.suggest_int(f"{slot}", 1, n) for slot, n in search.heads.items()}
-        counts = dict.fromkeys(weights, 1)
-        for _ in range(search.total - len(counts)):
-            room = [slot for slot in counts if counts[slot] < search.heads[slot]]
-            counts[min(room, key=lambda slot: counts[slot] / weights[slot])] += 1
-        return search.value(search.measure(search.maps(counts), "tpe"))
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=search.config.seed))
-    study.optimize(objective, n_trials=search.config.max_evals)
-
-
-def searches_main() -> None:
-    config = SearchConfig(**parse(__doc__, SearchConfig))
-    require(config.kv_budget is not None, "TPE shares out a budget: give --kv_budget 0.5")
-    ways = {"TPE": (tpe_search, 2.5), "knapsack": (knapsack_search, 1), "random": (random_search, 2.5)}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, (run, more) in ways.items():
-            evals, log = int(more * config.max_evals), f"{folder}/{name}.jsonl"
-            search = Search(replace(config, max_evals=evals, log=log))
-            with search.bar:
-                run(search)
-            best = min(map(search.value, search.seen.values()))
-            print(f"{name:9} {search.evals:4} evaluations, best {best:.4f}", flush=True)

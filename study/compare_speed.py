@@ -11,7 +11,8 @@ a model of this shape, of few steps, so that no text ends early, exported with f
 --hf (runq: --version 2) converts it. Training is compiled, AdamW, bfloat16, on random tokens. Each row is a
 process of its own; rows take turns.
 
-time-to-loss is train.py with another project's model (transformers takes - for a file), for `plot loss`.
+time-to-loss is train.py with another project's model (transformers takes - for a file), for `plot loss`. Its
+checkpoint holds that model: neither --resume nor any other command can read it.
 """
 
 import importlib.util
@@ -121,7 +122,7 @@ def main() -> None:
         work[f"herd, compiled, texts: {texts}"] = write, "herd", "-", c, texts
         work[f"transformers, eager, texts: {texts}"] = write, "transformers", "-", c, texts
     for words in config.run_c or ():
-        work[f"{' '.join(words.split()[:2])}, texts: 1"] = write, "run.c", words, c, 1
+        work[f"{words}, texts: 1"] = write, "run.c", words, c, 1
     if config.gguf:
         work["llama.cpp, texts: 1"] = write, "llama.cpp", config.gguf, c, 1
     found: dict[str, list[dict]] = {name: [] for name in work}
@@ -145,6 +146,9 @@ def loss_main() -> None:
     def change(model: Llama) -> None:
         peer = Peer(name, path, model.config).to(model.tok_embeddings.weight.device)
         model.layers = nn.ModuleList([peer])
+        # the weights of ours that are left would count as parameters
+        model.tok_embeddings = next(m for m in peer.modules() if isinstance(m, nn.Embedding))
+        model.norm = model.output = nn.Identity()
         model.forward = lambda *batch: peer(*batch)
         model.generate = lambda *_, **__: [[]]
 

@@ -183,7 +183,9 @@ FLAGS = {  # what several steps share
     r"([\d.]+)\*(\d+)": lambda product: str(round(float(product[1]) * int(product[2]))),
     "<depth>": "--batch_size 8 --compile --eval_every 80 <shape> <own>",
     "<shapes>": " ".join(
-        f'"--n_layer {n}{kind} <shape>"' for n in (6, 8, 5, 7) for kind in ("", " --novel", " --gated")
+        f'"--n_layer {n}{kind} --compile <shape>"'
+        for n in (6, 8, 5, 7)
+        for kind in ("", " --novel", " --gated")
     ),
     "<test>": "--split test --max_tokens 65536 --json",
     "<forgot>": "--split test --max_tokens 16384 --context 256 --json",
@@ -213,7 +215,8 @@ FLAGS = {  # what several steps share
 }
 TINY = "--dim 64 --n_head 4 --block_size 128"
 FAST = {  # patterns, and what --fast puts there
-    "<shape>": TINY, "<tune>": "--max_steps 10 --warmup_steps 1", "study (memory|train)": rf"study \1 {TINY}",
+    "<shape>": TINY, "<tune>": "--max_steps 100 --warmup_steps 1",
+    "study (memory|train)": rf"study \1 {TINY}",
     "--dim (288|768) .* (768|32000)": TINY, "--block_size 1024": "--block_size 256",
     r' "--n_layer [578][^"]*"': "", r" depth-long-(?!6|5-plain)\S+": "",
     r"(--max_steps \d+)\d": r"\1", r"--warmup_steps \d+": "--warmup_steps 1", "--epochs 24": "--epochs 1",
@@ -299,7 +302,9 @@ def run(name: str, line: str) -> None:
             child.communicate()
             raise
         if child.returncode:
-            error, again = (errors.strip() or "it failed").splitlines()[-1], shlex.join(words)
+            lines = [f"it ended with {child.returncode} (-9: it may have lacked memory)"]
+            lines += errors.strip().splitlines() if child.returncode > 0 else []
+            error, again = lines[-1], shlex.join(words)
             raise UserError(f"step {name}: {error} | cd {Path.cwd()} && PYTHONPATH={ROOT} python {again}")
     with replacing(log, "w") as file:
         file.write(f"{line}\n{printed}")
@@ -307,7 +312,7 @@ def run(name: str, line: str) -> None:
 
 def main() -> None:
     config = StudyConfig(**parse(__doc__, StudyConfig))
-    out = Path(config.out + "-fast" * config.fast)
+    out = Path(f"{Path(config.out)}{'-fast' * config.fast}")
     require(not config.ckpt or config.dataset, "--ckpt needs --dataset, text prepared with its tokenizer")
     try:
         todo = steps(config)

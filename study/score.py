@@ -5,11 +5,11 @@
     python -m study score any.pt --dataset alpaca --split val
 
     loss         nats a token of the references, given the prompts; compares between models of one tokenizer
-    choice       % of examples whose reference has less loss a token than up to three others (chance: 25)
+    choice       % of examples whose reference has the least loss a token of up to four (chance: 25, of four)
     bleu, bleu1  sacreBLEU's corpus BLEU with its default tokenizer, and of single words (arXiv 1804.08771)
     chrf         sacreBLEU's chrF2, of characters: fairer to German, whose words have many forms
     rouge1/2/L   mean F1 (rouge-score, no stemmer; it keeps only a-z and 0-9)
-    f1           mean F1 of the words, whatever their order and case (arXiv 1606.05250)
+    f1           mean F1 of the words, whatever their order and case (arXiv 1606.05250, but with articles)
     edit         mean of 1 - Levenshtein distance / length of the longer text
     exact_match  % of answers equal to the reference, surrounding spaces aside; ended: % that the model ended
     latency      seconds until the whole batch of an answer is there: mean and percentiles
@@ -87,7 +87,7 @@ def texts_scores(answers: list[str], references: list[str]) -> dict:
     each = {kind: [row[kind].fmeasure for row in rouge] for kind in ROUGE}
     each |= {"f1": [word_f1(*pair) for pair in pairs]}
     each |= {"edit": [Levenshtein.normalized_similarity(*pair) for pair in pairs]}
-    each |= {"exact_match": [answer == reference.strip() for answer, reference in pairs]}
+    each |= {"exact_match": [answer == reference for answer, reference in pairs]}
     return found | {name: 100 * float(np.mean(values)) for name, values in each.items()}
 
 
@@ -97,7 +97,7 @@ def score(model: Llama, tokenizer: Tokenizer, records: list[Record], config: Sco
     batches = [pairs[i : i + config.batch_size] for i in range(0, len(pairs), config.batch_size)]
     loss, count = mean_loss(model, [padded(batch) for batch in batches], torch.float32)
     answers, ended, seconds = [], [], []
-    model.generate([pairs[0][0]], 2)  # the first call sets things up
+    model.generate([prompt for prompt, _ in batches[0]], 2)  # the first call sets things up
     for batch in tqdm(batches, desc="answering", disable=None, leave=False):
         prompts, began = [prompt for prompt, _ in batch], time.perf_counter()
         texts = model.generate(prompts, config.max_new_tokens, stop=tokenizer.stop)
@@ -109,7 +109,7 @@ def score(model: Llama, tokenizer: Tokenizer, records: list[Record], config: Sco
     found |= texts_scores(answers, [record["output"] for record in records])
     found |= {"ended": 100 * float(np.mean(ended))}
     found |= {f"latency_p{p}": float(np.percentile(seconds, p)) for p in (5, 50, 95)}
-    return found | {"latency_mean": float(np.mean(seconds)), "answer_tokens": count, "answers": answers}
+    return found | {"latency_mean": float(np.mean(seconds)), "reference_tokens": count, "answers": answers}
 
 
 def main() -> None:

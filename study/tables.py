@@ -104,7 +104,7 @@ def groups(merges: Iterable[str], shares: Iterable[str]) -> list[str]:
     ratio = {key: known["blocks"] / base[key[0]]["blocks"] for key, known in found.items()}
     rows, panels, whole = [], {}, base["before"]["kv_bytes_per_token"]
     for merge in merges if sizes else ():
-        rows.append({"bytes a token of the cache": merge})
+        rows.append({"bytes a token of the cache (of the last row)": merge})
         for share, size in sizes.items():
             before, after = (ratio[when, merge, share] for when in base)
             rows[-1][f"{size:,} ({size / whole:.3f})"] = f"{before:.3f} -> {after:.3f}"
@@ -145,7 +145,7 @@ def published(recipes: Iterable[str]) -> list[str]:
             rows[-1][f"{when}, {way}"] = f"{ppl:.2f} ({ppl / base:.3f})" if ppl == ppl else ""
             bars[f"{when}, {way}"].append(ppl / base)
     titles = {"before": "merged", "after": "healed, alpha 1", "after16": "healed, alpha 16"}
-    panels = {f"{title}: ratio": bars[f"{when}, sliding"] for when, title in titles.items()}
+    panels = {f"{title}: perplexity 2, ratio": bars[f"{when}, sliding"] for when, title in titles.items()}
     draw = partial(draw_bars, done, panels, "{:.3f}", True)
     return section("The published recipe", rows, "published", draw)
 
@@ -223,7 +223,7 @@ def draw_lengths(rows: list[dict]) -> Figure:
 
 
 def draw_bars(labels: Sequence[str], bars: dict[str, list[float]], form: str, ratios=False) -> Figure:
-    """A panel of bars, one for each label, for each title; ratios have a logarithmic axis from 1 on."""
+    """A panel of bars, one for each label, for each title; ratios have a logarithmic axis."""
     drawn, [axes] = plot.grid(1, len(bars), 10, 1 + 0.32 * len(labels))
     for place, colour, (title, values) in zip(axes, plot.COLOURS, bars.items()):
         shown = place.barh(labels, values, color=colour)

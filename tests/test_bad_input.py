@@ -45,6 +45,8 @@ train.py --dataset data --max_steps 1 --dim 32 --out_dir new
     --lora_r 2                               --init_from
     --teacher run/ckpt.pt --block_size 300   --block_size
     --teacher ''                             --teacher
+    --teacher alien.pt                       another tokenizer
+    --teacher run/ckpt.pt --out_dir run --overwrite    another --out_dir
     --distil_weight 0.3                      --teacher
     --optimizer adamw --momentum 0.9         --momentum
     --out_dir run                            --resume
@@ -83,6 +85,7 @@ checkpoint.py
     merge lora.pt --out /                    / exists
     merge run/ckpt.pt --out new.pt           adapter
     merge lora.pt --out run/ckpt.pt          --overwrite
+    merge part.pt --out new.pt               tok_embeddings
 gqa.py run/ckpt.pt --out new.pt --calibration_tokens 1024
     --seed 1                                 --kv_budget
     --n_kv_head 5                            --n_kv_head
@@ -91,9 +94,11 @@ gqa.py run/ckpt.pt --out new.pt --calibration_tokens 1024
     --kv_budget 0.01 --latent                --kv_budget
     --groups tasks.json                      tasks.json
     --kv_budget 0.5 --out run/ckpt.pt/x.pt   cannot write
+    --kv_budget 0.5 --out lora.pt            --overwrite
 search_groups.py run/ckpt.pt --out new.json --calibration_tokens 1024
     --kv_budget 0.01                         --kv_budget
     --kv_budget 0.5 --search_tokens 4        --search_tokens
+    --kv_budget 0.5 --out tasks.json         --overwrite
 -m formats
     import nosuch new.pt                     nosuch
     import hf new.pt --tokenizer text.txt    text.txt
@@ -137,6 +142,9 @@ def room(good, tmp_path_factory):
     shutil.copy(room / "records/x.json", room / "tasks.json")
     shutil.copy(room / "adapted/ckpt.pt", room / "lora.pt")
     save(room / "bare.pt", {**saved, "tokenizer": None})
+    save(room / "alien.pt", {**saved, "tokenizer": b"{}"})
+    adapted = load(room / "lora.pt")
+    save(room / "part.pt", {**adapted, "model": {"norm.weight": adapted["model"]["norm.weight"]}})
     save(room / "nan.pt", {**saved, "model": {name: torch.nan * x for name, x in saved["model"].items()}})
     save(room / "latent.pt", checkpoint_of(sharp_model(k_latent=[[1] * 4] * 2, v_latent=[6, 6])))
     save(room / "novel.pt", checkpoint_of(sharp_model(novel=True)))
@@ -176,7 +184,7 @@ LIES = {  # each of these was once a traceback, or worse
     "train.lr": "x", "train.seed": -1, "train": [], "data": [], "data.splits": None, "step": "x",
     "tokens": None, "seconds": torch.nan, "optimizers": [], "optimizers.0": 3, "optimizers.0.state": {0: 3},
     "optimizers.0.state.0": {}, "optimizers.1.state.0.step": torch.zeros(2, 2), "log_size": -1,
-    "optimizers.0.state.0.momentum_buffer": torch.zeros(()),
+    "optimizers.0.state.0.momentum_buffer": torch.zeros(()), "scaler": {"scale": "x"},
 }  # fmt: skip
 
 
@@ -223,20 +231,6 @@ def test_headers_of_llama2c_that_lie(copied):
     # the rotary tables end the file
     check_refused(path, "rope_theta", data=data[:-2048] + struct.pack("<f", 0.5) * 512)
     check_refused(path, "--version 0", data=b"24ka" + struct.pack("<i", 1) + data)
-
-
-def test_headers_of_safetensors_that_lie(copied):
-    path = copied("hf/model.safetensors")
-    data = path.read_bytes()
-    end = 8 + struct.unpack("<Q", data[:8])[0]
-    header, name = json.loads(data[8:end]), "model.norm.weight"
-    for length in (0, 1, end - 9, end - 7, len(data), 2**27, 2**40, 2**63, 2**64 - 1):
-        check_refused(path, path.name, data=struct.pack("<Q", length) + data[8:])
-    lies = [("shape", x) for x in ([2**40], [-1], [])] + [("dtype", x) for x in ("F64", "X", "I32")]
-    lies += [("data_offsets", x) for x in ([0, 1], [0, 2**60], [128, 0], None)]
-    texts = [json.dumps({**header, name: {**header[name], key: lie}}).encode() for key, lie in lies]
-    for text in (*texts, b"[" * 100000, b"{" * 100000, b"{}", b"null", b"[]", b"\xff" * 100):
-        check_refused(path, path.parent, data=struct.pack("<Q", len(text)) + text + data[end:])
 
 
 def test_tensors_and_indexes_of_shards_that_lie(copied):
@@ -296,7 +290,7 @@ def test_a_training_state_that_lies(place, tiny_run, tmp_path):
     part[last] = LIES[place]
     save(tmp_path / "ckpt.pt", checkpoint)
     before = (tmp_path / "ckpt.pt").read_bytes()
-    refused(quick("train.py", "--resume", "--out_dir", tmp_path, "--max_steps", 31))
+    refused(quick("train.py", "--resume", "--out_dir", tmp_path, "--max_steps", 31, "--dtype", "float16"))
     assert (tmp_path / "ckpt.pt").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 

@@ -118,7 +118,7 @@ def test_comparisons_measure_what_their_rows_say(tiny_run, tiny_data, tmp_path):
     _, *lines = quick("study", "compare-groups", tiny_run, *flags).stdout.splitlines()
     cells = {name: cells for name, *cells in (line.strip("| ").split(" | ") for line in lines[2:])}
     assert list(cells) == list(ROWS) and {whole for _, whole in cells.values()} == {"1.000"}
-    halves = [half for half, _ in cells.values()]
+    halves = [float(half) for half, _ in cells.values()]
     assert halves[0] > halves[3] > halves[6] > halves[10], "means, closed form, refitted, latents"
     how = "transformers", "-", *small_run(tiny_data, tmp_path / "run"), "--max_steps", 2
     assert "val perplexity" in run("study", "time-to-loss", *how).stdout

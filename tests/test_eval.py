@@ -79,7 +79,7 @@ def test_every_token_is_scored_once_with_enough_past(context, stride, number):
     assert place == number, "some tokens were not scored"
 
 
-def test_the_command_prints_what_it_measures(tiny_run, tmp_path):
+def test_the_command_prints_what_it_measures(tiny_run, tiny_data, tmp_path):
     text = tmp_path / "text.md"
     text.write_bytes((ROOT / "README.md").read_bytes().replace(b"\n", b"\r\n"))
     flags = ["--text", text, "--method", "all"]
@@ -90,8 +90,20 @@ def test_the_command_prints_what_it_measures(tiny_run, tmp_path):
     assert record["kv_bytes_per_token"] == 2 * 2 * 32 * 4  # K and V, 2 layers, width 32, float32
     assert f"perplexity {record['sliding']:.4f} | sliding" in run("eval_ppl.py", tiny_run, *flags).stdout
     few = scored(tiny_run, "--max_tokens", 100, "--split", "test", "--dtype", "bfloat16")
+    test = window_nll(model, np.fromfile(tiny_data / "test.bin", np.uint16)[:101], 32, 32, torch.bfloat16)
+    assert math.log(few["blocks"]) == pytest.approx(mean_nll(test), abs=1e-6) and few["stride"] == 16
     assert few["tokens"] == 100 and few["sliding"] is None and few["kv_bytes_per_token"] == 2 * 2 * 32 * 2
+    assert scored(tiny_run, "--kv_bits", 8, "--max_tokens", 9)["kv_bytes_per_token"] == 2 * 2 * (32 + 4 * 2)
     assert scored(tiny_run)["blocks"] < 0.6 * model.config.vocab_size  # far better than a uniform guess
+
+
+def test_a_sample_depends_on_its_seed_only(tiny_run):
+    flags, texts = ["--num_samples", 2, "--max_new_tokens", 20], []
+    for seed in (0, 0, 1):
+        printed = run("sample.py", tiny_run, *flags, "--seed", seed).stdout
+        texts.append([part.split("\n", 1)[1] for part in printed.split("--- sample")[1:]])
+    first, again, other = texts
+    assert first == again and first[0] != first[1] == other[0]
 
 
 def json_tokenizer(byte_level: bool) -> bytes:

@@ -94,7 +94,7 @@ def test_uneven_groups_are_exported_as_the_fewest_equal_ones(tmp_path, heads, k_
     theirs = LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert theirs.config.num_key_value_heads == heads
     assert_close(logits(theirs, 60), logits(ours, 60), TOLERANCE, "logits")
-    cache, here = 2 * 2 * heads * 8 * 4, ours.config.kv_numbers_per_token * 4
+    cache, here = 2 * 2 * heads * 8 * 4, ours.config.kv_bytes_per_token(1) * 4
     assert (f"{cache:,} bytes a token there and {here:,} here" in said) == (cache != here)
     rounded = sharp_model(k_groups=k_groups, v_groups=v_groups, kv_bits=8)
     here = rounded.config.kv_bytes_per_token(4)
@@ -119,12 +119,14 @@ def test_llama2c_file_gives_the_same_model_and_tokens(tmp_path, prefixed, settin
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_meta_folder_gives_the_same_model(tmp_path, scaled):
-    settings = {"tie_embeddings": False, "rope_theta": 5e5, "norm_eps": 2e-3, "n_kv_head": 2}
+    settings = {"tie_embeddings": False, "norm_eps": 2e-3, "n_kv_head": 2}
+    settings["rope_theta"] = 5e5 if scaled else 1e4
     settings["rope_scaling"] = dict(zip(ROPE_SCALING, (8, 1, 4, 8192))) if scaled else None
     ours = sharp_model(**settings).bfloat16()
     torch.save({**ours.state_dict(), "rope.freqs": torch.ones(4)}, tmp_path / "consolidated.00.pth")
     params = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "norm_eps": 2e-3, "vocab_size": -1}
-    params |= {"multiple_of": 16, "rope_theta": 5e5, "use_scaled_rope": scaled, "rope_scaling_factor": 8}
+    params |= {"multiple_of": 16, "use_scaled_rope": scaled, "rope_scaling_factor": 8}
+    params |= {"rope_theta": 5e5} if scaled else {}  # as Llama 2's
     (tmp_path / "params.json").write_text(json.dumps(params))
     model, _ = imported(tmp_path, tmp_path / "got.pt", "--block_size", 64)
     assert model.config == ours.config and torch.equal(logits(model, 60), logits(ours, 60))
@@ -156,7 +158,7 @@ def test_unsupported_models_are_refused_by_name(tmp_path, change, word):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_import_and_export_hold_the_checkpoint_once(tmp_path):
-    """Copies of wq and wk, here 2/9 of the weights, would show."""
+    """Copies of wq and wk, here 2/7 of the weights, would show."""
     sizes = {"hidden_size": 768, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 8}
     folder, ours = save_folder(their_model(**sizes), tmp_path / "in"), tmp_path / "ours.pt"
     size = (folder / "model.safetensors").stat().st_size
@@ -290,7 +292,7 @@ def test_which_tokenizer_of_a_folder_is_read(tmp_path, prefixed, byte_level, mon
 
 def files(folder, quantize="none", base=None, **settings):
     """A tuned model, saved as ours.pt; base.pt is its base, or another one."""
-    lora = LoRAConfig(3, 5.0, 0.0, list(TARGETS), quantize)
+    lora = LoRAConfig(3, 5.5, 0.0, list(TARGETS), quantize)
     save(folder / "base.pt", {**foreign.checkpoint_of(base or sharp_model(**settings)), "grouped": {"a": 1}})
     tuned = adapted(sharp_model(**settings), **asdict(lora))
     save(folder / "ours.pt", {**foreign.checkpoint_of(tuned), "lora": asdict(lora)})
@@ -410,8 +412,8 @@ APART = {"k_groups": [[0, 1, 2, 2], [0, 0, 0, 0]], "v_groups": [[0, 1, 1, 1], [0
 
 
 @pytest.mark.parametrize("settings, dtype", [
-    ({}, torch.float32), ({"n_kv_head": 2, "tie_embeddings": False}, torch.float16),
-    ({"n_kv_head": 1}, torch.bfloat16), (APART, torch.float32),
+    ({"rope_theta": 5e4}, torch.float32), ({"n_kv_head": 2, "tie_embeddings": False}, torch.float16),
+    ({"n_kv_head": 1, "norm_eps": 2e-3}, torch.bfloat16), (APART, torch.float32),
     ({"k_groups": [[0, 1, 0, 1]] * 2, "v_groups": [[0] * 4] * 2}, torch.float32),
 ])  # fmt: skip
 def test_a_gguf_file_comes_back_and_is_the_same_model_to_transformers(tmp_path, tiny_data, settings, dtype):
@@ -448,7 +450,7 @@ def test_a_byte_level_tokenizer_crosses_gguf(tmp_path, byte_level, part):
     fields = json.loads(byte_level.to_str())
     fields["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": PARTED[part][0]}
     fields["model"]["ignore_merges"] = part == "llama-bpe"
-    ours = with_special(read_tokenizer(json.dumps(fields).encode()), 1, True, [2])
+    ours = with_special(read_tokenizer(json.dumps(fields).encode()), 1, part == "llama-bpe", [2])
     export_of(sharp_model(vocab_size=404), tmp_path, ours.data, "a.gguf")
     _, back = imported(tmp_path / "a.gguf", tmp_path / "back.pt")
     assert back.special == ours.special

@@ -15,12 +15,12 @@ from conftest import adapted, assert_close, run, sharp_model, to_hugging_face, t
 
 import gqa
 import refit as refitting
-from checkpoint import build_model, load, save
+from checkpoint import build_model, load, picture, save
 from common import UserError, sha256_of
 from gqa import merge
 from lora import LoRAConfig
 from model import ROPE_SCALING, Llama, ModelConfig, rope_angles, scores
-from partition import Costs, choose, head_counts
+from partition import Costs, choose, head_counts, slot_costs
 from refit import refit, refit_attention, statistics
 from study.plot import similarity
 
@@ -71,6 +71,8 @@ def test_heads_equal_up_to_the_symmetries_merge_at_no_cost(shape):
         same = np.equal.outer(groups[layer], groups[layer])
         assert np.allclose(alike[same], 1, atol=1e-9) and np.allclose(alike, alike.T)
         assert (alike[~same] >= -1e-9).all() and (alike[~same] < 0.99).all()
+        both = slot_costs(model, stats, (layer, "kv"))(np.arange(4)[None]).item()
+        assert both == pytest.approx(2), "K's and V's cost are no shares of one group's"
     assert_close(merge(model, maps, stats)(tokens), source(tokens), 1e-7)
 
 
@@ -260,7 +262,7 @@ def test_all_shapes_become_multi_query_and_weights_of_zero_stay_finite(shape, ze
                 assert (result.layers[0].attention.wk.weight.norm(dim=1) > 0.1).all()
             assert refit(result, model, tokens)(tokens).isfinite().all() and (not joint or maps[0] == maps[1])
             numbers = 2 * model.config.n_layer * g * model.config.head_dim
-            assert numbers == result.config.kv_numbers_per_token, "K and V of one head a group"
+            assert numbers == result.config.kv_bytes_per_token(1), "K and V of one head a group"
 
 
 def test_means_of_equal_neighbours_are_plain_grouped_query_attention():
@@ -298,12 +300,18 @@ def test_it_calibrates_on_train_and_reports_val(tiny_run, tiny_data, tmp_path):
         data = variant(tiny_data, tmp_path / name, **marked)
         checkpoint, printed = grouped(tiny_run, out, "--kv_budget", 0.5, "--dataset", data, "--overwrite")
         weights[name] = torch.cat([x.flatten() for x in checkpoint["model"].values()])
-        found = re.search(r"perplexity ([\d.]+) -> ([\d.]+)", printed).groups()
+        found = re.search(r"perplexity ([\d.]+) -> ([\d.]+), x ([\d.]+)", printed).groups()
+        assert float(found[1]) / float(found[0]) == pytest.approx(float(found[2]), abs=1e-4)
         for path, shown in zip((tiny_run, out), found):
             done = run("eval_ppl.py", path, "--split", "val", "--dataset", data, "--json")
             assert json.loads(done.stdout)["blocks"] == pytest.approx(float(shown), abs=1e-4)
     same = [name for name in weights if torch.equal(weights[name], weights["none"])]
     assert same == ["none", "val", "test"]
+
+
+def test_the_picture_shows_the_groups_of_k_then_those_of_v():
+    c = ModelConfig(n_layer=2, n_head=4, dim=32, k_groups=[[0, 1, 1, 1]] * 2, v_groups=[[0, 0, 1, 2]] * 2)
+    assert [line.split() for line in picture(c)][1:] == [["0-1", "ABBB", "(2)", "AABC", "(3)"]]
 
 
 def test_adapters_are_merged_first_and_the_result_is_a_plain_checkpoint(tiny_run, tmp_path):
@@ -316,7 +324,7 @@ def test_adapters_are_merged_first_and_the_result_is_a_plain_checkpoint(tiny_run
     assert_close(build_model(found)(x), model(x), 1e-5)
     assert "closed" in run("checkpoint.py", "show", out).stdout
     again, printed = grouped(out, tmp_path / "half.pt", "--kv_budget", 0.5)
-    assert build_model(again).config.kv_numbers_per_token == 8 * 8 and "(50.0%)" in printed
+    assert build_model(again).config.kv_bytes_per_token(1) == 8 * 8 and "(50.0%)" in printed
     run("sample.py", tmp_path / "half.pt", "--max_new_tokens", 8)
 
 

@@ -51,19 +51,6 @@ def test_greedy_text_equals_hugging_face_generate(name):
     assert model.generate([prompt], 40)[0] == theirs[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("attention", ["naive", "sdpa"])
-def test_uneven_groups_equal_heads_with_repeated_weights(attention):
-    grouped = sharp_model(**UNEVEN, attention=attention).double()
-    full, state = Llama(ModelConfig(**TINY)).double().eval(), grouped.state_dict()
-    for i in range(TINY["n_layer"]):
-        for name, groups in (("wk", UNEVEN["k_groups"][i]), ("wv", UNEVEN["v_groups"][i])):
-            heads = state[f"layers.{i}.attention.{name}.weight"].unflatten(0, (-1, 8))
-            state[f"layers.{i}.attention.{name}.weight"] = heads[torch.tensor(groups)].flatten(0, 1)
-    full.load_state_dict(state)
-    x = tokens_of((2, 40))
-    assert_close(grouped(x), full(x), 1e-12, "logits")
-
-
 @pytest.mark.parametrize("name", SHAPES)
 def test_greedy_text_with_the_cache_is_the_text_without_it(name):
     model = sharp_model(**SHAPES[name])
@@ -146,9 +133,19 @@ def test_sampling_follows_the_temperature_and_top_p_leaves_the_smallest_sufficie
     draw = {top_p: set(pick_token(logits, 1.0, top_p).flatten().tolist()) for top_p in (0.4, 0.6, 0.9, 1.0)}
     assert draw == {0.4: {0}, 0.6: {0, 1}, 0.9: {0, 1, 2}, 1.0: {0, 1, 2, 3}}
     logits, generator = torch.tensor([[2.0, 1.0, 0.0]]).repeat(20000, 1), torch.Generator().manual_seed(0)
-    share = torch.bincount(pick_token(logits, 2.0, 1.0, generator).flatten(), minlength=3) / len(logits)
-    assert_close(share, (logits[0] / 2).softmax(-1), 0.021, "share")  # three standard errors, 0.0106, of 0.51
+    for top_p, left in ((1.0, 3), (0.7, 2)):
+        share = torch.bincount(pick_token(logits, 2.0, top_p, generator).flatten(), minlength=left) / 20000
+        exact = (logits[0, :left] / 2).softmax(-1)
+        assert_close(share, exact, 0.021, "share")  # three standard errors, 0.0106, of 0.51
     assert set(pick_token(logits[:100], 1e-46, 1.0).flatten().tolist()) == {0}
+
+
+def test_dropout_falls_on_the_embeddings_and_on_both_branches():
+    model, shares = sharp_model(dropout=0.5).train(), []
+    for module in [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]:
+        module.register_forward_hook(lambda m, _, x: shares.append((x == 0).float().mean().item()))
+    model(tokens_of((2, 30)))
+    assert len(shares) == 1 + 2 * TINY["n_layer"] and all(0.4 < share < 0.6 for share in shares)
 
 
 @pytest.mark.parametrize("name, parameters", [("novel", 8 * 8 + 8), ("gated", 4 * 32)])

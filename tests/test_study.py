@@ -80,6 +80,8 @@ def test_what_models_answer_is_kept_and_scored(tiny_run, tmp_path):
         rouge = [RougeScorer(["rougeL"]).score(*pair)["rougeL"].fmeasure for pair in pairs]
         assert summary[name]["loss"] == pytest.approx(nats / count, rel=1e-5)
         assert summary[name]["bleu"] == sacrebleu.corpus_bleu(answers, [references]).score
+        one = sacrebleu.BLEU(max_ngram_order=1).corpus_score(answers, [references]).score
+        assert summary[name]["bleu1"] == one
         assert summary[name]["rougeL"] == pytest.approx(100 * np.mean(rouge))
         assert summary[name]["chrf"] == sacrebleu.corpus_chrf(answers, [references]).score
         likeness = [1 - edit_distance(*pair) / max(map(len, pair)) for pair in pairs]
