@@ -17,7 +17,6 @@ Perplexities compare by one method on the same tokens; bits per byte also across
 import hashlib
 import json
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -163,9 +162,8 @@ def main() -> None:
     if not tokenizer.is_exact():
         note("the tokenizer does not return every text as it was: bits per byte are not exact")
     tokens, source = read_tokens(config, checkpoint, tokenizer)
-    began, digest = time.perf_counter(), hashlib.sha256(tokenizer.data).hexdigest()[:8]
+    digest = hashlib.sha256(tokenizer.data).hexdigest()[:8]
     record, nats = evaluate(config, model, tokens, dtype)
-    seconds = time.perf_counter() - began
     kv = model.config.kv_bytes_per_token(dtype.itemsize)
     record |= {"bits_per_byte": bits_per_byte(nats, tokens, tokenizer), "tokens": len(tokens) - 1}
     record |= {"context": config.context, "stride": config.stride, "params": model.num_params()}
@@ -181,8 +179,7 @@ def main() -> None:
         if record[method] is not None:
             print(f"perplexity {record[method]:.4f} | {method} | {protocol}{more[method]}")
     print(f"bits per byte {record['bits_per_byte']:.4f} | loss {nats:.4f} nats a token")
-    rate = record["tokens"] * (2 if config.method == "all" else 1) / seconds  # blocks and block_mean are one
-    print(f"parameters {record['params']:,} | KV cache {kv:,} bytes a token | {rate:,.0f} tokens/s")
+    print(f"parameters {record['params']:,} | KV cache {kv:,} bytes a token")
 
 
 if __name__ == "__main__":

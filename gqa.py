@@ -94,7 +94,7 @@ def merge_values(attention: Attention, groups: Groups, stats: Statistics) -> tup
     as attention mixes them, averaged over all heads; the heads' errors are taken to be independent. A novel
     layer behind wv leaves no symmetry: its heads share the mean, weighted by |W_o^h|^2.
     """
-    values, readers, sizes = value_heads(attention)
+    values, readers, _, sizes = value_heads(attention, stats)
     _, rows, C = weighted_rows(attention, "v", stats)
     rows, D, shared = rows.reshape(values.shape), attention.head_dim, []
     for group in groups:

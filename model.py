@@ -429,7 +429,7 @@ class Llama(nn.Module):
 
         padding: (B,) the number of tokens at each row's left that are no text and are not seen. They shift
         the row's positions, which changes nothing: rotary attention depends on differences of positions only
-        (up to rounding, and in half precision or with kv_bits below 16 rotated keys are rounded coarsely).
+        (up to rounding, coarse in half precision and with kv_bits below 16).
         """
         T, past = tokens.shape[1], (cache.length if cache else 0)
         positions, mask = torch.arange(past, past + T, device=tokens.device), None

@@ -33,12 +33,15 @@ def complex_heads(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
     return torch.view_as_complex(pairs.contiguous())
 
 
-def value_heads(attention: Attention) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-    """Of each value head wv (G, D, C), wo of the s query heads that read it (s, C, D), and |wo|^2 (G,)."""
+def value_heads(attention: Attention, stats: Statistics) -> tuple:
+    """Of each value head wv (G, D, C), wo of the s query heads that read it (s, C, D), and the sum over these
+    of E[gate^2] wo^T wo (G, D, D), with its trace (G,)."""
     values = attention.wv.weight.double().unflatten(0, (-1, attention.head_dim))
     outputs = attention.wo.weight.double().unflatten(1, (-1, attention.head_dim)).transpose(0, 1)
-    readers = [outputs[attention.v_groups.of_head == head] for head in range(len(values))]
-    return values, readers, torch.stack([wo.square().sum() for wo in readers])
+    squares = stats.gates[:, None, None] * (outputs.mT @ outputs)
+    own = [attention.v_groups.of_head == head for head in range(len(values))]
+    grams = torch.stack([squares[of].sum(0) for of in own])
+    return values, [outputs[of] for of in own], grams, grams.diagonal(dim1=1, dim2=2).sum(1)
 
 
 def weighted_rows(attention: Attention, kind: str, stats: Statistics) -> tuple[torch.Tensor, ...]:
@@ -53,9 +56,9 @@ def weighted_rows(attention: Attention, kind: str, stats: Statistics) -> tuple[t
         # a head whose queries are all near zero still gets a direction
         energy = energy.clamp(min=max(1e-6 * energy.mean().item(), TINY))
         return rows, energy.sqrt().T[..., None] * rows, stats.inputs.to(rows.dtype)
-    values, readers, sizes = value_heads(attention)
+    values, _, grams, sizes = value_heads(attention, stats)
     if attention.novel is None:
-        e, U = torch.linalg.eigh(torch.stack([(wo.mT @ wo).sum(0) for wo in readers]))
+        e, U = torch.linalg.eigh(grams)
         weighted = e.clamp(min=0).sqrt()[..., None] * (U.mT @ values)
     else:
         weighted = sizes.clamp(min=TINY).sqrt()[:, None, None] * values
@@ -73,7 +76,7 @@ class Costs:
         self.rank, self.weights = (attention.head_dim if kind == "v" else 1), None
         if kind == "v" and attention.novel is not None:  # whose values share a weighted mean
             rows, self.rank = rows[0].unflatten(0, (-1, self.rank)).transpose(0, 1), 1  # (D, G, C)
-            self.weights = value_heads(attention)[2].clamp(min=TINY).sqrt().cpu()
+            self.weights = value_heads(attention, stats)[3].clamp(min=TINY).sqrt().cpu()
         self.gram = (rows @ C @ rows.mH).cpu()  # (F, n rank, n rank); costs add over F
         self.n = self.gram.shape[-1] // self.rank
         if kind == "v" and self.gram.shape[-1] > 512:  # float32 takes two thirds of the time

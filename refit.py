@@ -45,12 +45,13 @@ class Statistics:
     inputs: torch.Tensor  # (C, C) E[x x^T]; not centred, since RoPE makes a constant key vary
     mixed: torch.Tensor  # (C, C) E[m m^T], m = sum_s a_s x_s as attention mixes x for an observed query
     energy: torch.Tensor  # (H, D/2) E|q_f|^2 of each RoPE pair f
+    gates: torch.Tensor  # (H,) E[gate^2] of each head, 1 without gates
 
 
 @torch.no_grad()
 def statistics(model: Llama, tokens: torch.Tensor) -> list[Statistics]:
     """Of every layer, over tokens (N, T). Raises UserError for a model that computes inf or nan."""
-    stats = [Statistics(0, 0, 0) for _ in model.layers]
+    stats = [Statistics(0, 0, 0, 0) for _ in model.layers]
     some, seen = observed(tokens.shape[1], tokens.device)
 
     def observe(attention: Attention, inputs: tuple) -> None:
@@ -60,6 +61,8 @@ def statistics(model: Llama, tokens: torch.Tensor) -> list[Statistics]:
         sums, rows = stats[attention.layer], x.flatten(0, 1)
         sums.inputs += (rows.T @ rows).double()
         sums.mixed += (m.T @ m).double()
+        gates = attention.gate(x).sigmoid() if attention.gate else x.new_ones(*x.shape[:2], q.shape[1])
+        sums.gates += gates.double().square().sum(dim=(0, 1))
         sums.energy += q.unflatten(-1, (-1, 2)).square().sum(dim=(0, 2, 4), dtype=torch.float64)
 
     hooks = [layer.attention.register_forward_pre_hook(observe) for layer in model.layers]
@@ -68,7 +71,8 @@ def statistics(model: Llama, tokens: torch.Tensor) -> list[Statistics]:
         hook.remove()
     require(all(finite), "the model computes inf or nan: its weights are damaged, or its training diverged")
     count, observations = tokens.numel(), len(tokens) * len(seen) * model.config.n_head
-    return [Statistics(s.inputs / count, s.mixed / observations, s.energy / count) for s in stats]
+    counts = (count, observations, count, count)
+    return [Statistics(*(total / n for total, n in zip(vars(s).values(), counts))) for s in stats]
 
 
 @torch.enable_grad()

@@ -99,7 +99,7 @@ def main() -> None:
     device = pick_device(config.device)
     model, tokenizer = build(load(config.ckpt), device, config.kv_bits)
     prompt = tokenizer.prompt(prompt_text(task) if any(task.values()) else config.prompt)
-    require(prompt, "this tokenizer has no BOS to begin with: give a --prompt")
+    require(prompt, "this tokenizer has no BOS: give a --prompt")
     if config.compile:
         compile_step(model)
     how = {"temperature": config.temperature, "top_p": config.top_p, "stop": tokenizer.stop}

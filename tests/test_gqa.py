@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from itertools import combinations, product
 from typing import get_args, get_type_hints
 
@@ -74,6 +75,16 @@ def test_heads_equal_up_to_the_symmetries_merge_at_no_cost(shape):
         both = slot_costs(model, stats, (layer, "kv"))(np.arange(4)[None]).item()
         assert both == pytest.approx(2), "K's and V's cost are no shares of one group's"
     assert_close(merge(model, maps, stats)(tokens), source(tokens), 1e-7)
+
+
+def test_a_gated_head_counts_as_one_whose_output_is_that_much_smaller():
+    model, plain, sets = frozen(gated=True).double(), frozen().double(), np.array([[0, 1], [1, 3]])
+    plain.load_state_dict(model.state_dict(), strict=False)
+    (stats, _), attention, other = statistics(model, TOKENS), *(m.layers[0].attention for m in (model, plain))
+    gates = attention.gate(model.layers[0].attention_norm(model.tok_embeddings(TOKENS))).sigmoid()
+    other.wo.weight *= gates.square().mean((0, 1)).sqrt().repeat_interleave(8)
+    same = Costs(other, "v", replace(stats, gates=torch.ones(4)))
+    assert Costs(attention, "v", stats)(sets) == pytest.approx(same(sets), rel=1e-9)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
