@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -130,7 +131,8 @@ def test_every_step_has_flags_that_exist(monkeypatch):
     for config in ({}, {"fast": True}, other):
         steps = study.steps(study.StudyConfig(**config))
         assert not set("[]<>") & set("".join(steps.values()))
-        for words in (shlex.split(line.removeprefix("-m ")) for line in steps.values()):
+        unlike = {re.sub(r"\d+", "", line): line for line in steps.values()}  # but for numbers
+        for words in (shlex.split(line.removeprefix("-m ")) for line in unlike.values()):
             if words[0] not in ("download", "first_lines"):  # functions
                 done = quick(*words)
                 assert done.returncode == 7, f"{words}: {done.stderr}"
