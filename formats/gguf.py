@@ -68,10 +68,9 @@ def settings_of(fields: dict, tensors: set[str]) -> Settings:
     require(own.get("split.count", 1) < 2, "it is a part of a model: join them, llama-gguf-split --merge")
     n_layer, n_head, dim = own["block_count"], one(own["attention.head_count"]), own["embedding_length"]
     heads = own.get("attention.head_count_kv", n_head)
-    groups = {"n_kv_head": heads}
-    if isinstance(heads, list) and len(set(heads)) == 1:
+    if not isinstance(heads, list) or len(set(heads)) == 1:
         groups = {"n_kv_head": one(heads)}
-    elif isinstance(heads, list):
+    else:
         require(not any(n_head % n for n in heads), f"its K/V heads {heads} do not divide {n_head}"[:160])
         maps = [[head * n // n_head for head in range(n_head)] for n in heads]
         groups = {"k_groups": maps, "v_groups": maps}

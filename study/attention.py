@@ -110,9 +110,11 @@ def main() -> None:
     flags += f" --batch_size {config.batch_size} --device {config.device}"
     flags = [*flags.split(), "--init_from", asked.init_from]
     flags += ["--dataset", asked.dataset] if asked.dataset else []
-    gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    gpu = gpu and 16 <= c.head_dim <= 128 and not any(c.k_latent + c.v_latent)  # what the kernels take
-    here = ("naive", "sdpa", *["triton"] * gpu)
+    here = ["naive", "sdpa"]
+    if device.type == "cuda":
+        from flash_attention import why_not
+
+        here += ["triton"] * (why_not(build_model(load(asked.init_from), device)) is None)
     width = math.gcd(c.dim, c.hidden_dim, c.vocab_size, c.n_head * c.head_dim, *sum(c.kv_widths, ()))
     ranks = [n for n in (1, 2, 4, 8) if width % n == 0]
     rows, writers, prompt = {}, {}, [1] * min(16, c.block_size // 2)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ONE_THREAD, TINY, adapted, command, records, run, small_run, tokens_of
+from conftest import ONE_THREAD, TINY, adapted, command, records, run, sharp_model, small_run, tokens_of
 
 from checkpoint import load
-from common import IGNORE, held
+from common import IGNORE, UserError, held
 from model import Llama, ModelConfig
 from parallel import divided, first_alone, processes, rank, whole
 from train import TrainConfig, learning_rate, make_optimizers, train_step
@@ -93,6 +93,11 @@ def test_a_failure_is_told_once_and_ends_all(tiny_data, tmp_path):
     assert done.returncode != 0 and done.stderr.count("run is in use by another process") == 1, done.stderr
     assert "[rank" not in done.stderr, "a traceback of another process"
     assert not list((tmp_path / "run").glob("*"))
+
+
+def test_float16_cannot_be_shared():
+    with pytest.raises(UserError, match="--dtype bfloat16"):
+        divided(sharp_model(), True, torch.float16, torch.device("cpu"))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
