@@ -4,9 +4,8 @@ A gradient's matrix is dominated by few directions. Muon replaces it, G = U S V^
 get a step of the same length. Five Newton-Schulz iterations come near that with matrix products only, which
 run fast in bfloat16: with M = X X^T, X -> A X + (B M + C M^2) X applies the odd polynomial A s + B s^3 + C
 s^5 to every singular value s. These coefficients have the steepest slope at 0, so small singular values grow
-fast: 500-fold in five iterations. Those above some 0.002 of the norm end somewhere in 0.7 .. 1.2.
-
-It is for the matrices of the blocks. Embeddings, output, norms and biases stay with AdamW.
+fast: 500-fold in five iterations. Those above some 0.002 of the norm end somewhere in 0.7 .. 1.2. It is for
+the matrices of the blocks; all else stays with AdamW.
 """
 
 import math
@@ -14,6 +13,8 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn as nn
+
+from parallel import shard
 
 STEPS, A, B, C = 5, 3.4445, -4.7750, 2.0315
 
@@ -43,13 +44,12 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
+            for p in [p for p in group["params"] if p.grad is not None]:
                 state = self.state[p]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(p.grad)
                 average = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-                update = orthogonalised(p.grad.lerp(average, momentum))
+                G = p.grad.lerp(average, momentum)
+                G = G.full_tensor() if hasattr(G, "full_tensor") else G  # gathered once
                 p.mul_(1 - lr * group["weight_decay"])
-                p.add_(update, alpha=-lr * (0.2 * math.sqrt(max(p.shape))))
+                p.add_(shard(orthogonalised(G), p), alpha=-lr * (0.2 * math.sqrt(max(p.shape))))

@@ -46,7 +46,7 @@ SHAPE_FREE = {"attention", "dropout", "block_size", "rope_theta", "kv_bits"}  # 
 # what a resumed run may not change, besides its shape and its adapter
 RUN_FIXED = {"dataset", "init_from", "seed", "batch_size", "grad_accum", "optimizer", "momentum"}
 RUN_FIXED |= {"teacher", "distil_weight"}
-STREAM = 0.5  # root mean square that begin_embeddings gives to the embeddings' numbers
+STREAM = 0.5  # root mean square of what begin_embeddings makes
 COUNTED = 10**7  # tokens that it reads
 # factors of lr where Muon trains; all else 1 (see docs/recipe.md)
 RATES = {"wq": 2.0, "wk": 2.0, "w1": 0.7, "w2": 0.7, "w3": 0.7}
@@ -204,7 +204,7 @@ def begin_embeddings(model: Llama, tokens: np.ndarray) -> None:
     with the tokens that follow it at one or two places, and with those that precede it. M's first C singular
     directions keep most of it (https://aclanthology.org/Q15-1016). Rows get one length, far above that of
     init_weights, else AdamW's first steps would write over them; the final norm takes that factor back, so
-    that the first logits are no larger. A token that the text lacks begins at 0.
+    that the first logits are no larger. A token not in the text begins at 0.
     """
     V, C = model.tok_embeddings.weight.shape
     ids = torch.from_numpy(tokens[:COUNTED].astype(np.int64))
@@ -243,7 +243,7 @@ def make_optimizers(model: Llama, config: TrainConfig) -> list[torch.optim.Optim
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up to lr, then a line down that would reach min_lr one step after the last."""
+    """Linear warm-up to lr, then a line down, to min_lr one step after the last."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     left = (config.max_steps - step) / (config.max_steps - config.warmup_steps)
@@ -471,8 +471,7 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
     data, val_data = (kind(folder, meta, split, c.block_size) for split in ("train", "val"))
     if "epochs" in flags:
         steps = config.epochs * data.batches(config.batch_size) / config.grad_accum
-        steps = round(steps, 6)  # 9 / 7 * 21 > 27
-        config.max_steps = max(1, math.ceil(steps))
+        config.max_steps = max(1, math.ceil(round(steps, 6)))  # 9 / 7 * 21 > 27
     last = config.max_steps
 
     # ---- model

@@ -5,7 +5,7 @@ from graphlib import TopologicalSorter
 
 from conftest import ROOT
 
-CHAPTER = ["common", "model", "flash_attention", "muon", "nf4", "lora", "checkpoint", "parallel", "train"]
+CHAPTER = ["common", "model", "flash_attention", "parallel", "muon", "nf4", "lora", "checkpoint", "train"]
 CHAPTER += ["eval_ppl", "sample", "refit", "partition", "gqa", "search_groups"]  # each imports earlier ones
 FORMATS = {"common", "model", "nf4", "lora", "checkpoint", "data.tokenizer"}
 ALLOWED = {"": {"data.tokenizer", "data.loader"}, "data": {"common"}, "formats": FORMATS}  # the study: all
