@@ -56,7 +56,7 @@ class Piece(NamedTuple):
         try:
             yield from (part.decode() for part in parts if part.strip())
         except UnicodeDecodeError as error:
-            raise UserError(f"{self.path} is not UTF-8 ({error}): convert it, iconv -t utf-8") from None
+            raise UserError(f"{self.path} is not UTF-8 ({error.reason}): convert it, iconv -t utf8") from None
 
 
 def whole_file(path: Path, name: str = "", separator: bytes = b"") -> Piece:

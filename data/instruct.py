@@ -44,7 +44,7 @@ def records_of(path: Path, fields: str, instruction: str, target: Path | None = 
             rows = json.loads("\n".join(rows))
         for row in rows:
             row = {"input": "", **row}  # many instructions have none
-            texts = [instruction, *((row[name] or "").strip() for name in names)][-3:]
+            texts = [instruction, *(("" if row[name] is None else row[name]).strip() for name in names)][-3:]
             "".join(texts).encode()  # fails for lone surrogates
             records.append(dict(zip(FIELDS, [texts[0] or instruction, *texts[1:]])))
     except Exception as error:

@@ -6,7 +6,7 @@ A batch is a function of (seed, step), so a resumed run reads what an uninterrup
 import json
 import subprocess
 import sys
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -67,21 +67,19 @@ def epoch_starts(seed: int, epoch: int, blocks: int, block_size: int) -> np.ndar
     return rng.integers(block_size) + block_size * rng.permutation(blocks)
 
 
-def step_batches(tokens: np.ndarray, block_size: int, batch_size: int, grad_accum: int, seed: int, step: int):
-    """A list of a step's `grad_accum` Batches, of `batch_size` blocks each. An epoch has each block once."""
-    blocks, rows = (len(tokens) - block_size) // block_size, batch_size * grad_accum
-    numbers = range(step * rows, (step + 1) * rows)
-    starts = [epoch_starts(seed, n // blocks, blocks, block_size)[n % blocks] for n in numbers]
-    data = torch.from_numpy(np.stack([tokens[s : s + block_size + 1] for s in starts]).astype(np.int64))
-    return [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in data.split(batch_size)]
-
-
 class Text:
-    """A split of text: one long row of tokens. `step_batches` takes batch_size, grad_accum, seed, step."""
+    """A split of text: one long row of tokens."""
 
     def __init__(self, folder: Path, meta: dict, split: str, block_size: int):
         self.tokens, self.block_size = open_split(folder, meta, split), block_size
-        self.step_batches = partial(step_batches, self.tokens, block_size)
+
+    def step_batches(self, batch_size: int, grad_accum: int, seed: int, step: int) -> list[Batch]:
+        """The `grad_accum` micro-batches of a step, of `batch_size` blocks. An epoch has each block once."""
+        T, rows = self.block_size, batch_size * grad_accum
+        blocks, numbers = (len(self.tokens) - T) // T, range(step * rows, (step + 1) * rows)
+        starts = [epoch_starts(seed, n // blocks, blocks, T)[n % blocks] for n in numbers]
+        data = torch.from_numpy(np.stack([self.tokens[s : s + T + 1] for s in starts]).astype(np.int64))
+        return [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in data.split(batch_size)]
 
     def batches(self, batch_size: int) -> float:
         """Micro-batches of an epoch."""
@@ -132,7 +130,7 @@ class Examples:
 
     def some(self, most: int) -> list[tuple]:
         """Prompts and answers of some `most` tokens, evenly spread, then sorted by length: little padding."""
-        rows = range(0, len(self.spans), max(1, len(self.tokens) // most))
+        rows = range(0, len(self.spans), max(1, int(self.lengths.sum()) // most))
         return [self.parts(row) for row in sorted(rows, key=self.lengths.__getitem__)]
 
     @lru_cache(maxsize=2)  # noqa: B019

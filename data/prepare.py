@@ -45,7 +45,7 @@ class PrepareConfig:
     fields: list[str] | None = None  # the names of instruction,input,output or input,output, once or per file
     instruction: str = ""  # the instruction of every record, if they have none
     tokenizer: str | None = None  # a tokenizer.model or .json, or a ckpt.pt that has one (default: learn one)
-    vocab_size: int | None = bounded(None, 1, 1 << 20)  # pieces of the learned tokenizer (default: 4096)
+    vocab_size: int | None = bounded(None, 260, 1 << 20)  # pieces of the learned tokenizer (default: 4096)
     out: str | None = None  # folder to write (default: data/NAME beside this script)
     overwrite: bool = False  # replace a folder that is already prepared
 
@@ -121,7 +121,7 @@ def write_split(split: list, tokenizer: Tokenizer, path: Path, seen: dict[bytes,
             np.array(ids + end, dtype).tofile(tokens)
             counts.update(documents=1, bytes=len(text.encode()), tokens=len(ids + end))
             counts["longest"] = max(counts["longest"], len(ids + end))
-    require(counts["documents"] > 0, f"no text is left for the {path.stem} split: give more of it, in lines")
+    require(counts["documents"] > 0, f"nothing is left for the {path.stem} split: give more lines or records")
     for file in paths:
         if file.stat().st_size:
             counts[FILES[file.suffix]] = sha256_of(file)
@@ -158,7 +158,7 @@ def write_folder(config: PrepareConfig, folder: Path) -> None:
 def prepare(config: PrepareConfig) -> Path:
     """Write the folder of a data set and return it. It appears whole or not at all."""
     folder = (Path(config.out) if config.out else DATA / config.name).resolve()  # a link stays one
-    require(folder.name, f"--out {config.out} is no folder for data alone: give another")
+    require(folder.name and not folder.is_file(), f"--out {folder} is no folder for data: give another")
     partial = folder.with_name(folder.name + ".partial")
     ours = {"meta.json", "tokenizer.model", *(f"{name}{end}" for name in SPLITS for end in FILES)}
     with held(partial):

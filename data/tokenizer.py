@@ -83,6 +83,8 @@ class Tokenizer:
         """Learn `vocab_size` pieces from lines of text. Raises UserError if the text has too few."""
         model = io.BytesIO()
         how = {"model_writer": model, "vocab_size": vocab_size, "minloglevel": 2, **SETTINGS}
+        rare = sum(line.count(" ") for line in lines) < 0.001 * sum(map(len, lines))
+        how |= {"required_chars": SPACE} if rare else {}  # as bytes, spaces would come back as U+2581
         try:
             spm.SentencePieceTrainer.train(sentence_iterator=iter(lines), **how)
         except RuntimeError as error:  # [its source line] the reason, or flags of its own

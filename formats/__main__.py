@@ -50,11 +50,12 @@ def import_model(source: Path, tokenizer: str | None, block_size: int | None) ->
     else:
         kinds = "a folder with config.json (Hugging Face) or params.json (Meta), a .gguf, or llama2.c's .bin"
         raise UserError(f"{source}: no such file or model: name {kinds}; an adapter needs --base BASE.pt")
-    if block_size:
-        settings["block_size"] = block_size
+    settings |= {"block_size": block_size} if block_size else {}
+    ends = [weights[name] for name in ("tok_embeddings.weight", "output.weight") if name in weights]
+    settings["tie_embeddings"] |= len({x.data_ptr() for x in ends}) < len(ends)  # one matrix
     c = model_config({"config": settings})
-    if c.tie_embeddings and "tok_embeddings.weight" in weights:
-        weights.setdefault("output.weight", weights["tok_embeddings.weight"])
+    if c.tie_embeddings and ends:  # the file may have either name
+        weights = dict.fromkeys(("tok_embeddings.weight", "output.weight"), ends[0]) | weights
     load_weights(empty_model(c), weights, str(source))
     check_finite(weights, source)
     if c.tie_embeddings and not torch.equal(weights["output.weight"], weights["tok_embeddings.weight"]):

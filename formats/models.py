@@ -75,8 +75,7 @@ def read_hugging_face(folder: Path) -> tuple[Settings, Weights]:
         settings = settings_of(read_json(path))
         c = checked(ModelConfig, settings)
     ours = {their_name(name): name for name in empty_model(c).state_dict()}
-    weights = {ours.get(name, name): x for name, x in read_shards(folder).items()}
-    weights = {name: x for name, x in weights.items() if ".rotary_emb." not in name}  # of old releases
+    weights = {ours.get(n, n): x for n, x in read_shards(folder).items() if ".rotary_emb." not in n}
     with reading(folder, "LlamaForCausalLM"):
         permute_rows(weights, c.head_dim, to_pairs=True)
     return settings, weights

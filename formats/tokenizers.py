@@ -147,7 +147,7 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes | dict]:
     files = {"tokenizer_config.json": settings}
     if isinstance(tokenizer, JsonTokenizer):
         fields, own = json.loads(tokenizer.file), JsonTokenizer(tokenizer.file)
-        if (own.bos, own.add_bos) != (tokenizer.bos, tokenizer.add_bos):
+        if tokenizer.add_bos and (own.bos, own.add_bos) != (tokenizer.bos, True):
             fields["post_processor"] = bos_template(tokenizer)
     else:
         files["tokenizer.model"] = tokenizer.file

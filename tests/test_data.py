@@ -50,7 +50,8 @@ def test_a_space_before_every_text_is_no_byte_and_tokenizers_that_lose_text_are_
     assert ids.tolist() == [1, *prefix.sp.encode(text)] and prefix.decode(ids.tolist()) == text
     assert prefix.token_bytes()[ids].sum() == len(text), "a space before every text is no byte"
     assert bits_per_byte(np.log(2), ids, prefix) == (len(ids) - 1) / len(text)
-    assert prepared(str(tiny_data))[2].is_exact() and prefix.is_exact()
+    unspaced = Tokenizer.train(["山川日月" * 9] * 9, 270)
+    assert all(t.is_exact() for t in (prepared(str(tiny_data))[2], prefix, unspaced))
     for size, lossy in ((290, {"normalization_rule_name": "nmt_nfkc"}), (22, {"byte_fallback": False})):
         with mock.patch.dict("data.tokenizer.SETTINGS", lossy):
             assert not Tokenizer.train(["some words, and some more words"] * 20, size).is_exact()
@@ -244,6 +245,8 @@ def test_a_prompt_is_in_one_split_only_and_given_splits_are_kept(tmp_path):
     splits_of([*tasks(), both], [{**both, "output": ""}, tasks()[0]])
     made(tmp_path / "out", "x", **how, overwrite=True)
     assert "the same" in "".join((tmp_path / f"out/{n}.jsonl").read_text() for n in ("train", "val"))
+    with pytest.raises(UserError, match="record 1,"):
+        splits_of([{**both, "output": 0}])  # is no text, as 1 is none
     (found, *_) = splits_of([{**row, "instruction": ""} for row in tasks()], instruction="Do.")
     assert {row["instruction"] for row in found} == {"Do."}
 
@@ -295,6 +298,8 @@ def test_too_long_examples_are_counted_and_not_cut(data, tmp_path, capsys):
     assert out > 0 and len(examples.spans) + out == len(lengths)
     assert f"{out} of " in capsys.readouterr().err
     assert all(examples.parts(row)[1][-1] == 2 for row in range(len(examples.spans)))
+    examples = Examples(*data, "train", int(np.median(lengths)))  # half of the tokens of those that fit
+    assert len(examples.some(int(examples.lengths.sum()) // 2)) == -(-len(examples.spans) // 2)
     refused(quick("train.py", "--dataset", data[0], "--out_dir", tmp_path, "--block_size", 8), "longer than")
 
 

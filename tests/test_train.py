@@ -5,6 +5,8 @@ import math
 import signal
 import time
 from collections import Counter
+from functools import partial
+from types import SimpleNamespace
 from unittest import mock
 
 import conftest
@@ -17,7 +19,7 @@ from conftest import TINY, assert_close, quick, refused, run, sharp_model, small
 import train
 from checkpoint import load, model_config, save
 from common import IGNORE, UserError, autocast, exit_cleanly, replacing
-from data.loader import read_meta, step_batches
+from data.loader import Text, read_meta
 from lora import LoRAConfig, adapt
 from model import Llama, ModelConfig
 from muon import orthogonalised
@@ -67,12 +69,12 @@ def test_ten_steps_equal_those_of_transformers_and_torch_optim(tiny_data, tmp_pa
     checkpoint = load(tmp_path / "ckpt.pt")
     torch.manual_seed(5)
     model, losses, norms = Llama(model_config(checkpoint)), [], []
-    tokens = np.memmap(tiny_data / "train.bin", np.uint16, "r")
-    begin_embeddings(model, tokens)
+    data = Text(*read_meta(str(tiny_data)), "train", 32)
+    begin_embeddings(model, data.tokens)
     start, twin = conftest.to_hugging_face(model).state_dict(), conftest.to_hugging_face(model).train()
     optimizers = their_optimizers(twin, optimizer == "muon", decay, momentum)
     for step in range(10):
-        ((x, y),) = step_batches(tokens, 32, 6, 1, seed=5, step=step)
+        ((x, y),) = data.step_batches(6, 1, seed=5, step=step)
         loss = F.cross_entropy(twin(x).logits.flatten(0, 1), y.flatten())
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(twin.parameters(), clip).item())
@@ -170,16 +172,17 @@ def test_a_gradient_that_is_not_finite_anywhere_steps_no_parameter(dtype):
 
 def test_an_epoch_shows_every_block_once_and_accumulation_cuts_a_batch():
     tokens, T = np.arange(1000, dtype=np.uint16), 16
-    steps = [step_batches(tokens, T, 3, 2, seed=5, step=step) for step in range(21)]
+    batches_of = partial(Text.step_batches, SimpleNamespace(tokens=tokens, block_size=T))
+    steps = [batches_of(3, 2, seed=5, step=step) for step in range(21)]
     starts = [x[row, 0].item() for batches in steps for x, _ in batches for row in range(3)]
     blocks = (len(tokens) - T) // T
     for epoch in (starts[:blocks], starts[blocks : 2 * blocks]):
         assert len(set(epoch)) == blocks and len({start % T for start in epoch}) == 1
     assert starts[0] % T != starts[blocks] % T, "each epoch cuts the text at other places"
     for step in (0, 4, 20):  # --grad_accum 2 --batch_size 3 reads the rows of 1 x 6
-        ((x, y),) = step_batches(tokens, T, 6, 1, seed=5, step=step)
+        ((x, y),) = batches_of(6, 1, seed=5, step=step)
         assert torch.equal(x, torch.cat([part for part, _ in steps[step]])) and torch.equal(y, x + 1)
-        assert not torch.equal(x, step_batches(tokens, T, 6, 1, seed=6, step=step)[0][0])
+        assert not torch.equal(x, batches_of(6, 1, seed=6, step=step)[0][0])
 
 
 def started(data, out, step, *flags):
