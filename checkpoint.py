@@ -215,12 +215,10 @@ def show(path: str | Path) -> None:
 
 def main() -> None:
     config = CheckpointConfig(**parse(__doc__, CheckpointConfig))
-    if config.action == "show":
-        show(config.ckpt)
-        return
-    writable(Path(config.out), config.overwrite)
-    save(Path(config.out), merged(load(config.ckpt)))
-    show(config.out)
+    if config.action == "merge":
+        writable(Path(config.out), config.overwrite)
+        save(Path(config.out), merged(load(config.ckpt)))
+    show(config.ckpt if config.action == "show" else config.out)
 
 
 if __name__ == "__main__":

@@ -145,11 +145,11 @@ def note(text: str) -> None:
 
 def exit_cleanly(main: typing.Callable[[], None]) -> None:
     """Call main(); a user's mistake, a full disk or too little memory is one line on stderr and exit 2."""
-    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a letter shows ? in its place
+    sys.stdout.reconfigure(errors="replace")  # letters that the terminal lacks become ?
     try:
         main()
         sys.stdout.flush()
-    except BrokenPipeError:  # `| head` closed our output: nobody is left to tell
+    except BrokenPipeError:  # `| head` closed our output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
@@ -157,6 +157,7 @@ def exit_cleanly(main: typing.Callable[[], None]) -> None:
     except Exception as error:
         lost = isinstance(error, RuntimeError) or os.environ.get("RANK", "0") != "0"
         if "TORCHELASTIC_RUN_ID" in os.environ and lost:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # train.py has caught it
             time.sleep(5)  # torchrun ends all processes once one has failed: let the root cause report first
         message = str(error).strip().split("\n")[0]
         full = isinstance(error, MemoryError | torch.OutOfMemoryError)

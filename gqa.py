@@ -84,7 +84,7 @@ def merge_keys(attention: Attention, groups: Groups, stats: Statistics) -> tuple
             q[attention.k_groups.of_head == head] *= factor.conj()[:, None]
         shared.append(z[:, -1])
     both = q, torch.stack(shared)
-    return tuple(torch.view_as_real(heads).transpose(2, 3).flatten(0, 2) for heads in both)
+    return tuple(torch.view_as_real(heads).transpose(2, 3).flatten(0, 2).contiguous() for heads in both)
 
 
 def merge_values(attention: Attention, groups: Groups, stats: Statistics) -> tuple[torch.Tensor, ...]:

@@ -88,7 +88,7 @@ class ModelConfig:
                 require(dense, f"{name} has {of_head}: give {H} group numbers that skip none from 0 on")
         n = max(self.k_groups[0]) + 1
         even = [[h * n // H for h in range(H)]] * self.n_layer
-        self.n_kv_head = n if H % n == 0 and self.k_groups == self.v_groups == even else H
+        self.n_kv_head = n if H % n == 0 and self.k_groups == self.v_groups == even else None
         self.k_latent = [r if any(r) else [] for r in self.k_latent or [[]] * self.n_layer]
         self.v_latent = self.v_latent or [0] * self.n_layer
         wrong = "k_latent or v_latent is of another model"

@@ -188,5 +188,5 @@ def whitening(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """C^(1/2) and C^(-1/2) of C = E[x x^T] over x (..., n), and a little more on its diagonal."""
     rows = x.flatten(0, -2).double()
     C = rows.T @ rows / len(rows)
-    strength, U = torch.linalg.eigh(C + 1e-5 * C.diagonal().mean() * torch.eye(len(C)).to(C))
+    strength, U = torch.linalg.eigh(C + (1e-5 * C.diagonal().mean() + TINY) * torch.eye(len(C)).to(C))
     return tuple((U * strength**power @ U.T).type_as(x) for power in (0.5, -0.5))

@@ -94,8 +94,7 @@ def compile_step(model: Llama) -> None:
 def main() -> None:
     config = SampleConfig(**parse(__doc__, SampleConfig))
     task = {"instruction": config.instruction, "input": config.input}
-    both = config.prompt and any(task.values())
-    require(not both, "--prompt is text to continue, --instruction a task: give one of them")
+    require(not (config.prompt and any(task.values())), "--prompt is a text, --instruction a task: give one")
     device = pick_device(config.device)
     model, tokenizer = build(load(config.ckpt), device, config.kv_bits)
     prompt = tokenizer.prompt(prompt_text(task) if any(task.values()) else config.prompt)

@@ -43,11 +43,10 @@ from parallel import (
 )  # fmt: skip
 
 SHAPE_FREE = {"attention", "dropout", "block_size", "rope_theta", "kv_bits"}  # any weights allow them
-# what a resumed run may not change, besides its shape and its adapter
+# what a resumed run may not change, nor its shape or adapter
 RUN_FIXED = {"dataset", "init_from", "seed", "batch_size", "grad_accum", "optimizer", "momentum"}
 RUN_FIXED |= {"teacher", "distil_weight"}
 STREAM = 0.5  # root mean square of what begin_embeddings makes
-COUNTED = 10**7  # tokens that it reads
 # factors of lr where Muon trains; all else 1 (see docs/recipe.md)
 RATES = {"wq": 2.0, "wk": 2.0, "w1": 0.7, "w2": 0.7, "w3": 0.7}
 STATE = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}  # of each parameter
@@ -131,7 +130,8 @@ def default_out_dir(flags: dict, source: dict) -> str:
     """out/stdlib-6x256-novel: data set, layers x width, and what is unusual."""
     c, lora, config = settle({**flags, "resume": False}, source)
     parts = [Path(config.dataset).name, f"{c.n_layer}x{c.dim}"]
-    parts += [f"kv{c.n_kv_head}"] * (c.n_kv_head != c.n_head) + ["novel"] * c.novel + ["gated"] * c.gated
+    parts += [f"kv{c.n_kv_head}"] * (c.n_kv_head not in (None, c.n_head))
+    parts += ["novel"] * c.novel + ["gated"] * c.gated
     parts += [f"lora{lora.lora_r}"] * (lora.lora_r > 0) + [lora.quantize] * (lora.quantize != "none")
     parts += ["tuned"] * (source != {} and not lora.lora_r) + ["healed"] * (config.teacher is not None)
     return "out/" + "-".join(parts)
@@ -207,7 +207,7 @@ def begin_embeddings(model: Llama, tokens: np.ndarray) -> None:
     that the first logits are no larger. A token not in the text begins at 0.
     """
     V, C = model.tok_embeddings.weight.shape
-    ids = torch.from_numpy(tokens[:COUNTED].astype(np.int64))
+    ids = torch.from_numpy(tokens[: 10**7].astype(np.int64))
     pairs = torch.cat([ids[:-distance] * V + ids[distance:] for distance in (1, 2)])
     pairs, counts = pairs.unique(return_counts=True)
     first, second, counts = pairs // V, pairs % V, counts.float()
@@ -362,9 +362,8 @@ def describe(model: Llama, config: TrainConfig, lora: LoRAConfig, data: Text | E
         on += f", base in {lora.quantize}" * (lora.quantize != "none")
         print(f"trainable: {trainable:,} of {params:,} parameters ({100 * trainable / params:.2f}%) | {on}")
     epochs = config.max_steps * config.grad_accum / data.batches(config.batch_size)
-    most = config.batch_size * config.grad_accum * c.block_size
-    print(f"batch: {config.batch_size} sequences x {config.grad_accum} micro-batches, up to ", end="")
-    print(f"{most:,} tokens a step; {config.max_steps:,} steps = {epochs:.3f} epochs of {config.dataset}")
+    batch = f"{config.grad_accum} x {config.batch_size} sequences of up to {c.block_size} tokens a step"
+    print(f"batch: {batch}; {config.max_steps:,} steps = {epochs:.3f} epochs of {config.dataset}")
     settings = {"model": asdict(c), "lora": asdict(lora), "train": asdict(config)}
     return {**settings, "params": params, "trainable": trainable, "epochs": epochs}
 
@@ -510,8 +509,7 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
     constant = {"config": asdict(c), "train": asdict(config), "data": meta, "tokenizer": tokenizer.data}
     constant |= {"grouped": checkpoint["grouped"]} if "grouped" in checkpoint else {}
     constant |= {"lora": asdict(lora)} if lora.lora_r else {}
-    log = Log(path.with_name("log.jsonl"), checkpoint["log_size"] if config.resume else 0)
-    log.write(step=step, **describe(model, config, lora, data))
+    log, header = None, describe(model, config, lora, data)
     how = str(dtype).removeprefix("torch.") + ", compiled" * config.compile
     how += f", {world()} processes" * (world() > 1) + " that share the weights" * config.fsdp
     since = f", continued from step {step}" * config.resume
@@ -530,10 +528,13 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
             state = whole(state | {"optimizers": [optimizer.state_dict() for optimizer in optimizers]})
             state |= {"step": step, "tokens": tokens, "seconds": seconds, "scaler": scaler.state_dict()}
             if rank() == 0:
-                save(path, constant | state | {"log_size": log.size()})
+                save(path, constant | state | {"log_size": log.size() if log else 0})
             saved = step
             # all wait: a rank that left before would have torchrun end rank 0 while it writes
             stop = sum_over_ranks(len(caught)) > 0
+        if log is None:  # only now: if the first save fails, an overwritten run keeps its log
+            log = Log(path.with_name("log.jsonl"), checkpoint["log_size"] if config.resume else 0)
+            log.write(step=step, **header)
         if due and step and config.eval_tokens and not stop:  # after saving: it may fail
             validate(model, val_data, config, dtype, step, log)
         if stop or step == last:

@@ -54,7 +54,6 @@ train.py --init_from run/ckpt.pt --max_steps 1 --out_dir new
     --dim 48                                 --dim
     --dataset other                          other has another tokenizer
     --init_from odd.pt                       dataset 3
-    --quantize nf4                           --lora_r
     --lora_alpha 3                           --lora_r
     --init_from lora.pt --lora_r 8           --lora_r
 data/prepare.py --out new mine
@@ -66,7 +65,6 @@ data/prepare.py --out new mine
     --from tasks.json --fields a,b           --fields
     --parallel text.txt tasks.json           tasks.json
 eval_ppl.py run/ckpt.pt
-    --text nosuch.txt                        nosuch.txt
     --text latin.txt                         latin.txt
     --stride 100 --context 10                --stride
     --text text.txt --dataset data           --text
@@ -78,7 +76,6 @@ sample.py
     nan.pt                                   inf or nan
 checkpoint.py
     show hf                                  formats import hf
-    merge lora.pt --out /                    / exists
     merge run/ckpt.pt --out new.pt           adapter
     merge lora.pt --out run/ckpt.pt          --overwrite
     merge part.pt --out new.pt               tok_embeddings
@@ -92,9 +89,7 @@ gqa.py run/ckpt.pt --out new.pt --calibration_tokens 1024
     --kv_budget 0.5 --out run/ckpt.pt/x.pt   cannot write
     --kv_budget 0.5 --out lora.pt            --overwrite
 search_groups.py run/ckpt.pt --out new.json --calibration_tokens 1024
-    --kv_budget 0.01                         --kv_budget
     --kv_budget 0.5 --search_tokens 4        --search_tokens
-    --kv_budget 0.5 --out tasks.json         --overwrite
 -m formats
     import nosuch new.pt                     nosuch
     import hf new.pt --tokenizer text.txt    text.txt
@@ -106,7 +101,6 @@ search_groups.py run/ckpt.pt --out new.json --calibration_tokens 1024
     export five.pt new                       n_head
     export lora.pt new                       checkpoint.py merge
     export run/ckpt.pt new.pt --adapter      --lora_r
-    export lora.pt new.gguf --adapter        import writes a .pt
     import hf new.gguf                       import writes a .pt
     import lora.pt new.pt --base run/ckpt.pt --block_size 64    --block_size
 -m study
@@ -298,9 +292,11 @@ def test_a_diverging_run_keeps_the_last_good_checkpoint(tiny_data, tmp_path, eve
     assert saved["step"] == 0 and all(x.abs().max() < 2 for x in saved["model"].values())
 
 
-def test_a_full_disk_keeps_the_checkpoint_written_before(tiny_run, tmp_path):
+def test_a_full_disk_keeps_the_checkpoint_written_before(tiny_run, tiny_data, tmp_path):
     out, most = shutil.copytree(tiny_run.parent, tmp_path / "run"), (60_000, 60_000)  # a log fits
     limited = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, most)}
-    done = command("train.py", "--out_dir", out, "--resume", "--max_steps", 40, **limited)
-    refused(done, "cannot write", "ckpt.pt", "kept")
-    assert (out / "ckpt.pt").read_bytes() == tiny_run.read_bytes() and not list(out.glob("*.tmp"))
+    for how in (["--out_dir", out, "--resume"], [*small_run(tiny_data, out), "--overwrite"]):
+        log = (out / "log.jsonl").read_bytes()
+        refused(command("train.py", *how, "--max_steps", 40, **limited), "cannot write", "ckpt.pt", "kept")
+        assert (out / "ckpt.pt").read_bytes() == tiny_run.read_bytes() and not list(out.glob("*.tmp"))
+    assert (out / "log.jsonl").read_bytes() == log

@@ -85,17 +85,17 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny_data, tmp_path):
 
 
 def test_a_failure_is_told_once_and_ends_all(tiny_data, tmp_path):
-    """A mistake that all processes see, and one that only the first sees, for which the second waits."""
+    """A mistake that all processes see, in time or while they train, and one that only the first sees."""
     done = together(2, "train.py", *small_run(tiny_data, tmp_path), "--max_stepz", 2)
     assert done.returncode != 0 and done.stderr.count("train.py: error:") == 1, done.stderr
+    explode = ["--lr", 1e9, "--optimizer", "adamw", "--max_steps", 9]
+    done = together(2, "train.py", *small_run(tiny_data, tmp_path / "lost"), *explode)
+    assert done.stderr.count("train.py: error: training diverged") == 1 and "[rank" not in done.stderr
     with held(tmp_path / "run"):
         done = together(2, "train.py", *small_run(tiny_data, tmp_path / "run"), "--max_steps", 3)
     assert done.returncode != 0 and done.stderr.count("run is in use by another process") == 1, done.stderr
     assert "[rank" not in done.stderr, "a traceback of another process"
     assert not list((tmp_path / "run").glob("*"))
-
-
-def test_float16_cannot_be_shared():
     with pytest.raises(UserError, match="--dtype bfloat16"):
         divided(sharp_model(), True, torch.float16, torch.device("cpu"))
 
