@@ -362,7 +362,7 @@ def describe(model: Llama, config: TrainConfig, lora: LoRAConfig, data: Text | E
         on += f", base in {lora.quantize}" * (lora.quantize != "none")
         print(f"trainable: {trainable:,} of {params:,} parameters ({100 * trainable / params:.2f}%) | {on}")
     epochs = config.max_steps * config.grad_accum / data.batches(config.batch_size)
-    batch = f"{config.grad_accum} x {config.batch_size} sequences of up to {c.block_size} tokens a step"
+    batch = f"{config.grad_accum} x {config.batch_size} sequences of up to {c.block_size} tokens"
     print(f"batch: {batch}; {config.max_steps:,} steps = {epochs:.3f} epochs of {config.dataset}")
     settings = {"model": asdict(c), "lora": asdict(lora), "train": asdict(config)}
     return {**settings, "params": params, "trainable": trainable, "epochs": epochs}
