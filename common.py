@@ -145,6 +145,7 @@ def note(text: str) -> None:
 
 def exit_cleanly(main: typing.Callable[[], None]) -> None:
     """Call main(); a user's mistake, a full disk or too little memory is one line on stderr and exit 2."""
+    sys.argv[0] = os.path.basename(sys.argv[0].removesuffix("/__main__.py"))
     sys.stdout.reconfigure(errors="replace")  # letters that the terminal lacks become ?
     try:
         main()
@@ -165,8 +166,7 @@ def exit_cleanly(main: typing.Callable[[], None]) -> None:
             message = f"out of memory: try a smaller batch, context or model ({message[:160]})"
         elif not isinstance(error, UserError | OSError):
             raise  # a bug keeps its traceback
-        name = os.path.basename(sys.argv[0].removesuffix("/__main__.py"))
-        print(f"{name}: error: {message}", file=sys.stderr)
+        print(f"{sys.argv[0]}: error: {message}", file=sys.stderr)
         sys.exit(2)
 
 

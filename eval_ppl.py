@@ -99,7 +99,7 @@ def split_tokens(checkpoint: dict, tokenizer: Tokenizer, dataset, split: str) ->
     require(isinstance(name, str), "the checkpoint names no data set: give --dataset (or eval_ppl.py --text)")
     folder, meta = read_meta(name)
     if meta["kind"] == "instructions":
-        raise UserError(f"{folder} holds instructions: python -m study score, or give --dataset of text")
+        raise UserError(f"{folder} holds instructions: give --dataset of text, or python -m study score")
     if (folder / "tokenizer.model").read_bytes() != tokenizer.data:
         raise UserError(f"{folder} has another tokenizer than the checkpoint: give --dataset of the same")
     changed = trained_on(checkpoint, split) != meta["splits"][split].get("sha256")

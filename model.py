@@ -86,9 +86,6 @@ class ModelConfig:
             for of_head in groups:
                 dense = len(of_head) == H and set(of_head) == set(range(len(set(of_head))))
                 require(dense, f"{name} has {of_head}: give {H} group numbers that skip none from 0 on")
-        n = max(self.k_groups[0]) + 1
-        even = [[h * n // H for h in range(H)]] * self.n_layer
-        self.n_kv_head = n if H % n == 0 and self.k_groups == self.v_groups == even else None
         self.k_latent = [r if any(r) else [] for r in self.k_latent or [[]] * self.n_layer]
         self.v_latent = self.v_latent or [0] * self.n_layer
         wrong = "k_latent or v_latent is of another model"
@@ -99,6 +96,9 @@ class ModelConfig:
         require(self.kv_bits > 4 or not any(r % 2 for r in self.v_latent), "v_latent is odd: use --kv_bits 8")
         self.k_groups = [[0] * H if r else groups for r, groups in zip(self.k_latent, self.k_groups)]
         self.v_groups = [[0] * H if r else groups for r, groups in zip(self.v_latent, self.v_groups)]
+        n = max(self.k_groups[0]) + 1
+        even = [[h * n // H for h in range(H)]] * self.n_layer == self.k_groups == self.v_groups
+        self.n_kv_head = n if H % n == 0 and even and not any(self.k_latent + self.v_latent) else None
         require(self.kv_bits in (4, 8, 16), f"kv_bits is {self.kv_bits}: give --kv_bits 4, 8 or 16")
 
     @property

@@ -132,7 +132,7 @@ def whole(state, seen: dict | None = None):
 
 
 def shard(x: torch.Tensor, like: nn.Parameter) -> torch.Tensor:
-    """This rank's shard of what each rank has whole, if the parameter that it belongs to is sharded."""
+    """This rank's shard of what each rank has whole, if its parameter is sharded."""
     if not hasattr(like, "full_tensor") or x.shape != like.shape:
         return x
     from torch.distributed.tensor import distribute_tensor

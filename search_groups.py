@@ -1,7 +1,7 @@
 """Find how many key and value heads each layer of a model needs, for a KV-cache budget or over all budgets.
 
     python search_groups.py ckpt.pt --kv_budget 0.5 --out groups.json
-    python search_groups.py ckpt.pt --groups_power 2 --out groups.json \
+    python search_groups.py ckpt.pt --groups_power 2 --out groups.json \\
         --method random --joint --merge mean --refit none               # a published search: ppl * groups^2
     python gqa.py ckpt.pt --groups groups.json --out grouped.pt
 

@@ -56,6 +56,7 @@ LLAMA2C_ORDER += ("norm", "cos", "sin", "output")
 def their_name(ours: str) -> str:
     """layers.3.attention.wq.weight -> model.layers.3.self_attn.q_proj.weight; lora_A stays so."""
     layer, part, kind = re.fullmatch(r"(layers\.\d+\.)?(.+)\.(\w+)", ours).groups()
+    require(part in NAMES, f"no other Llama has {part}: a model with it can be merged, not exported")
     return f"{'model.' + layer if layer else ''}{NAMES[part]}.{kind}"
 
 
@@ -134,8 +135,7 @@ def read_meta(folder: Path) -> tuple[Settings, Weights]:
             "block_size": params.get("max_seq_len", 2048), "tie_embeddings": "output.weight" not in weights,
         }  # fmt: skip
         if params.get("use_scaled_rope"):
-            if "rope_scaling_factor" not in params:
-                raise UserError("add rope_scaling_factor to params.json: 8 for Llama 3.1, 32 for Llama 3.2")
+            require("rope_scaling_factor" in params, "add rope_scaling_factor: 8 for Llama 3.1, 32 for 3.2")
             values = (params["rope_scaling_factor"], 1, params.get("rope_high_freq_factor", 4), 8192)
             settings["rope_scaling"] = dict(zip(ROPE_SCALING, values))
         return settings, weights

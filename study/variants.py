@@ -35,5 +35,5 @@ def change(model: Llama, how: str) -> None:
 
 def begin_main() -> None:
     how = sys.argv.pop(1) if len(sys.argv) > 1 else ""
-    require(how in ("scaled", "torch"), f"begin {how}: give scaled or torch, then flags of train.py")
+    require(how in ("scaled", "torch"), "begin takes scaled or torch, and then flags of train.py")
     train.main(None if "--resume" in sys.argv else partial(change, how=how))

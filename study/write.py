@@ -28,7 +28,7 @@ class TextConfig:
 
     ckpt: str  # the checkpoint
     folder: str  # where the texts go
-    tokens: int = bounded(2_000_000, 1)  # to write
+    tokens: int = bounded(2_000_000, 1)  # to write at least, batch by batch
     dataset: str | None = None  # prepared text to take beginnings from (default: they begin with nothing)
     batch_size: int = bounded(64, 1)  # texts written at a time
     seed: int = bounded(0, 0, 2**32 - 1)  # of beginnings and texts
