@@ -290,10 +290,10 @@ def main() -> None:
         value = f" | {search.value(row):.6g}" if search.total is None else ""
         print(f"  {ratio} | {cache}{value} | {row['name']}")
     print(f"{search.evals} groupings looked at; all measurements are in {config.log}")
-    how = f" --dataset {config.dataset}" if config.dataset else ""  # gqa.py refits all unless told otherwise
+    how, small = f" --dataset {config.dataset}" if config.dataset else "", Path(config.out).with_suffix(".pt")
     how += " --merge mean" * (config.merge == "mean") + " --refit none" * (config.refit == "none")
     how += f" --seed {config.seed} --calibration_tokens {config.calibration_tokens}"
-    print(f"--- next:\npython gqa.py {config.ckpt} --groups {config.out} --out grouped.pt{how}")
+    print(f"--- next:\npython gqa.py {config.ckpt} --groups {config.out} --out {small}{how}")
 
 
 if __name__ == "__main__":

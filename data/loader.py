@@ -41,7 +41,7 @@ def read_meta(dataset: str) -> tuple[Path, dict]:
 def prepared(dataset: str, *flags: str) -> tuple[Path, dict, Tokenizer]:
     """Folder, record and tokenizer. A built-in data set is prepared first if need be, by another process,
     so that the peak memory of the training is the training's."""
-    if dataset in BUILT_IN and not (DATA / dataset / "meta.json").exists():
+    if dataset in BUILT_IN and not any(Path(f, dataset, "meta.json").exists() for f in (".", DATA)):
         print(f"preparing the data: python data/prepare.py {' '.join([dataset, *flags])}", flush=True)
         if code := subprocess.call([sys.executable, str(DATA / "prepare.py"), dataset, *flags]):
             sys.exit(code)  # it has printed the reason

@@ -158,15 +158,15 @@ def write_folder(config: PrepareConfig, folder: Path) -> None:
 def prepare(config: PrepareConfig) -> Path:
     """Write the folder of a data set and return it. It appears whole or not at all."""
     folder = (Path(config.out) if config.out else DATA / config.name).resolve()  # a link stays one
-    require(folder.name and not folder.is_file(), f"--out {folder} is no folder for data: give another")
+    bad = not folder.name or folder.is_file() or folder.is_mount() or folder == Path.cwd()  # irreplaceable
+    require(not bad, f"--out {config.out} is no folder for data alone: name a new one in it")
     partial = folder.with_name(folder.name + ".partial")
     ours = {"meta.json", "tokenizer.model", *(f"{name}{end}" for name in SPLITS for end in FILES)}
     with held(partial):
         done, found = folder / "meta.json", [*folder.glob("*"), *partial.glob("*")]
         require(config.overwrite or not done.exists(), f"{folder} is prepared: use it, or --overwrite")
         others = {path.name for path in found} - ours
-        what = f"{folder} or its .partial holds something else than a data set"
-        require(not others, f"{what}: give another name or --out")
+        require(not others, f"{folder} or its .partial holds something else: give another name or --out")
         try:
             write_folder(config, partial)  # over what a preparation that was killed has left there
             done.unlink(missing_ok=True)  # first: a folder without it is no data set

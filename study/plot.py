@@ -26,7 +26,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from checkpoint import build, load, model_config
-from common import UserError, parse, require
+from common import UserError, parse, replacing, require
 from gqa import MergeConfig, open_inputs
 from model import Llama, ModelConfig, rope_angles, scores
 from partition import TINY, Costs
@@ -53,13 +53,13 @@ class PlotConfig:
 
 def save(draw: Callable[[], Figure], path: Path) -> None:
     """Draw a figure twice: for light pages, and for dark ones, NAME-dark."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     for name, ink, paper in (("", "#1f2328", "#ffffff"), ("-dark", "#e6edf3", "#0d1117")):
         style = dict.fromkeys(inked, ink) | {"axes.prop_cycle": matplotlib.cycler(color=COLOURS)}
         style |= dict.fromkeys(("figure.facecolor", "axes.facecolor", "legend.facecolor"), paper)
-        with matplotlib.rc_context({**style, "font.size": 10, "grid.alpha": 0.3, "legend.framealpha": 0.6}):
-            draw().savefig(path.with_stem(path.stem + name), dpi=150)
+        style |= {"font.size": 10, "grid.alpha": 0.3, "legend.framealpha": 0.6}
+        with matplotlib.rc_context(style), replacing(path.with_stem(path.stem + name), "wb") as file:
+            draw().savefig(file, dpi=150, format=path.suffix[1:])
 
 
 def grid(rows: int, columns: int, width: float = 7, height: float = 4):

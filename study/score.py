@@ -139,16 +139,16 @@ def main() -> None:
     summary = json.dumps({"settings": asdict(config), "examples": len(kept), "left_out": left_out, **results})
     first = f"-first{config.limit}" if config.limit else ""
     out = Path(f"{config.ckpt.removesuffix('.pt')}-answers-{folder.name}-{config.split}{first}.jsonl")
-    with replacing(out, "w") as file:
+    if config.json:
+        print(summary)
+    else:
+        print(f"{folder.name} {config.split}: {len(kept)} examples, {left_out} left out as too long")
+        print(" " * 18 + "".join(f"{name:>12}" for name in results))
+        for key in results["ckpt"]:
+            print(f"{key:18}" + "".join(f"{result[key]:12.6g}" for result in results.values()))
+        print(f"all answers: {out}", flush=True)
+    with replacing(out, "w") as file:  # it may fail
         print(summary, file=file)
         for record, *each in zip(kept, *answers):
             line = {**record, "answers": dict(zip(results, each))}
             print(json.dumps(line, ensure_ascii=False), file=file)
-    if config.json:
-        print(summary)
-        return
-    print(f"{folder.name} {config.split}: {len(kept)} examples, {left_out} left out, longer than the context")
-    print(" " * 18 + "".join(f"{name:>12}" for name in results))
-    for key in results["ckpt"]:
-        print(f"{key:18}" + "".join(f"{result[key]:12.6g}" for result in results.values()))
-    print(f"all answers: {out}")
