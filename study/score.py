@@ -61,9 +61,9 @@ class ScoreConfig:
 
 
 def word_f1(answer: str, reference: str) -> float:
-    """2 x words in common / all words."""
+    """2 x words in common / all words; without words, whether the texts are equal."""
     ours, theirs = (Counter(re.findall(r"\w+", text.lower())) for text in (answer, reference))
-    return 2 * (ours & theirs).total() / max(1, (ours + theirs).total())
+    return 2 * (ours & theirs).total() / max(1, (ours + theirs).total()) or float(answer == reference)
 
 
 def choice(model: Llama, tokenizer: Tokenizer, records: list[Record]) -> float:

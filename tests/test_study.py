@@ -107,9 +107,9 @@ def test_a_choice_is_right_where_the_own_reference_has_the_least_loss(tiny_run, 
             return sign * float(f"{answer}\n" not in tokenizer.decode(x[0].tolist())), 1
 
         monkeypatch.setattr(score, "mean_loss", loss)
-        long = {**records[0], "output": "word " * 99}
-        assert score.choice(model, tokenizer, [*records, long]) == share
-    assert score.word_f1("The cat sat", "the cat, the dog") == pytest.approx(2 * 2 / 7)
+        assert score.choice(model, tokenizer, [*records, {**records[0], "output": "word " * 99}]) == share
+    f1 = [score.word_f1(*pair) for pair in (("The cat sat", "the cat, the dog"), ("?", "?"), ("?", "a"))]
+    assert f1 == pytest.approx([2 * 2 / 7, 1, 0])
 
 
 def test_a_model_writes_on_from_the_train_split(tiny_run, tiny_data, tmp_path):
