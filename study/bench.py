@@ -179,10 +179,11 @@ def train_speed(model: nn.Module, config: BenchConfig, dtype: torch.dtype, compi
     @torch.no_grad()
     @autocast(device, dtype)
     def evaluate() -> float:
-        return sum(model(*batch).item() for batch in batches)
+        return sum(model.eval()(*batch).item() for batch in batches)
 
     reset_peak_memory(device)
-    seconds = in_turns({"train_tok_s": step, "eval_tok_s": evaluate}, config.steps, warm_up=2)
+    runs = {"train_tok_s": lambda: model.train() and step(), "eval_tok_s": evaluate}
+    seconds = in_turns(runs, config.steps, warm_up=2)
     states = [x for optimizer in optimizers for state in optimizer.state.values() for x in state.values()]
     sizes = {"optimizer": sum(x.nbytes for x in states if x.dim()), "peak": peak_memory_bytes(device)}
     return sizes | {name: config.batch_size * c.block_size / median(own) for name, own in seconds.items()}

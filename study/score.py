@@ -126,8 +126,7 @@ def main() -> None:
         note(f"{folder} was prepared anew since training, which may have seen these records")
     models = {"base": build(load(config.base), device)} if config.base else {}
     models["ckpt"] = build(checkpoint, device)
-    records = records_of(path, ",".join(FIELDS), "")
-    fitting = records
+    fitting = records = records_of(path, ",".join(FIELDS), "")
     for model, tokenizer in models.values():
         most = model.config.block_size + 1  # the last token is no input
         fitting = [record for record in fitting if sum(map(len, encoded(record, tokenizer))) <= most]
