@@ -11,7 +11,7 @@ FORMATS = {"common", "model", "nf4", "lora", "checkpoint", "data.tokenizer"}
 ALLOWED = {"": {"data.tokenizer", "data.loader"}, "data": {"common"}, "formats": FORMATS}  # the study: all
 CLOSURES = {"train": (11, 2698), "sample": (7, 1560), "eval_ppl": (8, 1776)}  # modules and lines, all imports
 ROOMS = {"": (15, 3808), "data": (5, 761), "formats": (6, 968), "study": (11, 1861), "tests": (22, 4341)}
-CHAPTER_BYTES, README_BYTES, FILE_LINES = 206_700, 20_000, 578
+CHAPTER_BYTES, README_BYTES, FILE_LINES, WIDTH = 206_700, 20_000, 578, 110
 
 PATHS = {f"{room}.{path.stem}".strip("."): path for room in ROOMS for path in (ROOT / room).glob("*.py")}
 TEXTS = {name: path.read_text("utf-8") for name, path in PATHS.items()}
@@ -49,6 +49,6 @@ def test_nothing_is_larger_than_its_limit():
         names = closure(what) if what in CLOSURES else OF_ROOM[what]
         size = len(names), sum(len(lines[name]) for name in names)
         over |= {f"room, or imports of {what}": size for a, b in zip(size, limits) if a > b}
-    over |= {n: len(of) for n, of in lines.items() if len(of) > FILE_LINES}
+    over |= {n: len(of) for n, of in lines.items() if len(of) > FILE_LINES or max([0, *map(len, of)]) > WIDTH}
     size = sum(len(TEXTS[name].encode()) for name in CHAPTER), (ROOT / "README.md").stat().st_size
     assert not over and size[0] <= CHAPTER_BYTES and size[1] <= README_BYTES, f"{over}, bytes {size}"
