@@ -234,26 +234,32 @@ def peak_memory_bytes(device: torch.device) -> int:
 @contextmanager
 def replacing(path: Path, mode: str) -> Iterator[typing.IO]:
     """A file that takes the place of `path`, whole and on the disk, when the block ends; an error changes
-    nothing. Raises UserError for a full or read-only disk."""
+    nothing. Raises UserError for a full or read-only disk, and while another process writes `path`."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, mode) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with open(temporary, mode.replace("w", "a")) as file:  # w would empty what another process writes
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            temporary.stat()  # fails if another has just put this file in place
+            try:
+                file.truncate(0)  # a killed process leaves one
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(temporary, path)
+            except BaseException:
+                temporary.unlink()
+                raise
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)  # or a power failure could undo the replacement
         os.close(folder)
     except (OSError, RuntimeError) as error:
         # torch's zip writer turns a full disk, and Ctrl-C, into a RuntimeError
         cause = error if isinstance(error, OSError) else error.__context__
+        cause = OSError("another process writes it") if isinstance(cause, BlockingIOError) else cause
         if isinstance(cause, OSError):
             raise UserError(f"cannot write {path}: {cause}; a file that was there is kept") from None
         raise (cause if isinstance(cause, KeyboardInterrupt) else error) from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
