@@ -35,6 +35,7 @@ train.py --dataset data --max_steps 1 --dim 32 --out_dir new
     --block_size 1000000                     --block_size
     --dataset nosuch                         data/prepare.py nosuch
     --dataset flipped                        flipped
+    --dataset masked                         masked
     --dataset kindless                       kindless is damaged
     --resume --overwrite                     --overwrite
     --fsdp                                   torchrun
@@ -50,6 +51,7 @@ train.py --dataset data --max_steps 1 --dim 32 --out_dir new
 train.py --out_dir run --resume
     --out_dir new                            --resume
     --out_dir moved                          not the data
+    --out_dir moved_train                    not the data
 train.py --init_from run/ckpt.pt --max_steps 1 --out_dir new
     --dim 48                                 --dim
     --dataset other                          other has another tokenizer
@@ -69,6 +71,7 @@ eval_ppl.py run/ckpt.pt
     --stride 100 --context 10                --stride
     --text text.txt --dataset data           --text
     --dataset tasks                          study score
+    --dataset other                          another tokenizer
 sample.py
     run/ckpt.pt --prompt '\udcff'            UTF-8
     run/ckpt.pt --prompt x --instruction y   --instruction
@@ -142,10 +145,13 @@ def room(good, tmp_path_factory):
     change_json(room / "other_hf/config.json", attention_bias=False)
     save(room / "odd.pt", {**saved, "train": {"dataset": 3}})
     again = {"train": {**saved["train"], "overwrite": True}}  # a guard must not take it from there
-    splits = {**saved["data"]["splits"], "val": {"sha256": "0"}}
-    save(room / "moved/ckpt.pt", {**saved, **again, "data": {"splits": splits}})
+    for name, split in (("moved", "val"), ("moved_train", "train")):
+        splits = {**saved["data"]["splits"], split: {"sha256": "0"}}
+        save(room / name / "ckpt.pt", {**saved, **again, "data": {"splits": splits}})
     run("data/prepare.py", "x", "--text", room / "text.txt", "--vocab_size", 270, "--out", room / "other")
     run("data/prepare.py", "x", "--from", room / "tasks.json", "--tokenizer", ckpt, "--out", room / "tasks")
+    mask = shutil.copytree(room / "tasks", room / "masked") / "train.mask"
+    mask.write_bytes(mask.read_bytes()[::-1])
     return room
 
 
@@ -293,10 +299,14 @@ def test_a_diverging_run_keeps_the_last_good_checkpoint(tiny_data, tmp_path, eve
 
 
 def test_a_full_disk_keeps_the_checkpoint_written_before(tiny_run, tiny_data, tmp_path):
-    out, most = shutil.copytree(tiny_run.parent, tmp_path / "run"), (60_000, 60_000)  # a log fits
-    limited = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, most)}
+    out, most = shutil.copytree(tiny_run.parent, tmp_path / "run"), resource.getrlimit(resource.RLIMIT_FSIZE)
     for how in (["--out_dir", out, "--resume"], [*small_run(tiny_data, out), "--overwrite"]):
         log = (out / "log.jsonl").read_bytes()
-        refused(command("train.py", *how, "--max_steps", 40, **limited), "cannot write", "ckpt.pt", "kept")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, most[1]))  # a log fits
+        try:
+            done = quick("train.py", *how, "--max_steps", 40)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, most)
+        refused(done, "cannot write", "ckpt.pt", "kept")
         assert (out / "ckpt.pt").read_bytes() == tiny_run.read_bytes() and not list(out.glob("*.tmp"))
     assert (out / "log.jsonl").read_bytes() == log

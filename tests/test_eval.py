@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conftest import ROOT, assert_close, run, sharp_model, to_hugging_face, tokens_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from checkpoint import build, load
+from checkpoint import build, load, save
 from data.tokenizer import read_tokenizer
 from eval_ppl import EvalConfig, evaluate, mean_nll, split_tokens, window_nll
 from sample import readable
@@ -92,8 +92,15 @@ def test_the_command_prints_what_it_measures(tiny_run, tiny_data, tmp_path):
     few = scored(tiny_run, "--max_tokens", 100, "--split", "test", "--dtype", "bfloat16")
     test = window_nll(model, np.fromfile(tiny_data / "test.bin", np.uint16)[:101], 32, 32, torch.bfloat16)
     assert math.log(few["blocks"]) == pytest.approx(mean_nll(test), abs=1e-6) and few["stride"] == 16
+    read = build(load(tiny_run))[1].decode(np.fromfile(tiny_data / "test.bin", np.uint16)[1:101].tolist())
+    bits = math.log2(few["blocks"]) * 100 / len(read.encode())
+    assert few["bits_per_byte"] == pytest.approx(bits, rel=0.02)  # but for a letter cut at an end
     assert few["tokens"] == 100 and few["sliding"] is None and few["kv_bytes_per_token"] == 2 * 2 * 32 * 2
     assert scored(tiny_run, "--kv_bits", 8, "--max_tokens", 9)["kv_bytes_per_token"] == 2 * 2 * (32 + 4 * 2)
+    other = {name: {**part, "sha256": "0"} for name, part in load(tiny_run)["data"]["splits"].items()}
+    save(tmp_path / "other.pt", load(tiny_run) | {"data": {"splits": other}})
+    for path, told in ((tiny_run, False), (tmp_path / "other.pt", True)):
+        assert ("prepared anew" in run("eval_ppl.py", path, "--max_tokens", 9).stderr) == told
     assert scored(tiny_run)["blocks"] < 0.6 * model.config.vocab_size  # far better than a uniform guess
 
 

@@ -83,7 +83,8 @@ def test_kernels_err_at_most_twice_as_much_as_pytorch(seed, monkeypatch):
 def test_decoding_equals_float64_for_texts_of_several_lengths(seed):
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    H, S, D = (2, 5, 18, 40)[seed % 4], rng.choice([1, 16, 65, 300]), rng.choice([16, 20, 48, 64, 128])
+    H, S = (2, 5, 18, 33)[seed % 4], (300, 1, 65, 16)[(seed - seed // 4) % 4]
+    D = rng.choice([16, 20, 48, 64, 128])
     like, maps = {"device": DEVICE, "dtype": DTYPES[seed % 3]}, (a_map(rng, H), a_map(rng, H))
     q = torch.randn(3, 1, H, D, **like).transpose(1, 2)
     k, v = (torch.randn(3, int(x.max()) + 1, S + 9, D, **like)[:, :, :S] for x in maps)
@@ -165,7 +166,7 @@ def test_kernels_compile_for_real_gpus_without_spills():
     done = command("tests/compile_kernels.py", "--first", timeout=None)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
-    assert {row[0] for row in rows} == {"sm_80", "sm_90", "sm_100"} and len(rows) == 3 * 6 + 7
+    assert {row[0] for row in rows} == {"sm_80", "sm_90", "sm_100"} and len(rows) == 2 * 6 + 7
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")

@@ -203,12 +203,14 @@ def test_every_choice_has_the_groups_that_it_was_asked_for(grouping, joint):
 
 
 @torch.no_grad()
-def test_refitted_outputs_are_ridge_regressions_on_the_streams_of_whole_models():
-    """RoPE scaled: each wo by least squares, from what hooks see in runs of the two models."""
+def test_refitted_outputs_are_ridge_regressions_on_the_streams_of_whole_models(monkeypatch):
+    """RoPE scaled: each wo by least squares, from what hooks see in runs of the two models; so are the inputs
+    of refit_attention."""
     model, tokens = frozen(seed=2, n_layer=3, rope_scaling=SCALING).double(), TOKENS
     small = merge(model, ([[0, 0, 1, 1]] * 3, [[0, 0, 0, 1]] * 3), statistics(model, tokens))
-    expected = copy.deepcopy(small)
-    refit(small, model, tokens, 0)
+    expected, calls = copy.deepcopy(small), []
+    monkeypatch.setattr(refitting, "refit_attention", lambda *given: calls.append(given))
+    refit(small, model, tokens, 1)
 
     def seen(one: Llama, layer: int) -> tuple[torch.Tensor, ...]:
         """The residual stream before a layer, what its wo gets and what it gives, each (tokens, width)."""
@@ -222,6 +224,8 @@ def test_refitted_outputs_are_ridge_regressions_on_the_streams_of_whole_models()
     for layer in range(3):
         (x, _, change), (ours, z, _) = seen(model, layer), seen(expected, layer)
         wo = expected.layers[layer].attention.wo
+        for given, stream in zip(calls[layer][2:4], (x, ours)):
+            assert_close(given.flatten(0, 1), model.layers[layer].attention_norm(stream), 1e-9)
         weight = 1 / (x + change).square().mean(1, keepdim=True).sqrt()
         z, target = weight * z, weight * (x + change - ours)
         damping = z.square().sum(1).mean().sqrt() * torch.eye(z.shape[1], dtype=z.dtype)
@@ -257,7 +261,7 @@ def test_refitted_attention_looks_where_it_looked(monkeypatch, queries):
 @pytest.mark.parametrize("shape, zero", [
     *[({}, f"attention{name}") for name in (".wq", ".wk", ".wv", ".wo", "_norm")],
     ({"n_head": 9, "n_kv_head": 3, "dim": 36}, ""),
-    ({"n_head": 32, "dim": 64}, ""), ({"dim": 8, "head_dim": 16}, ""), ({"n_layer": 1, "n_head": 1}, ""),
+    ({"n_head": 16, "dim": 32}, ""), ({"dim": 8, "head_dim": 16}, ""), ({"n_layer": 1, "n_head": 1}, ""),
     ({"dim": 8, "head_dim": 2}, ""),
 ])  # fmt: skip
 def test_all_shapes_become_multi_query_and_weights_of_zero_stay_finite(shape, zero):
@@ -336,7 +340,10 @@ def test_adapters_are_merged_first_and_the_result_is_a_plain_checkpoint(tiny_run
     assert not {"lora", "optimizers", "scaler"} & found.keys()
     assert_close(build_model(found)(x), model(x), 1e-5)
     assert "closed" in run("checkpoint.py", "show", out).stdout
+    found["model"] = {name: x.bfloat16() for name, x in found["model"].items()}
+    save(out, found)
     again, printed = grouped(out, tmp_path / "half.pt", "--kv_budget", 0.5)
+    assert {x.dtype for x in again["model"].values()} == {torch.bfloat16}
     assert build_model(again).config.kv_bytes_per_token(1) == 8 * 8 and "(50.0%)" in printed
     run("sample.py", tmp_path / "half.pt", "--max_new_tokens", 8)
 

@@ -37,14 +37,18 @@ def test_full_rank_changes_nothing(shape):
 def test_at_equal_numbers_no_partition_loses_less(kind):
     model = frozen(n_head=6, dim=48).double()
     stats = statistics(model, TOKENS)
+    found = all_directions(model, stats)
     for i, of_layer in enumerate(stats):
         cost, D = Costs(model.layers[i].attention, kind, of_layer), model.config.head_dim
         energies = torch.linalg.eigvalsh(cost.gram).flatten().sort().values
         for groups, (lost, _) in exact_partitions(6, cost, range(1, 7)).items():
             kept = groups * D // (2 if kind == "k" else 1)
             assert energies[: len(energies) - kept].sum() <= lost * (1 + 1e-9) + 1e-12
-            ranks, rows, _ = latent(all_directions(model, stats)[i, kind], groups * D)
+            e, *rest = found[i, kind]
+            ranks, rows, _ = latent((e, *rest), groups * D)
             assert len(rows) == sum(ranks) == kept
+            dropped = sum(of[: len(of) - r].sum() for of, r in zip(e, ranks))
+            assert dropped.item() == pytest.approx(energies[: len(energies) - kept].sum().item(), abs=1e-12)
 
 
 def test_the_latents_error_is_the_energy_that_is_dropped():
@@ -53,7 +57,9 @@ def test_the_latents_error_is_the_energy_that_is_dropped():
     attention, all_stats = model.layers[0].attention, statistics(model, TOKENS)
     stats = all_stats[0]
     energies = torch.linalg.eigvalsh(Costs(attention, "v", stats).gram).flatten()
-    _, rows, mix = latent(all_directions(model, all_stats)[0, "v"], 12)
+    found = all_directions(model, all_stats)[0, "v"]
+    assert found[1].norm() == pytest.approx(attention.wv.weight.norm().item())
+    _, rows, mix = latent(found, 12)
     errors = (attention.wv.weight - mix @ rows).unflatten(0, (4, -1))
     outputs = attention.wo.weight.unflatten(1, (4, -1)).transpose(0, 1) @ errors  # (H, C, C)
     lost = torch.einsum("hoc,cd,hod->", outputs, stats.mixed, outputs)
@@ -85,7 +91,8 @@ def test_latents_learn():
 def test_the_command_halves_the_cache_and_all_else_reads_it(tiny_run, tmp_path):
     out, flags = tmp_path / "small.pt", ["--calibration_tokens", 1024, "--eval_tokens", 512]
     printed = run("gqa.py", tiny_run, "--out", out, "--latent", "--kv_budget", 0.5, *flags).stdout
-    assert "(50.0%)" in printed and build_model(load(out)).config.kv_bytes_per_token(1) == 64
+    assert "(50.0%)" in printed and "| 512 tokens of" in printed
+    assert build_model(load(out)).config.kv_bytes_per_token(1) == 64
     healed = ["--init_from", out, "--teacher", tiny_run, "--max_steps", 2, "--eval_tokens", 0]
     run("train.py", *healed, "--out_dir", tmp_path, "--kv_bits", 8)
     commands = ["sample.py", "eval_ppl.py", "checkpoint.py show"]
@@ -114,6 +121,8 @@ def test_the_cache_rounds_as_torch_does(bits):
         row, ours, scale = (x * scale.sign() for x in (row, ours, scale))
         theirs = torch.fake_quantize_per_tensor_affine(row, scale.item() or 1.0, 0, -most, most - 1)
         assert_close(ours, theirs, 1e-6)
+    furthest = x.abs().argmax(-1, keepdim=True)  # the lowest integer, whatever its sign
+    assert_close(unpack(packed, bits).gather(-1, furthest), x.gather(-1, furthest), 0.005)
     odd = x[:1, :1, 1:3, : 7 - (bits == 4)]  # of which a lone token's scale stands at an odd byte
     assert torch.equal(unpack(pack(odd[:, :, :1], bits), bits), unpack(pack(odd, bits), bits)[:, :, :1])
 

@@ -11,7 +11,7 @@ from conftest import adapted, assert_close, run, sharp_model, tokens_of
 from foreign import checkpoint_of
 
 import lora
-from checkpoint import build_model, load, merged
+from checkpoint import build_model, load, merged, save
 from lora import TARGETS, LoRAConfig, LoRALinear, adapt, adapters
 from model import Llama, ModelConfig
 from nf4 import DYNAMIC, NF4Linear, dequantize, quantize
@@ -109,6 +109,7 @@ def test_only_adapters_learn_and_have_optimizer_state(tiny_run, tmp_path, dtype,
     what = ["--lora_r", 4, "--lora_targets", *targets, "--max_steps", 20, "--checkpoint_activations"]
     after = tuned(tiny_run, tmp_path / "run", *what, *how)
     base = adapt(build_model(load(tiny_run)), LoRAConfig(4, lora_targets=targets, quantize=stored))
+    assert isinstance(base.output.linear, nn.Linear), "4 bits are for the blocks"
     frozen = {name: x for name, x in base.state_dict().items() if ".lora_" not in name}
     assert all(torch.equal(x, after["model"][name]) for name, x in frozen.items()), "not frozen to the bit"
     learned = {name: x for name, x in after["model"].items() if ".lora_" in name}
@@ -124,9 +125,10 @@ def test_an_adapter_is_trained_further_shown_scored_and_merged(tiny_run, tmp_pat
     name, path, merged = "layers.0.attention.wq.lora_B", tmp_path / "second/ckpt.pt", tmp_path / "merged.pt"
     assert second["lora"] == first["lora"] and not torch.equal(first["model"][name], second["model"][name])
     shown = run("checkpoint.py", "show", path).stdout
-    assert "LoRA: 1,024 parameters" in shown and "NF4: 26,624 weights" in shown
+    assert "LoRA: 1,024 parameters" in shown and "NF4: 26,624 weights in 13,840 bytes (4.159 bits" in shown
+    save(path, second | {"grouped": {"a": 1}})
     shown = run("checkpoint.py", "merge", path, "--out", merged).stdout
-    assert "LoRA" not in shown and "NF4" not in shown
+    assert "LoRA" not in shown and "NF4" not in shown and "grouped: a 1" in shown
     scores = (run("eval_ppl.py", x, "--max_tokens", 999, "--json").stdout for x in (path, merged))
     ours, theirs = (json.loads(score)["blocks"] for score in scores)
     assert ours == pytest.approx(theirs, rel=1e-5)

@@ -23,7 +23,8 @@ VARIANTS = [(0, "adamw", torch.float64, False), ADAPTED, (0, "muon", torch.float
 def steps(r: int, optimizer: str, dtype: torch.dtype, recompute: bool, fsdp: bool) -> dict:
     """The state dict after ten steps, and the losses; whole in the first process."""
     torch.manual_seed(0)
-    model = adapted(Llama(ModelConfig(**TINY, **GROUPS, novel=True)), 0.02, lora_r=r).to(dtype).train()
+    c = ModelConfig(**TINY | GROUPS | {"hidden_dim": 47, "novel": True})  # two have 24 rows of w1, and 23
+    model = adapted(Llama(c), 0.02, lora_r=r).to(dtype).train()
     model.checkpoint_activations = recompute
     config = TrainConfig(optimizer=optimizer, lr=0.01, max_steps=10, warmup_steps=3)
     learner, scaler = divided(model, fsdp, dtype, torch.device("cpu")), torch.amp.GradScaler(enabled=False)
@@ -43,8 +44,8 @@ def together(count: int, script: str, *args, gpus: str = ""):
 
 
 def test_steps_equal_those_of_one_process(tmp_path):
-    """DDP and FSDP2, all weights and LoRA, with processes that have no row."""
-    done = together(3, "tests/test_parallel.py", tmp_path / "steps.pt")
+    """DDP and FSDP2, all weights and LoRA, with a process that has no row."""
+    done = together(2, "tests/test_parallel.py", tmp_path / "steps.pt")
     assert done.returncode == 0, done.stderr
     alone, found = [steps(*variant, fsdp=False) for variant in VARIANTS], torch.load(tmp_path / "steps.pt")
     assert len(found) == 2
@@ -60,10 +61,10 @@ def test_steps_equal_those_of_one_process(tmp_path):
 
 def test_a_run_goes_on_with_another_number_of_processes(tiny_data, tmp_path):
     flags = ["--device", "cpu", "--dtype", "float32", "--optimizer", "adamw", "--grad_accum", 2, "--novel"]
-    flags += ["--warmup_steps", 0, "--lr", 0.002, "--min_lr", 0.002]
+    flags += ["--warmup_steps", 0, "--lr", 0.002, "--min_lr", 0.002]  # the same in each part
     one, several = ([*small_run(tiny_data, tmp_path / name), *flags] for name in ("one", "several"))
     run("train.py", *one, "--max_steps", 12)
-    for count, how, last in ((2, ["--fsdp"], 4), (1, ["--no-fsdp"], 8), (2, ["--fsdp"], 12)):
+    for count, how, last in ((1, [], 4), (2, ["--fsdp"], 8), (1, ["--no-fsdp"], 12)):
         how = [*how, "--resume"] if last > 4 else how
         line = ["train.py", *several, *how, "--max_steps", last]
         done = together(2, *line) if count == 2 else run(*line)
@@ -85,9 +86,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny_data, tmp_path):
 
 
 def test_a_failure_is_told_once_and_ends_all(tiny_data, tmp_path):
-    """A mistake that all processes see, in time or while they train, and one that only the first sees."""
-    done = together(2, "train.py", *small_run(tiny_data, tmp_path), "--max_stepz", 2)
-    assert done.returncode != 0 and done.stderr.count("train.py: error:") == 1, done.stderr
+    """What all processes see, and what only the first sees."""
     done = together(2, "train.py", *small_run(tiny_data, tmp_path / "lost"), "--lr", 1e9, "--max_steps", 9)
     assert done.stderr.count("train.py: error: training diverged") == 1 and "[rank" not in done.stderr
     with held(tmp_path / "run"):

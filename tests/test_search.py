@@ -20,7 +20,7 @@ import search_groups
 from checkpoint import build_model, load, save
 from gqa import merge
 from model import Llama
-from partition import best_partitions, exact_partitions, greedy_partitions, knapsack
+from partition import best_partitions, exact_partitions, greedy_partitions, improve, knapsack
 from refit import divergence, sensitivity
 from search_groups import Judge, budget, even_counts, head_counts
 
@@ -165,17 +165,32 @@ def test_the_predicted_divergence_is_that_of_a_small_error():
     model = sharp_model(n_layer=1).double().requires_grad_(False)
     rng, other = torch.Generator().manual_seed(0), copy.deepcopy(model)
     tokens, attention = torch.randint(64, (64, 64), generator=rng), other.layers[0].attention
+    found = sensitivity(model, tokens)[0]
     for weight in attention.parameters():
         weight += 0.01 * weight.std() * torch.randn(weight.shape, generator=rng)
+    steep = torch.cat([g.flatten(0, 1) for *_, g in found])  # where an error costs most
+    attention.wo.weight += 0.01 * torch.linalg.eigh(steep.T @ steep).eigenvectors[:, -1:]
     with torch.no_grad():
         ours, theirs = (part(tokens).log_softmax(-1) for part in (other, model))
     exact = F.kl_div(ours, theirs, log_target=True, reduction="sum").item() / tokens.numel()
-    assert divergence(attention, sensitivity(model, tokens)[0]) == pytest.approx(exact, rel=0.1)
+    assert divergence(attention, found) == pytest.approx(exact, rel=0.1)
 
 
-@pytest.mark.parametrize("layers", [2, 30])
-def test_moves_find_what_predictions_do_not_show(tiny_run, tmp_path, monkeypatch, layers):
-    """A made-up loss, and predictions that wish for its opposite."""
+def test_predictions_are_divergences_of_a_model_with_fewer_groups_in_one_layer(tiny_run, tmp_path):
+    config = search_groups.SearchConfig(str(tiny_run), str(tmp_path / "x.json"), 0.5)
+    config.calibration_tokens, config.search_tokens = 1024, 512
+    search, least = search_groups.Search(config), {}
+    found, gradients = search_groups.predict(search), sensitivity(search.model, search.blocks)
+    for g, slot in product((3, 2, 1), search.heads):  # fewer groups are never better
+        small = merge(search.model, search.maps({**search.heads, slot: g}), search.stats)
+        lost = divergence(small.layers[slot[0]].attention, gradients[slot[0]])
+        least[slot] = max(lost, least.get(slot, 0.0))
+        assert found[slot][g - 1] == pytest.approx(least[slot], rel=1e-4) and found[slot][3] == 0
+
+
+@pytest.mark.parametrize("layers, right", [(2, False), (30, False), (2, True)])
+def test_moves_find_what_predictions_do_not_show(tiny_run, tmp_path, monkeypatch, layers, right):
+    """A made-up loss, and predictions that wish for its opposite; right ones are followed in their order."""
     model = sharp_model(n_layer=layers, dim=16, hidden_dim=16, vocab_size=400, block_size=32)
     wish = {slot: 3 if sum(map(ord, slot[1])) + slot[0] & 1 else 1 for slot in head_counts(model)}
 
@@ -186,13 +201,18 @@ def test_moves_find_what_predictions_do_not_show(tiny_run, tmp_path, monkeypatch
         lost = 0.01 * sum((counts[slot] - best) ** 2 for slot, best in wish.items())
         return lost, lost
 
-    opposite = {slot: 0.01 * (np.arange(4.0) - 3) ** 2 * (4 - best) for slot, best in wish.items()}
-    monkeypatch.setattr(search_groups, "predict", lambda search: opposite)
+    told = {slot: 0.01 * (np.arange(4.0) - 3) ** 2 * (4 - best) for slot, best in wish.items()}
+    told = {slot: 0.01 * (np.arange(4.0) + 1 - best) ** 2 for slot, best in wish.items()} if right else told
+    monkeypatch.setattr(search_groups, "predict", lambda search: told)
     monkeypatch.setattr(search_groups, "merge", lambda model, maps, *rest: maps)
     monkeypatch.setattr(Judge, "__call__", loss)
     saved = load(tiny_run)
     save(tmp_path / "x.pt", saved | checkpoint_of(model, saved["tokenizer"]))
     found, seen = search(tmp_path / "x.pt", tmp_path / "x.json", *HALF)
+    if right:
+        losses = [record["loss"] for record in seen]
+        assert losses == sorted(losses) and losses[0] == 0 and len(losses) > 5
+        return
     best = {note: min(r["loss"] for r in seen if r["note"] == note) for note in ("knapsack", "move")}
     assert len(seen) <= found["evals"] <= 60 and best["move"] < best["knapsack"]
     assert found["loss"] <= best["move"] and (layers > 2 or found["loss"] == 0)
@@ -246,6 +266,9 @@ def test_many_heads_are_parted_well():
     exact, greedy = (parted(8, spread, range(2, 8)) for parted in (exact_partitions, greedy_partitions))
     ratios = [greedy[g][0] / exact[g][0] for g in exact]
     assert min(ratios) > 1 - 1e-9 and np.median(ratios) < 1.001 and max(ratios) < 1.5, ratios
+    pairs = {(0, 1): 0, (2, 3): 0}  # moving one head alone would cost more
+    better = improve([[0, 3], [1, 2]], lambda sets: [pairs.get(tuple(s), len(s) % 2 + 1) for s in sets])
+    assert sorted(better) == [[0, 1], [2, 3]]
 
 
 def test_knapsack_is_the_best_of_all_choices():
@@ -265,3 +288,4 @@ def test_shares_are_spread_in_proportion_to_the_heads():
     heads = {(0, "k"): 4, (1, "k"): 2, (0, "v"): 4, (1, "v"): 2}
     assert even_counts(heads, 6) == {(0, "k"): 2, (1, "k"): 1, (0, "v"): 2, (1, "v"): 1}
     assert budget(heads, 0.5) == 6 and budget(heads, 0.6) == 7, "never more than the share"
+    assert budget({(0, "k"): 49}, 1 / 49) == 1  # 1 / 49 * 49 < 1

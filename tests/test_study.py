@@ -19,6 +19,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from checkpoint import build, load
 from common import IGNORE, UserError
 from data.instruct import encoded
+from data.loader import Examples, read_meta
 from study import run as study
 from study import score, tables
 from study.plot import attention_weights, curve, draw_together
@@ -67,6 +68,9 @@ def test_what_models_answer_is_kept_and_scored(tiny_run, tmp_path):
     for path in paths:
         size = ["--block_size", 160, "--max_steps", path.parent.name, "--out_dir", path.parent]
         run("train.py", "--init_from", tiny_run, "--dataset", data, *size)
+    examples = Examples(*read_meta(str(data)), "train", 160)
+    tokens = examples.lengths[examples.epoch(16, 0, 0)[0]].sum()  # without padding
+    assert load(paths[0])["tokens"] == tokens
     done = quick("study", "score", paths[1], "--base", paths[0], "--max_new_tokens", 20, "--json")
     summary, *kept = map(json.loads, (tmp_path / "20/ckpt-answers-tasks-test.jsonl").open())
     assert summary == json.loads(done.stdout) and len(kept) == summary["examples"]
@@ -147,8 +151,8 @@ def test_steps_are_skipped_resumed_or_leave_no_log(tmp_path, tiny_data, monkeypa
     log.write_text(line)
     study.run("short", line)
     assert log.read_text() == line
-    with pytest.raises(UserError, match=r"step bad: .*nosuch.pt.*checkpoint.py show nosuch.pt"):
-        study.run("bad", "checkpoint.py show nosuch.pt")
+    with pytest.raises(UserError, match=r"step bad: .*'nosuch.json'.*-m json.tool nosuch.json"):
+        study.run("bad", "-m json.tool nosuch.json")
     assert not log.with_name("bad.txt").exists()
     log.unlink()  # as if killed before it was written
     with pytest.raises(UserError, match="begun is of another command"):

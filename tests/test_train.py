@@ -183,6 +183,8 @@ def test_an_epoch_shows_every_block_once_and_accumulation_cuts_a_batch():
         ((x, y),) = batches_of(6, 1, seed=5, step=step)
         assert torch.equal(x, torch.cat([part for part, _ in steps[step]])) and torch.equal(y, x + 1)
         assert not torch.equal(x, batches_of(6, 1, seed=6, step=step)[0][0])
+    some = Text.some(SimpleNamespace(tokens=tokens, block_size=T), 160)  # evenly spread
+    assert [prompt.tolist() for prompt, _ in some] == [[at] for at in range(0, 1000, 100)]
 
 
 def started(data, out, step, *flags):
@@ -248,6 +250,7 @@ def test_epochs_are_passes_over_the_train_split(tiny_data, tmp_path):
     for epochs, more in ((0.1, ["--grad_accum", 2]), (0.3, ["--resume"])):
         train_py(tiny_data, tmp_path, *size, epochs, *more)
         assert 0 <= max(logged(tmp_path, "tokens").values()) - epochs * tokens <= 16 * 32, "a step more"
+    assert logged(tmp_path, "epochs")[0] == pytest.approx(0.1, abs=16 * 32 / tokens)
     assert train.settle({"resume": True, "max_steps": 99}, load(tmp_path / "ckpt.pt"))[2].epochs is None
     refused(quick("train.py", "--epochs", 0.2, "--resume", "--out_dir", tmp_path), "--max_steps")
     refused(quick("train.py", "--epochs", 1, "--max_steps", 9, "--dataset", tiny_data), "--epochs")
@@ -271,7 +274,10 @@ def test_a_tuned_run_resumes_by_the_same_command(tiny_data, tiny_run, tmp_path, 
 
 def test_evaluations_change_nothing_and_the_last_is_what_eval_ppl_prints(tiny_data, tmp_path):
     for name, tokens in (("with", 512), ("without", 0)):
-        train_py(tiny_data, tmp_path / name, "--max_steps", 4, "--eval_every", 2, "--eval_tokens", tokens)
+        flags = ["--dropout", 0.1, "--max_steps", 4, "--eval_every", 2, "--eval_tokens", tokens]
+        with mock.patch("torch.manual_seed", wraps=torch.manual_seed) as seeds:
+            train_py(tiny_data, tmp_path / name, *flags)
+        assert len(set(map(str, seeds.call_args_list))) == 5, "steps drop the same numbers"
     one, two = (load(tmp_path / name / "ckpt.pt")["model"] for name in ("with", "without"))
     assert all(torch.equal(p, two[name]) for name, p in one.items())
     found = logged(tmp_path / "with", "val_loss")
