@@ -238,11 +238,11 @@ def replacing(path: Path, mode: str) -> Iterator[typing.IO]:
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, mode.replace("w", "a")) as file:  # w would empty what another process writes
+        with open(temporary, mode, opener=lambda name, how: os.open(name, how & ~os.O_TRUNC, 0o666)) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             temporary.stat()  # fails if another has just put this file in place
             try:
-                file.truncate(0)  # a killed process leaves one
+                file.truncate(0)  # only now: O_TRUNC would empty what another writes
                 yield file
                 file.flush()
                 os.fsync(file.fileno())

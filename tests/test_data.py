@@ -292,7 +292,9 @@ def test_no_example_sees_another_and_padding_carries_no_loss(data):
 
 
 def test_too_long_examples_are_counted_and_not_cut(data, tmp_path, capsys):
-    lengths = Examples(*data, "train", 10**6).lengths
+    examples = Examples(*data, "train", 10**6)
+    lengths, parts = examples.lengths, [examples.parts(row) for row in range(len(examples.spans))]
+    assert lengths.tolist() == [len(prompt) + len(answer) - 1 for prompt, answer in parts]
     assert len(Examples(*data, "train", int(lengths.max())).spans) == len(lengths)
     block = int(lengths.max()) - 5
     examples, out = Examples(*data, "train", block), (lengths > block).sum()

@@ -336,7 +336,9 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, error):
             raise error
     with pytest.raises(TypeError):
         save(path, {"a": 1, "b": (i for i in "cannot be pickled")})
+    path.with_name("ckpt.pt.tmp").write_bytes(b"of a killed process")
     with replacing(path, "wb") as file, pytest.raises(UserError, match="another process"):
+        assert file.tell() == 0
         file.write(before)
         save(path, {"a": 2})
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
