@@ -76,21 +76,19 @@ def test_kernel_rows_count_the_operations_of_half_the_scores():
 
 
 def test_each_memory_saver_changes_what_it_should(monkeypatch):
-    names = ("LoRA", "LoRA + accumulation", "LoRA + activation checkpointing")
-    savers = {name: ROWS_OF_MEMORY[name] for name in names}
-    savers[names[-1]] += " " + ROWS_OF_MEMORY["QLoRA"]  # a process less
-    monkeypatch.setattr("study.bench.ROWS", savers)
+    names = ("LoRA", "all together")
+    monkeypatch.setattr("study.bench.ROWS", {name: ROWS_OF_MEMORY[name] for name in names})
     shape = "--n_layer 6 --dim 64 --n_head 4 --vocab_size 64 --block_size 128 --batch_size 32 --steps 1"
     rows = {row["row"]: row for row in table("memory", *shape.split())}  # activations are most of it
     lora = rows["LoRA"]
-    assert all(row["optimizer"] == 8 * row["trainable"] for row in rows.values()) and len(rows) == 3
+    assert all(row["optimizer"] == 8 * row["trainable"] for row in rows.values()) and len(rows) == 2
     matrices, maps = 6 * (4 * 64 * 64 + 3 * 64 * 192), 6 * 2 * 3 * 4 * 8  # of the blocks; bytes of HeadGroups
     rest = 64 * 64 + 13 * 64 + 6 * 4 * 8 * (64 + 64)  # embeddings, norms, adapter
     assert lora["weights"] == 4 * (matrices + rest) + maps
-    saved = lora["weights"] - rows[names[-1]]["weights"]
+    saved = lora["weights"] - rows["all together"]["weights"]
     assert saved == pytest.approx(matrices * (4 - 4.127 / 8), rel=0.01)
-    for how in ("accumulation", "activation checkpointing"):  # fewer rows, or those of one block of six
-        assert rows[f"LoRA + {how}"]["peak"] < 0.85 * lora["peak"]
+    # a quarter of the rows, of one block of six: either alone leaves 0.37 or 0.63
+    assert rows["all together"]["peak"] < 0.3 * lora["peak"]
 
 
 def test_rates_are_of_the_seconds_that_a_run_took(tiny_run, monkeypatch):
