@@ -119,6 +119,15 @@ def test_compiled_models_write_their_own_text_and_do_not_compile_anew():
             assert model.generate(prompts[:5], n) == expected[1]
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_later_tokens_do_not_change_earlier_logits(name):
+    model, x = sharp_model(**SHAPES[name]), tokens_of((1, 30))
+    changed = x.clone()
+    changed[0, 20:] = (x[0, 20:] + 1) % TINY["vocab_size"]
+    assert torch.equal(model(x)[:, :20], model(changed)[:, :20])
+    assert not torch.equal(model(x)[:, 20:], model(changed)[:, 20:])
+
+
 def test_sampling_follows_the_temperature_and_top_p_leaves_the_smallest_sufficient_set():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(2000, 1)
     draw = {top_p: set(pick_token(logits, 1.0, top_p).flatten().tolist()) for top_p in (0.4, 0.6, 0.9, 1.0)}

@@ -201,8 +201,9 @@ def test_moves_find_what_predictions_do_not_show(tiny_run, tmp_path, monkeypatch
         lost = 0.01 * sum((counts[slot] - best) ** 2 for slot, best in wish.items())
         return lost, lost
 
-    told = {slot: 0.01 * (np.arange(4.0) - 3) ** 2 * (4 - best) for slot, best in wish.items()}
-    told = {slot: 0.01 * (np.arange(4.0) + 1 - best) ** 2 for slot, best in wish.items()} if right else told
+    g = np.arange(1.0, 5.0)
+    told = {slot: (g - best) ** 2 if right else (g - 4) ** 2 * (4 - best) for slot, best in wish.items()}
+    told = {slot: 0.01 * lost for slot, lost in told.items()}
     monkeypatch.setattr(search_groups, "predict", lambda search: told)
     monkeypatch.setattr(search_groups, "merge", lambda model, maps, *rest: maps)
     monkeypatch.setattr(Judge, "__call__", loss)
