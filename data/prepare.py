@@ -8,6 +8,7 @@ python data/prepare.py tasks --from mine.jsonl --fields dialogue,summary --token
 python data/prepare.py en_de --parallel train.en train.de --tokenizer ckpt.pt
 """
 
+import io
 import json
 import sys
 from collections import Counter
@@ -19,6 +20,7 @@ from pathlib import Path
 from shutil import rmtree
 
 import numpy as np
+import sentencepiece as spm
 import torch
 from tqdm import tqdm
 
@@ -28,10 +30,17 @@ from common import POSITIONAL, UserError, bounded, exit_cleanly, held, parse, re
 from data import corpora
 from data.instruct import encoded, read_files
 from data.loader import BUILT_IN, DATA, SPLITS
-from data.tokenizer import SETTINGS, Record, Tokenizer, prompt_text, read_tokenizer
+from data.tokenizer import SPACE, Record, Tokenizer, prompt_text, read_tokenizer
 
 FILES = {".bin": "sha256", ".mask": "mask_sha256", ".jsonl": "jsonl_sha256"}  # and their checksums' names
 TOKENIZER_BYTES = 50_000_000  # of text that the tokenizer learns from; more changes little and costs memory
+SETTINGS = {  # "identity" and the two False keep the text as it is
+    "model_type": "bpe", "byte_fallback": True, "split_digits": True, "character_coverage": 0.9999,
+    "normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False,
+    "allow_whitespace_only_pieces": True,  # indentation is one token, not one per space
+    "num_threads": 4,  # it becomes part of the model's bytes, so it must not depend on the machine
+    "unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1,
+}  # fmt: skip
 
 
 @dataclass
@@ -91,8 +100,21 @@ def learn_tokenizer(train: list, vocab_size: int) -> Tokenizer:
     every = max(1, round(size / TOKENIZER_BYTES))
     lines = islice((line for text in texts for line in text.split("\n")), 0, None, every)
     # SentencePiece leaves out lines of more than 4,192 bytes, so long ones come in parts
-    parts = [line[i : i + 1000] for line in lines for i in range(0, len(line), 1000)]
-    return Tokenizer.train(parts, vocab_size)
+    return learned([line[i : i + 1000] for line in lines for i in range(0, len(line), 1000)], vocab_size)
+
+
+def learned(lines: list[str], vocab_size: int) -> Tokenizer:
+    """A tokenizer of so many pieces. Raises UserError if the text has too few."""
+    model = io.BytesIO()
+    how = {"model_writer": model, "vocab_size": vocab_size, "minloglevel": 2, **SETTINGS}
+    rare = sum(line.count(" ") for line in lines) < 0.001 * sum(map(len, lines))
+    how |= {"required_chars": SPACE} if rare else {}  # as bytes, spaces would come back as U+2581
+    try:
+        spm.SentencePieceTrainer.train(sentence_iterator=iter(lines), **how)
+    except RuntimeError as error:  # [its source line] the reason, or flags of its own
+        reason = str(error).split("] ")[-1].split(" or decrease")[0].strip() or "it is empty"
+        raise UserError(f"--vocab_size {vocab_size} does not fit this text: {reason}") from None
+    return Tokenizer(model.getvalue())
 
 
 def write_split(split: list, tokenizer: Tokenizer, path: Path, seen: dict[bytes, str], dtype: str) -> dict:
@@ -146,11 +168,9 @@ def write_folder(config: PrepareConfig, folder: Path) -> None:
         counts[name] = write_split(splits[name], tokenizer, folder / f"{name}.bin", seen, dtype)
     source = config.text or config.parallel or config.from_ or corpora.DOWNLOADS.get(config.name)
     meta = {
-        "name": config.name, "kind": "instructions" if records else "text",
+        "kind": "instructions" if records else "text", "splits": counts, "dtype": dtype,
         "source": " ".join(source or ["the standard library of Python", sys.version.split()[0]]),
-        "splits": counts, "vocab_size": tokenizer.vocab_size, "dtype": dtype,
-        "tokenizer_sha256": sha256(tokenizer.data).hexdigest(),
-        "tokenizer": config.tokenizer or SETTINGS, "python": sys.version.split()[0],
+        "tokenizer": config.tokenizer or SETTINGS, "tokenizer_sha256": sha256(tokenizer.data).hexdigest(),
     }  # fmt: skip
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
 

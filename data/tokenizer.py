@@ -5,7 +5,6 @@ JSON object of one of them and other special tokens than its own (formats/tokeni
 """
 
 import base64
-import io
 import json
 import re
 
@@ -16,13 +15,6 @@ from common import UserError, require
 
 Record = dict[str, str]  # an example of instruction data: instruction, input, output
 SPACE = "\u2581"  # how SentencePiece writes a space in its pieces
-SETTINGS = {  # "identity" and the two False keep the text as it is
-    "model_type": "bpe", "byte_fallback": True, "split_digits": True, "character_coverage": 0.9999,
-    "normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False,
-    "allow_whitespace_only_pieces": True,  # indentation is one token, not one per space
-    "num_threads": 4,  # it becomes part of the model's bytes, so it must not depend on the machine
-    "unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1,
-}  # fmt: skip
 
 
 def prompt_text(record: Record) -> str:
@@ -77,20 +69,6 @@ class Tokenizer:
         self.bos, self.add_bos, self.eos = bos, add_bos, eos[0] if eos else -1
         self.stop = list(dict.fromkeys(token for token in [*eos, bos] if token >= 0))
         self.vocab_size = max(self.text_size, 1 + max(self.stop, default=0))
-
-    @classmethod
-    def train(cls, lines: list[str], vocab_size: int) -> "Tokenizer":
-        """Learn `vocab_size` pieces from lines of text. Raises UserError if the text has too few."""
-        model = io.BytesIO()
-        how = {"model_writer": model, "vocab_size": vocab_size, "minloglevel": 2, **SETTINGS}
-        rare = sum(line.count(" ") for line in lines) < 0.001 * sum(map(len, lines))
-        how |= {"required_chars": SPACE} if rare else {}  # as bytes, spaces would come back as U+2581
-        try:
-            spm.SentencePieceTrainer.train(sentence_iterator=iter(lines), **how)
-        except RuntimeError as error:  # [its source line] the reason, or flags of its own
-            reason = str(error).split("] ")[-1].split(" or decrease")[0].strip() or "it is empty"
-            raise UserError(f"--vocab_size {vocab_size} does not fit this text: {reason}") from None
-        return cls(model.getvalue())
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, without BOS and EOS; of a U+2581, which would come back as a space, its bytes'."""

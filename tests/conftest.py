@@ -25,7 +25,7 @@ from corpus import write_corpus
 
 import common
 from checkpoint import load
-from data.tokenizer import Tokenizer
+from data.prepare import learned
 from lora import LoRAConfig, adapt, adapters
 from model import Llama, ModelConfig
 
@@ -62,8 +62,8 @@ def uncompiled(monkeypatch):
 def prefixed(tmp_path_factory):
     """A SentencePiece model that puts a space before every text, as Llama 2's and llama2.c's do."""
     text = "".join(path.read_text("utf-8") for path in write_corpus(tmp_path_factory.mktemp("corpus")))
-    with mock.patch.dict("data.tokenizer.SETTINGS", add_dummy_prefix=True):
-        return Tokenizer.train(text.splitlines(), 500).sp
+    with mock.patch.dict("data.prepare.SETTINGS", add_dummy_prefix=True):
+        return learned(text.splitlines(), 500).sp
 
 
 def small_run(data: Path, out: Path) -> list:

@@ -24,7 +24,7 @@ from data import corpora
 from data.corpora import download, split
 from data.instruct import encoded, read_files
 from data.loader import SPLITS, Examples, open_split, padded, prepared, read_meta
-from data.prepare import PrepareConfig, prepare
+from data.prepare import PrepareConfig, learned, prepare
 from data.tokenizer import Tokenizer, prompt_text, read_tokenizer
 from eval_ppl import bits_per_byte
 from formats.tokenizers import with_special
@@ -50,11 +50,11 @@ def test_a_space_before_every_text_is_no_byte_and_tokenizers_that_lose_text_are_
     assert ids.tolist() == [1, *prefix.sp.encode(text)] and prefix.decode(ids.tolist()) == text
     assert prefix.token_bytes()[ids].sum() == len(text), "a space before every text is no byte"
     assert bits_per_byte(np.log(2), ids, prefix) == (len(ids) - 1) / len(text)
-    unspaced = Tokenizer.train(["山川日月" * 9] * 9, 270)
+    unspaced = learned(["山川日月" * 9] * 9, 270)
     assert all(t.is_exact() for t in (prepared(str(tiny_data))[2], prefix, unspaced))
     for size, lossy in ((290, {"normalization_rule_name": "nmt_nfkc"}), (22, {"byte_fallback": False})):
-        with mock.patch.dict("data.tokenizer.SETTINGS", lossy):
-            assert not Tokenizer.train(["some words, and some more words"] * 20, size).is_exact()
+        with mock.patch.dict("data.prepare.SETTINGS", lossy):
+            assert not learned(["some words, and some more words"] * 20, size).is_exact()
 
 
 def test_token_files_are_the_documents_end_to_end_and_the_same_each_time(tiny_data, tmp_path):

@@ -1,15 +1,14 @@
 """Models, tokenizers and adapters in and out, against transformers, sentencepiece, llama2.c and peft."""
 
-import io
 import itertools
 import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from unittest import mock
 
 import foreign
 import pytest
-import sentencepiece as spm
 import torch
 from conftest import adapted, assert_close, quick, refused, sharp_model, to_hugging_face
 from corpus import Writer
@@ -19,7 +18,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from checkpoint import build_model, load, save
 from common import UserError, peak_memory_bytes
-from data.tokenizer import SETTINGS, read_tokenizer
+from data.prepare import learned
+from data.tokenizer import read_tokenizer
 from formats.gguf import PARTED, read_gguf, settings_of, tokenizer_of
 from formats.tokenizers import sentencepiece_of_llama2c, with_special
 from lora import TARGETS, LoRAConfig, adapters
@@ -268,11 +268,11 @@ def test_special_tokens(tmp_path, prefixed, byte_level, files, template, bos, ad
     {"user_defined_symbols": ["on", "th"]},  # which pairs of letters would make, too
 ])  # fmt: skip
 def test_a_sentencepiece_model_that_is_no_plain_bpe_is_exported_by_itself(tmp_path, change):
-    model, settings = io.BytesIO(), {**SETTINGS, "vocab_size": 400, "minloglevel": 2, **change}
-    spm.SentencePieceTrainer.train(sentence_iterator=iter(CORPUS), model_writer=model, **settings)
-    said = export_of(sharp_model(vocab_size=400), tmp_path, model.getvalue())
+    with mock.patch.dict("data.prepare.SETTINGS", change):
+        model = learned(CORPUS, 400).file
+    said = export_of(sharp_model(vocab_size=400), tmp_path, model)
     assert "is no plain BPE" in said and not (tmp_path / "out" / "tokenizer.json").exists()
-    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == model.getvalue()
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == model
 
 
 def test_which_tokenizer_of_a_folder_is_read(tmp_path, prefixed, byte_level, monkeypatch):
