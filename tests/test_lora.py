@@ -59,7 +59,7 @@ def test_a_new_adapter_changes_nothing_and_has_the_published_defaults():
     layer = model.layers[0].attention.wq
     assert layer.lora_A.shape == (8, 32) and layer.scale == 2.0 and not layer.lora_B.any()
     bound = 1 / 32**0.5  # kaiming-uniform with a = sqrt 5: gain 1/sqrt 3, times sqrt(3 / in)
-    assert 0.9 * bound < layer.lora_A.abs().max() <= bound
+    assert 0.97 * bound < layer.lora_A.abs().max() <= bound
 
 
 def test_dropout_falls_on_the_input_of_the_adapter_alone():
