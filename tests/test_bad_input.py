@@ -87,7 +87,7 @@ gqa.py run/ckpt.pt --out new.pt --calibration_tokens 1024
     --n_kv_head 5                            --n_kv_head
     --n_kv_head 2 --latent                   --kv_budget
     --kv_budget 0.5 --latent --merge mean    --latent
-    --kv_budget 0.01 --latent                --kv_budget
+    --kv_budget 0.01 --latent                --kv_budget 0.063 to 1
     --groups tasks.json                      tasks.json
     --kv_budget 0.5 --out run/ckpt.pt/x.pt   cannot write
     --kv_budget 0.5 --out lora.pt            --overwrite
