@@ -41,6 +41,7 @@ from partition import (
 from refit import STEPS, Statistics, divergence, refit, sensitivity, statistics
 
 Directions = dict[Slot, tuple[torch.Tensor, ...]]  # (e, z, mix), see `directions`
+LEFT = {"k": 0.5}  # of what is lost, about, once wq and wk are refitted
 MOST_CONTEXT = 1024  # longest calibration block, tokens; longer ones change few choices
 
 
@@ -160,9 +161,8 @@ def latent_units(c: ModelConfig) -> tuple[int, Counts]:
     return unit, {(i, kind): n // unit for i, both in enumerate(c.kv_widths) for kind, n in zip("kv", both)}
 
 
-def latent_sizes(model: Llama, found: Directions, tokens: torch.Tensor, share: float) -> Counts:
-    """The latent sizes of each layer's K and V, together a share of the cache, with the least sum of the KL
-    divergences caused, predicted by one backward pass at some sizes; none for what stays as it is."""
+def latent_losses(model: Llama, found: Directions, tokens: torch.Tensor) -> list[np.ndarray]:
+    """The KL divergence that 1, 2, ... units of each slot cause, predicted by one backward pass at some."""
     (unit, whole), gradients = latent_units(model.config), sensitivity(model, tokens)
     steps = sorted({max(1, max(whole.values()) * i // 8) for i in range(8)})
     known = {slot: {n: 0.0} for slot, n in whole.items()}
@@ -171,7 +171,14 @@ def latent_sizes(model: Llama, found: Directions, tokens: torch.Tensor, share: f
         small = to_latents(model, found, sizes)
         for slot in sizes:
             known[slot][step] = divergence(small.layers[slot[0]].attention, gradients[slot[0]])
-    values = [np.interp(range(1, max(of) + 1), *zip(*sorted(of.items()))) for of in known.values()]
+    return [np.interp(range(1, max(of) + 1), *zip(*sorted(of.items()))) for of in known.values()]
+
+
+def latent_sizes(model: Llama, losses: list[np.ndarray], share: float, all_refitted: bool) -> Counts:
+    """The latent sizes of each layer's K and V, together a share of the cache, with the least sum of
+    `latent_losses`, or of what refitting leaves of them; none for what stays as it is."""
+    (unit, whole), left = latent_units(model.config), LEFT if all_refitted else {}
+    values = [left.get(kind, 1) * lost for (_, kind), lost in zip(whole, losses)]
     units = zip(whole.items(), knapsack(values)[budget(whole, share)][1])
     return {slot: unit * n for (slot, most), n in units if n < most}
 
@@ -244,11 +251,10 @@ class GroupConfig(MergeConfig):
     def __post_init__(self):
         if [self.groups, self.kv_budget, self.n_kv_head].count(None) != 2:
             raise UserError("which groups? give one of --kv_budget 0.5, --n_kv_head N and --groups FILE.json")
-        of_groups = self.joint or self.grouping != "best" or self.merge != "closed"
-        if self.latent and (self.kv_budget is None or of_groups):
-            raise UserError("--latent takes --kv_budget, and has no groups: drop the other flags of groups")
-        if self.groups and (self.joint or self.grouping != "best"):
-            raise UserError(f"--groups {self.groups} says which heads share: drop --joint and --grouping")
+        which = self.joint or self.grouping != "best"
+        wrong = self.latent and (self.kv_budget is None or which or self.merge != "closed")
+        require(not wrong, "--latent takes --kv_budget and no other flag of groups")
+        require(not (self.groups and which), f"--groups {self.groups} has all: drop --joint and --grouping")
 
 
 def open_model(path: str, device: str) -> tuple[dict, Llama]:
@@ -299,7 +305,7 @@ def read_groups(path: Path, c: ModelConfig) -> tuple[Maps, Maps]:
 
 
 def asked_counts(config: GroupConfig, model: Llama) -> Counts:
-    heads = head_counts(model, config.joint)
+    heads = latent_units(model.config)[1] if config.latent else head_counts(model, config.joint)
     if config.kv_budget is not None:
         return even_counts(heads, budget(heads, config.kv_budget))
     most = min(heads.values())
@@ -318,13 +324,13 @@ def main() -> None:
     writable(out, config.overwrite)
     checkpoint, model, blocks, val, name = open_inputs(config)
     maps = read_groups(Path(config.groups), model.config) if config.groups else None
-    counts = {} if maps or config.latent else asked_counts(config, model)
-    if config.latent:
-        budget(latent_units(model.config)[1], config.kv_budget)  # raises now what it would in a minute
+    counts = {} if maps else asked_counts(config, model)  # of latents it checks the budget
     stats = statistics(model, blocks)
     if config.latent:
         found = all_directions(model, stats)
-        small = to_latents(model, found, latent_sizes(model, found, blocks, config.kv_budget))
+        losses = latent_losses(model, found, blocks)
+        sizes = latent_sizes(model, losses, config.kv_budget, config.refit == "all")
+        small = to_latents(model, found, sizes)
     else:
         maps = maps or choose(model, stats, counts, config.grouping, config.seed)
         small = merge(model, maps, stats, config.merge)

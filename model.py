@@ -32,7 +32,7 @@ from common import IGNORE, NO_FLAG, bounded, require
 ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 CHUNK = 2**19  # logits widened at a time: 2 MiB in float32 stay in a CPU's cache; a GPU takes 64 times more
 RAISED = 2.0**14  # scale of the gradient stored for the backward: float16 underflows below 6e-8
-MOST = 2**20  # widest model and feed-forward layer, largest vocabulary: a damaged file may ask for more
+MOST = 2**20  # widest layer, largest vocabulary: a damaged file may ask for more
 WIDEST = 2**13  # widest head or latent
 Maps = list[list[int]]  # [layer][query head] -> the group that it reads
 

@@ -10,8 +10,8 @@ from one backward pass the KL divergence that fewer groups in one slot (a layer'
 spends the budget so that the sum is smallest. Then it moves one group from a slot to another, in any grouping
 measured so far, the best predicted move first. `random` draws each head's group.
 
-The val split is cut in three: the search reads the first part, the second ranks its best three and the
-baselines, the third gives the reported numbers. The evaluations are lines of a JSONL file: an interrupted
+The val split is cut in three: the search reads the first part, the second ranks its best three beside even
+groups, the third reports. The evaluations are lines of a JSONL file: an interrupted
 search goes on from there, and one for another budget, given the same --log, measures none of them again.
 """
 
@@ -32,7 +32,7 @@ from tqdm import tqdm
 from checkpoint import picture
 from common import UserError, bounded, exit_cleanly, parse, replacing, require, sha256_of, writable
 from eval_ppl import MOST_LOGITS, perplexity
-from gqa import MOST_CONTEXT, MergeConfig, merge, open_inputs
+from gqa import LEFT, MOST_CONTEXT, MergeConfig, merge, open_inputs
 from model import Llama, Maps, widen
 from partition import (
     Counts, Slot, as_maps, best_partitions, budget, choose, even_counts, head_counts, knapsack, slot_costs,
@@ -176,7 +176,7 @@ class Search:
 
 
 def predict(search: Search) -> dict[Slot, np.ndarray]:
-    """For each slot the KL divergence that 1, 2, ... groups in it alone cause."""
+    """For each slot the KL divergence that 1, 2, ... groups in it alone cause; fewer are never better."""
     model, heads, values = search.model, search.heads, {}
     found = sensitivity(model, search.blocks)
     for slot, n in heads.items():
@@ -187,8 +187,8 @@ def predict(search: Search) -> dict[Slot, np.ndarray]:
         small = merge(model, search.maps({**heads, **fewer}), search.stats, search.config.merge)
         for layer, _ in fewer:
             values[layer, kind][g - 1] = divergence(small.layers[layer].attention, found[layer])
-    # fewer groups are never better
-    return {slot: np.maximum.accumulate(of_slot[::-1])[::-1] for slot, of_slot in values.items()}
+    left = LEFT if search.config.refit == "all" else {}
+    return {slot: left.get(slot[1], 1) * np.maximum.accumulate(x[::-1])[::-1] for slot, x in values.items()}
 
 
 def knapsack_search(search: Search) -> None:
@@ -239,20 +239,13 @@ def random_search(search: Search) -> None:
 
 
 def contenders(search: Search) -> list[tuple[str, tuple[Maps, Maps]]]:
-    """The search's best three, and what needs no search, with as many groups as the best of them."""
-    model, joint = search.model, search.config.joint
+    """The search's best three, and what needs no search, with as many groups as the best."""
     best = sorted(search.seen.values(), key=search.value)[:3]
     found = [(f"found ({record['note']})", (record["k_groups"], record["v_groups"])) for record in best]
     if search.config.method == "random":  # is a baseline itself
         return found
-    total = search.total or int(2 * best[0]["groups"]) // (1 + joint)
-    even = even_counts(search.heads, total)
-    found.append(("best groups, spread evenly", search.maps(even)))
-    found.append(("neighbours, spread evenly", choose(model, search.stats, even, "neighbour")))
-    if not joint and model.config.k_groups == model.config.v_groups:
-        even = even_counts(head_counts(model, joint=True), total // 2)
-        found.append(("best joint groups, spread evenly", search.maps(even)))
-    return found
+    even = even_counts(search.heads, search.total or int(2 * best[0]["groups"]) // (1 + search.config.joint))
+    return [*found, ("best groups, spread evenly", search.maps(even))]
 
 
 def chosen(search: Search) -> list[dict]:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
+import gqa
 from common import bounded, parse, require
 from data.tokenizer import read_tokenizer
 from eval_ppl import split_tokens
-from gqa import all_directions, calibration_blocks, latent_sizes, merge, open_model, perplexity_on, to_latents
 from partition import budget, choose, even_counts, head_counts
 from refit import STEPS, refit, statistics
 from study.bench import table
@@ -48,7 +48,7 @@ class CompareConfig:
 
 def main() -> None:
     config = CompareConfig(**parse(__doc__, CompareConfig))
-    checkpoint, model = open_model(config.ckpt, config.device)
+    checkpoint, model = gqa.open_model(config.ckpt, config.device)
     data = checkpoint, read_tokenizer(checkpoint["tokenizer"]), config.dataset
     (text, _), (test, source) = split_tokens(*data, "train"), split_tokens(*data, "test")
     test = test[: config.eval_tokens + 1]
@@ -61,24 +61,24 @@ def main() -> None:
     known = all(least - 1e-9 <= x <= 1 for x in shares)
     require(known, f"--shares {shares}: give {math.ceil(1000 * least) / 1000} to 1")
     totals = dict.fromkeys(budget(heads[True], share) for share in shares)  # what rounding leaves of them
-    base, cells = perplexity_on(test, model), {(name, total): [] for name in ROWS for total in totals}
+    base, cells = gqa.perplexity_on(test, model), {(name, total): [] for name in ROWS for total in totals}
     print(f"perplexity {base:.4f} | {len(test) - 1:,} tokens of {source}", flush=True)
     for seed in tqdm(range(config.seeds), desc="comparing", disable=None, leave=False):
-        blocks, known = calibration_blocks(text, model, config.calibration_tokens, seed), {}
+        blocks, known = gqa.calibration_blocks(text, model, config.calibration_tokens, seed), {}
         stats = statistics(model, blocks)
-        found = all_directions(model, stats)
-        sizes = {total: latent_sizes(model, found, blocks, total / whole) for total in totals}
+        found = gqa.all_directions(model, stats)
+        losses = gqa.latent_losses(model, found, blocks)
         for name, total in cells:
             joint, grouping, how, steps = ROWS[name]
             if how == "latent":
-                small = to_latents(model, found, sizes[total])
+                sizes = gqa.latent_sizes(model, losses, total / whole, bool(steps))
+                small = gqa.to_latents(model, found, sizes)
             else:
-                # a joint group is a K and a V head: all rows keep as much
-                counts = even_counts(heads[joint], total * (2 - joint))
-                small = merge(model, choose(model, stats, counts, grouping, seed, known), stats, how)
+                counts = even_counts(heads[joint], total * (2 - joint))  # a joint group is two: equal caches
+                small = gqa.merge(model, choose(model, stats, counts, grouping, seed, known), stats, how)
             if steps is not None:
                 small = refit(small, model, blocks, steps)
-            cells[name, total].append(perplexity_on(test, small) / base)
+            cells[name, total].append(gqa.perplexity_on(test, small) / base)
     rows = {name: {"share of the KV cache": name} for name in ROWS}
     for (name, total), ratios in cells.items():
         rows[name][f"{total / whole:.3g}"] = f"{np.mean(ratios):.3f}"

@@ -9,7 +9,7 @@ from foreign import export_of, logits
 from test_gqa import SHAPES, TOKENS, frozen
 
 from checkpoint import build_model, load
-from gqa import all_directions, latent, latent_sizes, to_latents
+from gqa import all_directions, latent, latent_losses, latent_sizes, to_latents
 from lora import LoRAConfig, adapt
 from model import KVCache, hartley, pack, unpack
 from partition import Costs, exact_partitions
@@ -19,7 +19,7 @@ from sample import compile_step
 
 def half(model):
     found = all_directions(model, statistics(model, TOKENS))
-    return to_latents(model, found, latent_sizes(model, found, TOKENS, 0.5))
+    return to_latents(model, found, latent_sizes(model, latent_losses(model, found, TOKENS), 0.5, False))
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, "novel"])
@@ -30,7 +30,7 @@ def test_full_rank_changes_nothing(shape):
     small = to_latents(model, found, {(i, kind): n for i, both in widths for kind, n in zip("kv", both)})
     assert small.config.kv_bytes_per_token(1) == model.config.kv_bytes_per_token(1)
     assert_close(small(TOKENS), model(TOKENS), 1e-9)
-    assert latent_sizes(model, found, TOKENS, 1.0) == {}
+    assert latent_sizes(model, latent_losses(model, found, TOKENS), 1.0, False) == {}
 
 
 @pytest.mark.parametrize("kind", ["k", "v"])
@@ -89,9 +89,13 @@ def test_latents_learn():
 
 
 def test_the_command_halves_the_cache_and_all_else_reads_it(tiny_run, tmp_path):
-    out, flags = tmp_path / "small.pt", ["--calibration_tokens", 1024, "--eval_tokens", 512]
-    printed = run("gqa.py", tiny_run, "--out", out, "--latent", "--kv_budget", 0.5, *flags).stdout
-    assert "(50.0%)" in printed and "| 512 tokens of" in printed
+    keys, flags = [], ["--latent", "--kv_budget", 0.5, "--calibration_tokens", 1024, "--eval_tokens", 512]
+    for how in ("none", "output", "all"):
+        out = tmp_path / f"{how}.pt"
+        printed = run("gqa.py", tiny_run, "--out", out, *flags, "--refit", how).stdout
+        assert "(50.0%)" in printed and "| 512 tokens of" in printed
+        keys.append(sum(k for k, _ in build_model(load(out)).config.kv_widths))
+    assert keys[0] == keys[1] > keys[2], keys  # keys that are refitted do with fewer numbers
     assert build_model(load(out)).config.kv_bytes_per_token(1) == 64
     healed = ["--init_from", out, "--teacher", tiny_run, "--max_steps", 2, "--eval_tokens", 0]
     run("train.py", *healed, "--out_dir", tmp_path, "--kv_bits", 8)

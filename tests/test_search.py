@@ -185,7 +185,8 @@ def test_predictions_are_divergences_of_a_model_with_fewer_groups_in_one_layer(t
         small = merge(search.model, search.maps({**search.heads, slot: g}), search.stats)
         lost = divergence(small.layers[slot[0]].attention, gradients[slot[0]])
         least[slot] = max(lost, least.get(slot, 0.0))
-        assert found[slot][g - 1] == pytest.approx(least[slot], rel=1e-4) and found[slot][3] == 0
+        left = 0.5 if slot[1] == "k" else 1  # refitting wq and wk is said to mend half of what keys lose
+        assert found[slot][g - 1] == pytest.approx(left * least[slot], rel=1e-4) and found[slot][3] == 0
 
 
 @pytest.mark.parametrize("layers, right", [(2, False), (30, False), (2, True)])
