@@ -254,7 +254,7 @@ class GroupConfig(MergeConfig):
         which = self.joint or self.grouping != "best"
         wrong = self.latent and (self.kv_budget is None or which or self.merge != "closed")
         require(not wrong, "--latent takes --kv_budget and no other flag of groups")
-        require(not (self.groups and which), f"--groups {self.groups} has all: drop --joint and --grouping")
+        require(not (self.groups and which), f"--groups {self.groups} says which: drop --joint, --grouping")
 
 
 def open_model(path: str, device: str) -> tuple[dict, Llama]:

@@ -11,8 +11,8 @@ spends the budget so that the sum is smallest. Then it moves one group from a sl
 measured so far, the best predicted move first. `random` draws each head's group.
 
 The val split is cut in three: the search reads the first part, the second ranks its best three beside even
-groups, the third reports. The evaluations are lines of a JSONL file: an interrupted
-search goes on from there, and one for another budget, given the same --log, measures none of them again.
+groups, the third reports. The evaluations are lines of a JSONL file: an interrupted search goes on from
+there, and one for another budget, given the same --log, measures none of them again.
 """
 
 import fcntl
