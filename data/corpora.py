@@ -6,6 +6,7 @@ import glob
 import mmap
 import os
 import shutil
+import sys
 import sysconfig
 import textwrap
 from collections.abc import Iterator
@@ -13,12 +14,11 @@ from hashlib import sha256
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple
-from urllib.request import Request, urlopen
 
 import numpy as np
-from tqdm import tqdm
+import torch
 
-from common import UserError, require, sha256_of
+from common import UserError, require
 from data.loader import BUILT_IN, DATA, SPLITS
 from data.tokenizer import Record
 
@@ -167,25 +167,13 @@ def built_in(name: str, files: list[Path]) -> dict[str, list]:
 
 
 def download(url: str, checksum: str, folder: str | Path) -> Path:
-    """Fetch `url` into `folder`, continuing a broken download if the server can, and verify it; one that is
-    there is used. Raises UserError if it cannot be had, or has another sha256."""
-    path, part = (Path(folder, url.split("/")[-1] + end) for end in ("", ".part"))
-    if path.exists():
-        return path
+    """Fetch `url` into `folder`, whole, of this sha256; one that is there is used. Raises UserError if it
+    cannot be had."""
+    path = Path(folder, url.split("/")[-1])
     path.parent.mkdir(parents=True, exist_ok=True)
-    have = part.stat().st_size if part.exists() else 0
-    request = Request(url, headers={"Range": f"bytes={have}-", "User-Agent": "herd"})
     try:
-        with urlopen(request, timeout=30) as response:
-            bar = tqdm.wrapattr(response, "read", total=response.length, desc=path.name, disable=None)
-            with open(part, "ab" if response.status == 206 else "wb") as file, bar as body:
-                shutil.copyfileobj(body, file)
-            require(not response.length, f"{response.length} bytes are missing")
+        if not path.exists():
+            torch.hub.download_url_to_file(url, str(path), checksum, progress=sys.stderr.isatty())
     except Exception as error:
-        if getattr(error, "code", 0) != 416:  # which means that nothing is left to send
-            remedy = "try again to continue, or give --from"
-            raise UserError(f"cannot download {url}: {error}; {remedy}") from None
-    if sha256_of(part) != checksum:
-        part.unlink()
-        raise UserError(f"{url} has another sha256 than {checksum}; try again, or use --from")
-    return part.rename(path)
+        raise UserError(f"cannot download {url}: {error}; try again, or give --from") from None
+    return path
