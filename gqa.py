@@ -164,7 +164,7 @@ def latent_units(c: ModelConfig) -> tuple[int, Counts]:
 def latent_losses(model: Llama, found: Directions, tokens: torch.Tensor) -> list[np.ndarray]:
     """The KL divergence that 1, 2, ... units of each slot cause, predicted by one backward pass at some."""
     (unit, whole), gradients = latent_units(model.config), sensitivity(model, tokens)
-    steps = sorted({max(1, max(whole.values()) * i // 8) for i in range(8)})
+    steps = sorted({max(1, max(whole.values()) * i // 12) for i in range(12)})
     known = {slot: {n: 0.0} for slot, n in whole.items()}
     for kind, step in product("kv", steps):
         sizes = {slot: step * unit for slot, n in whole.items() if slot[1] == kind and step < n}
