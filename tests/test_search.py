@@ -176,8 +176,12 @@ def test_the_predicted_divergence_is_that_of_a_small_error():
     assert divergence(attention, found) == pytest.approx(exact, rel=0.1)
 
 
-def test_predictions_are_divergences_of_a_model_with_fewer_groups_in_one_layer(tiny_run, tmp_path):
-    config = search_groups.SearchConfig(str(tiny_run), str(tmp_path / "x.json"), 0.5)
+@pytest.mark.parametrize("refitted, of_keys", [("all", 0.5), ("output", 1), ("none", 1)])
+def test_predictions_are_divergences_of_a_model_with_fewer_groups_in_one_layer(
+    tiny_run, tmp_path, refitted, of_keys
+):
+    """Refitting wq and wk is said to mend half of what keys lose."""
+    config = search_groups.SearchConfig(str(tiny_run), str(tmp_path / "x.json"), 0.5, refit=refitted)
     config.calibration_tokens, config.search_tokens = 1024, 512
     search, least = search_groups.Search(config), {}
     found, gradients = search_groups.predict(search), sensitivity(search.model, search.blocks)
@@ -185,7 +189,7 @@ def test_predictions_are_divergences_of_a_model_with_fewer_groups_in_one_layer(t
         small = merge(search.model, search.maps({**search.heads, slot: g}), search.stats)
         lost = divergence(small.layers[slot[0]].attention, gradients[slot[0]])
         least[slot] = max(lost, least.get(slot, 0.0))
-        left = 0.5 if slot[1] == "k" else 1  # refitting wq and wk is said to mend half of what keys lose
+        left = of_keys if slot[1] == "k" else 1
         assert found[slot][g - 1] == pytest.approx(left * least[slot], rel=1e-4) and found[slot][3] == 0
 
 
