@@ -6,6 +6,7 @@ import glob
 import mmap
 import os
 import shutil
+import socket
 import sys
 import sysconfig
 import textwrap
@@ -23,6 +24,7 @@ from data.loader import BUILT_IN, DATA, SPLITS
 from data.tokenizer import Record
 
 SHARES = (0.90, 0.05, 0.05)  # of train, val and test
+PATIENCE = 30  # seconds that a server may be silent
 GITHUB, HUB = "https://raw.githubusercontent.com/", "https://huggingface.co/datasets/"
 STORIES = HUB + "roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/TinyStoriesV2-GPT4-"
 DOWNLOADS = {  # name: {address: sha256}
@@ -171,6 +173,7 @@ def download(url: str, checksum: str, folder: str | Path) -> Path:
     cannot be had."""
     path = Path(folder, url.split("/")[-1])
     path.parent.mkdir(parents=True, exist_ok=True)
+    socket.setdefaulttimeout(PATIENCE)  # torch's download has none
     try:
         if not path.exists():
             torch.hub.download_url_to_file(url, str(path), checksum, progress=sys.stderr.isatty())

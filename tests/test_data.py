@@ -5,6 +5,7 @@ import http.server
 import json
 import shutil
 import threading
+import time
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
@@ -157,25 +158,29 @@ def test_prepared_data_is_not_replaced_unless_asked(tiny_data, tmp_path):
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    body, sent = bytes(range(256)) * 1000, None  # sent: bytes, before it breaks off
+    body, sent = bytes(range(256)) * 1000, None  # sent: bytes, before it breaks off, or after 8 falls silent
 
     def do_GET(self):
         self.send_response(200)
         self.send_header("Content-Length", str(len(self.body)))
         self.end_headers()
         self.wfile.write(self.body[: self.sent])
+        time.sleep(self.sent == 8)  # silent, but not gone
 
 
 def test_a_download_is_whole_or_refused(tmp_path, monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url, checksum = f"http://127.0.0.1:{server.server_port}/corpus.txt", sha256(Server.body).hexdigest()
-    for sent, address, sha in ((None, url, "0" * 64), (9, url, checksum), (None, "http://127.0.0.1:9/x", "")):
+    monkeypatch.setattr(corpora, "PATIENCE", 0.2)
+    nowhere, wrong, hash_ = "http://127.0.0.1:9/corpus.txt", "0" * 64, "invalid hash"
+    cases = (None, url, wrong, hash_), (9, url, checksum, hash_), (8, url, checksum, "timed out")
+    for sent, address, sha, reason in (*cases, (None, nowhere, checksum, "refused")):
         monkeypatch.setattr(Server, "sent", sent)
-        with pytest.raises(UserError, match=f"{address}: .*--from"):
+        with pytest.raises(UserError, match=f"{address}: .*{reason}.*--from"):
             download(address, sha, tmp_path)
         assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(Server, "sent", None)
+    monkeypatch.undo()
     assert download(url, checksum, tmp_path).read_bytes() == Server.body
     server.shutdown()
     server.server_close()
