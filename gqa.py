@@ -33,22 +33,22 @@ from common import UserError, bounded, exit_cleanly, is_a, parse, pick_device, r
 from data.tokenizer import read_tokenizer
 from eval_ppl import mean_nll, perplexity, split_tokens, window_nll
 from lora import plain
-from model import Attention, Llama, Maps, ModelConfig
+from model import Attention, Llama, Maps, ModelConfig, naive
 from partition import (
     TINY, Counts, Groups, Slot, budget, choose, complex_heads, even_counts, head_counts, knapsack, numbered,
     value_heads, weighted_rows,
 )  # fmt: skip
-from refit import STEPS, Statistics, divergence, refit, sensitivity, statistics
+from refit import STEPS, Statistics, refit, sensitivity, statistics
 
-Directions = dict[Slot, tuple[torch.Tensor, ...]]  # (e, z, mix), see `directions`
+Directions = dict[Slot, tuple[torch.Tensor, ...]]  # (order, z, mix), see `directions`
 LEFT = {"k": 0.5}  # of what is lost, about, once wq and wk are refitted
 MOST_CONTEXT = 1024  # longest calibration block, tokens; longer ones change few choices
 
 
 def directions(rows: torch.Tensor, weighted: torch.Tensor, C: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """e (..., n), z (..., n, C) and mix (..., n, n), of n `rows` and the same `weighted`: the last r of z,
-    with the last r columns of mix, restore the rows with the least squared error of the weighted ones
-    over inputs x, which is the sum of all other e (Eckart-Young).
+    """Order, z (..., n, C) and mix (..., n, n), of n `rows` and the same `weighted`: the last r of z, and the
+    last r columns of mix, restore the rows with the least squared error of the weighted ones over inputs x,
+    the sum of all other e (Eckart-Young). `order` has the places of all e, those of large ones first.
 
     With N the weighted rows, C = E[x x^H] and N C N^H = U diag(e) U^H, e ascending, the best approximation of
     rank r of N C^(1/2) lies in the last r columns of U: z = U^H N, and least squares restores a row w from
@@ -59,7 +59,8 @@ def directions(rows: torch.Tensor, weighted: torch.Tensor, C: torch.Tensor) -> t
     strength = e.clamp(min=max(1e-12 * e.max().item(), TINY))
     z = strength[..., None] ** -0.25 * (U.mH @ weighted)
     size = (rows.abs().square().sum() / z.abs().square().sum()).sqrt().nan_to_num(1)  # all zero: any size
-    return e, size * z, rows @ C @ weighted.mH @ U / (size * strength**0.75)[..., None, :]
+    mix = rows @ C @ weighted.mH @ U / (size * strength**0.75)[..., None, :]
+    return e.flatten().argsort(descending=True), size * z, mix
 
 
 # ---- groups ----
@@ -127,12 +128,10 @@ def all_directions(model: Llama, stats: list[Statistics]) -> Directions:
 def latent(found: tuple[torch.Tensor, ...], size: int) -> tuple[list[int], torch.Tensor, torch.Tensor]:
     """The strongest R `directions` that fit `size` cached numbers: how many of each f, their rows (R, C), and
     the coefficients (n, R) that restore the n rows from them."""
-    e, z, mix = found
-    n, count = e.shape[1], size // 2 if z.is_complex() else size  # a complex number is two
-    strongest = e.flatten().argsort(descending=True)[:count]
-    ranks = torch.bincount(strongest // n, minlength=len(e)).tolist()
-    parts = [(z[f, n - r :], mix[f, :, n - r :]) for f, r in enumerate(ranks)]
-    return ranks, torch.cat([z for z, _ in parts]), torch.cat([mix for _, mix in parts], dim=1)
+    order, z, mix = found
+    kept = order[: size // 2 if z.is_complex() else size].sort().values  # a complex number is two
+    f, i = kept // z.shape[1], kept % z.shape[1]
+    return torch.bincount(f, minlength=len(z)).tolist(), z[f, i], mix[f, :, i].T
 
 
 @torch.no_grad()
@@ -161,17 +160,37 @@ def latent_units(c: ModelConfig) -> tuple[int, Counts]:
     return unit, {(i, kind): n // unit for i, both in enumerate(c.kv_widths) for kind, n in zip("kv", both)}
 
 
+def size_products(attention: Attention, orders: list[torch.Tensor], unit: int, args: tuple, g: torch.Tensor):
+    """g . y for the output y and its gradient g (B, T, C), if a latent of all numbers kept only its first 1,
+    2, ... units of keys (B, T, units), or of values. Both add up: y over values, scores over keys."""
+    q, k, v = attention.project(*args)
+    y = naive(q, k, v, attention.k_groups, attention.v_groups, None).requires_grad_()
+    attention.attend, attention.kv_bits = lambda *_: y, 16  # to differentiate what follows
+    with torch.enable_grad():
+        (reads,) = torch.autograd.grad(attention(*args), y, g)
+    of_values = (reads * y).sum(1)[..., orders[1]].cumsum(-1)[..., unit - 1 :: unit]
+    q, k = (x.unflatten(-1, (-1, 2))[..., orders[0], :].flatten(-2) for x in (q * q.shape[-1] ** -0.5, k))
+    score = torch.full(2 * q.shape[2:3], -math.inf).triu(1).to(q)
+    gains, of_keys = reads @ v.mT, []
+    for q_part, k_part in zip(q.split(unit, -1), k.split(unit, -1)):
+        score = score + q_part @ k_part.mT
+        of_keys.append((score.softmax(-1) * gains).sum((1, 3)))
+    return torch.stack(of_keys, -1), of_values
+
+
+@torch.no_grad()
 def latent_losses(model: Llama, found: Directions, tokens: torch.Tensor) -> list[np.ndarray]:
-    """The KL divergence that 1, 2, ... units of each slot cause, predicted by one backward pass at some."""
-    (unit, whole), gradients = latent_units(model.config), sensitivity(model, tokens)
-    steps = sorted({max(1, max(whole.values()) * i // 12) for i in range(12)})
-    known = {slot: {n: 0.0} for slot, n in whole.items()}
-    for kind, step in product("kv", steps):
-        sizes = {slot: step * unit for slot, n in whole.items() if slot[1] == kind and step < n}
-        small = to_latents(model, found, sizes)
-        for slot in sizes:
-            known[slot][step] = divergence(small.layers[slot[0]].attention, gradients[slot[0]])
-    return [np.interp(range(1, max(of) + 1), *zip(*sorted(of.items()))) for of in known.values()]
+    """The KL divergence that 1, 2, ... units of each slot cause, predicted by one backward pass: `divergence`
+    for all sizes at once, in novel layers to first order."""
+    (unit, whole), losses = latent_units(model.config), []
+    full = to_latents(model, found, {slot: unit * n for slot, n in whole.items()})
+    for i, of_layer in enumerate(sensitivity(model, tokens)):
+        orders = [found[i, kind][0] for kind in "kv"]
+        of_batch = [size_products(full.layers[i].attention, orders, unit, args, g) for args, _, g in of_layer]
+        for products in map(torch.cat, zip(*of_batch)):
+            errors = products - products[..., -1:]
+            losses.append(errors.square().mean((0, 1)).double().cpu().numpy() / 2)
+    return losses
 
 
 def latent_sizes(model: Llama, losses: list[np.ndarray], share: float, all_refitted: bool) -> Counts:

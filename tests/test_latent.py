@@ -9,11 +9,11 @@ from foreign import export_of, logits
 from test_gqa import SHAPES, TOKENS, frozen
 
 from checkpoint import build_model, load
-from gqa import all_directions, latent, latent_losses, latent_sizes, to_latents
+from gqa import all_directions, latent, latent_losses, latent_sizes, latent_units, to_latents
 from lora import LoRAConfig, adapt
 from model import KVCache, hartley, pack, unpack
 from partition import Costs, exact_partitions
-from refit import refit, statistics
+from refit import divergence, refit, sensitivity, statistics
 from sample import compile_step
 
 
@@ -44,10 +44,9 @@ def test_at_equal_numbers_no_partition_loses_less(kind):
         for groups, (lost, _) in exact_partitions(6, cost, range(1, 7)).items():
             kept = groups * D // (2 if kind == "k" else 1)
             assert energies[: len(energies) - kept].sum() <= lost * (1 + 1e-9) + 1e-12
-            e, *rest = found[i, kind]
-            ranks, rows, _ = latent((e, *rest), groups * D)
+            ranks, rows, _ = latent(found[i, kind], groups * D)
             assert len(rows) == sum(ranks) == kept
-            dropped = sum(of[: len(of) - r].sum() for of, r in zip(e, ranks))
+            dropped = sum(of[: len(of) - r].sum() for of, r in zip(torch.linalg.eigvalsh(cost.gram), ranks))
             assert dropped.item() == pytest.approx(energies[: len(energies) - kept].sum().item(), abs=1e-12)
 
 
@@ -66,6 +65,17 @@ def test_the_latents_error_is_the_energy_that_is_dropped():
     assert lost.item() == pytest.approx(energies[:-12].sum().item(), rel=1e-9)
     ratios = (rows @ stats.mixed @ rows.T).diagonal() / energies[-12:].sqrt()  # see `directions`
     assert ratios.max() / ratios.min() < 1 + 1e-9
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_predicted_losses_of_all_sizes_are_divergences_of_models_of_these_sizes(shape):
+    model = frozen(**SHAPES[shape]).double()
+    found, gradients = all_directions(model, statistics(model, TOKENS)), sensitivity(model, TOKENS)
+    unit, whole = latent_units(model.config)
+    for (slot, n), losses in zip(whole.items(), latent_losses(model, found, TOKENS)):
+        layers = [to_latents(model, found, {slot: unit * i}).layers[slot[0]] for i in range(1, n + 1)]
+        right = [divergence(layer.attention, gradients[slot[0]]) for layer in layers]
+        assert losses.tolist() == pytest.approx(right, rel=1e-9, abs=1e-20)
 
 
 def test_refitting_brings_latents_closer():
