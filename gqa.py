@@ -136,19 +136,27 @@ def latent(found: tuple[torch.Tensor, ...], size: int) -> tuple[list[int], torch
 
 @torch.no_grad()
 def to_latents(model: Llama, found: Directions, sizes: Counts) -> Llama:
-    """The model with latent keys and values of these sizes, numbers in the cache, in place of heads."""
+    """The model with latent keys and values of these sizes, numbers in the cache, in place of heads. Each
+    head's coefficients get unit length for every RoPE pair, or orthonormal columns, and wq or wo (but behind
+    a novel layer) what they lose: `refit` moves only these, and gets further where coefficients are alike."""
     c, weights, D = model.config, model.state_dict(), model.config.head_dim
     k_latent, v_latent = list(c.k_latent), list(c.v_latent)
     for (layer, kind), size in sizes.items():
         attention, name = model.layers[layer].attention, f"layers.{layer}.attention."
-        ranks, z, mix = latent(found[layer, kind], size)
+        (ranks, z, mix), new = latent(found[layer, kind], size), {}
         if kind == "k":  # attention divides by the root of the key's width, not of D
-            k_latent[layer] = ranks
+            k_latent[layer], mix = ranks, mix.conj()[attention.k_groups.of_head] * math.sqrt(2 * len(z) / D)
+            lengths = torch.stack([x.norm(dim=1) for x in mix.split(ranks, 1)], 1).clamp(min=TINY)  # (H, D/2)
+            mix = torch.view_as_real(mix / lengths.repeat_interleave(torch.tensor(ranks).to(z.device), 1))
+            new["wq.weight"] = lengths.repeat_interleave(2, 1).flatten()[:, None] * attention.wq.weight
             z = torch.view_as_real(z).transpose(1, 2).flatten(0, 1)
-            mix = torch.view_as_real(mix.conj()[attention.k_groups.of_head]) * math.sqrt(len(z) / D)
         else:
             v_latent[layer], mix = len(z), mix.unflatten(0, (-1, D)).mT[attention.v_groups.of_head]
-        for part, x in ((f"w{kind}.weight", z), (f"{kind}_mix", mix)):
+            if attention.novel is None:
+                U, S, Vh = torch.linalg.svd(mix, full_matrices=False)
+                mix, readers = U @ Vh, attention.wo.weight.double().unflatten(1, (-1, D)).transpose(0, 1)
+                new["wo.weight"] = (readers @ (Vh.mT * S[:, None]) @ Vh).transpose(0, 1).flatten(1)
+        for part, x in (new | {f"w{kind}.weight": z, f"{kind}_mix": mix}).items():
             weights[name + part] = x.contiguous().to(attention.wq.weight.dtype)
     config = replace(c, k_latent=k_latent, v_latent=v_latent)
     return build_model({"model": weights, "config": vars(config)}, model.tok_embeddings.weight.device)

@@ -30,6 +30,12 @@ def test_full_rank_changes_nothing(shape):
     small = to_latents(model, found, {(i, kind): n for i, both in widths for kind, n in zip("kv", both)})
     assert small.config.kv_bytes_per_token(1) == model.config.kv_bytes_per_token(1)
     assert_close(small(TOKENS), model(TOKENS), 1e-9)
+    attention = small.layers[0].attention
+    lengths = attention.k_mix.square().sum(-1).unflatten(1, (attention.head_dim // 2, -1)).sum(-1)
+    assert_close(lengths, torch.ones_like(lengths), 1e-9)
+    if shape != "novel":
+        products = attention.v_mix.mT @ attention.v_mix
+        assert_close(products, torch.eye(attention.head_dim).double().expand_as(products), 1e-9)
     assert latent_sizes(model, latent_losses(model, found, TOKENS), 1.0, False) == {}
 
 
