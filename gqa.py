@@ -203,9 +203,11 @@ def latent_losses(model: Llama, found: Directions, tokens: torch.Tensor) -> list
 
 def latent_sizes(model: Llama, losses: list[np.ndarray], share: float, all_refitted: bool) -> Counts:
     """The latent sizes of each layer's K and V, together a share of the cache, with the least sum of
-    `latent_losses`, or of what refitting leaves of them; none for what stays as it is."""
+    `latent_losses`, or of what refitting leaves of them; none for what stays as it is. Below one head's size
+    keys lack RoPE pairs, and what that adds cannot be mended."""
     (unit, whole), left = latent_units(model.config), LEFT if all_refitted else {}
-    values = [left.get(kind, 1) * lost for (_, kind), lost in zip(whole, losses)]
+    head = model.config.head_dim // unit - 1
+    values = [x - (1 - left.get(of[1], 1)) * x.clip(max=x[head]) for of, x in zip(whole, losses)]
     units = zip(whole.items(), knapsack(values)[budget(whole, share)][1])
     return {slot: unit * n for (slot, most), n in units if n < most}
 

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from conftest import assert_close, run
@@ -92,6 +93,15 @@ def test_refitting_brings_latents_closer():
         fitted = refit(copy.deepcopy(small), model, TOKENS, steps)
         found.append((model(TOKENS) - fitted(TOKENS)).square().mean().item())
     assert found[0] > found[1] > found[2], found
+
+
+def test_refitting_mends_what_keys_share_but_no_lost_pair():
+    model = frozen()
+    whole = latent_units(model.config)[1]
+    losses = [(1 if kind == "k" else 0.7) * np.linspace(1, 0, n) for (_, kind), n in whole.items()]
+    refitted, alone = (latent_sizes(model, losses, 0.6, all_refitted) for all_refitted in (True, False))
+    for slot in (0, "k"), (1, "k"):
+        assert refitted[slot] == model.config.head_dim and slot not in alone, "0.5 < 0.7 < 1"
 
 
 def test_latents_learn():
