@@ -138,7 +138,7 @@ def latent(found: tuple[torch.Tensor, ...], size: int) -> tuple[list[int], torch
 def to_latents(model: Llama, found: Directions, sizes: Counts) -> Llama:
     """The model with latent keys and values of these sizes, numbers in the cache, in place of heads. Each
     head's coefficients get unit length for every RoPE pair, or orthonormal columns, and wq or wo (but behind
-    a novel layer) what they lose: `refit` moves only these, and gets further where coefficients are alike."""
+    a novel layer) what they lose: `refit` leaves coefficients, and gets further where these are alike."""
     c, weights, D = model.config, model.state_dict(), model.config.head_dim
     k_latent, v_latent = list(c.k_latent), list(c.v_latent)
     for (layer, kind), size in sizes.items():
@@ -173,7 +173,7 @@ def size_products(attention: Attention, orders: list[torch.Tensor], unit: int, a
     2, ... units of keys (B, T, units), or of values. Both add up: y over values, scores over keys."""
     q, k, v = attention.project(*args)
     y = naive(q, k, v, attention.k_groups, attention.v_groups, None).requires_grad_()
-    attention.attend, attention.kv_bits = lambda *_: y, 16  # to differentiate what follows
+    attention.attend, attention.kv_bits = lambda *_: y, 16  # of a copy: to differentiate what follows
     with torch.enable_grad():
         (reads,) = torch.autograd.grad(attention(*args), y, g)
     of_values = (reads * y).sum(1)[..., orders[1]].cumsum(-1)[..., unit - 1 :: unit]
