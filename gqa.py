@@ -173,9 +173,8 @@ def size_products(attention: Attention, orders: list[torch.Tensor], unit: int, a
     2, ... units of keys (B, T, units), or of values. Both add up: y over values, scores over keys."""
     q, k, v = attention.project(*args)
     y = naive(q, k, v, attention.k_groups, attention.v_groups, None).requires_grad_()
-    attention.attend, attention.kv_bits = lambda *_: y, 16  # of a copy: to differentiate what follows
     with torch.enable_grad():
-        (reads,) = torch.autograd.grad(attention(*args), y, g)
+        (reads,) = torch.autograd.grad(attention.wo(attention.readout(y, args[0])), y, g)
     of_values = (reads * y).sum(1)[..., orders[1]].cumsum(-1)[..., unit - 1 :: unit]
     q, k = (x.unflatten(-1, (-1, 2))[..., orders[0], :].flatten(-2) for x in (q * q.shape[-1] ** -0.5, k))
     score = torch.full(2 * q.shape[2:3], -math.inf).triu(1).to(q)

@@ -357,6 +357,10 @@ class Attention(nn.Module):
         y = self.attend(q, k, v, self.k_groups, self.v_groups, mask)
         if self.kv_bits < 16:
             y = y @ self.v_turn.type_as(y)
+        return self.readout(y, x)
+
+    def readout(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Attended values (B, H, T, their width), of inputs x -> the heads' outputs, side by side."""
         if self.v_mix is not None:
             y = y @ self.v_mix
         if self.novel is not None:

@@ -9,6 +9,10 @@ allow, head by head. What refitting adds, layer by layer:
             the next norm sees it, or a few tokens with streams 100 times larger would decide
     wq, wk  a merged key approximates each RoPE pair by itself, while the softmax sees the sum over pairs.
             L-BFGS moves the two until the queries look where they looked
+    wv      shared values were chosen for heads that look where they looked, and whose errors are independent.
+            Before wo, L-BFGS moves wv towards the same residual stream
+
+Changes are damped, or the weights would learn the quirks of a short text.
 """
 
 from dataclasses import dataclass
@@ -111,8 +115,8 @@ def divergence(attention: Attention, found: list[tuple]) -> float:
 
 @torch.no_grad()
 def refit(model: Llama, original: Llama, tokens: torch.Tensor, steps: int = STEPS, quiet=True) -> Llama:
-    """Give a merged model new wo, and by so many steps new wq and wk, over tokens (N, T), bottom layer first.
-    Layers that do what the original does stay as they are, bit for bit."""
+    """Give a merged model new wo, and by so many steps new wq, wk and wv, over tokens (N, T), bottom layer
+    first. Layers that do what the original does stay as they are, bit for bit."""
     x = y = original.tok_embeddings(tokens)  # the residual streams of the original and of the model
     rope = rope_angles(original.config, torch.arange(tokens.shape[1], device=tokens.device))
     layers = tqdm(model.layers, "refitting", disable=quiet or None, leave=False)
@@ -123,65 +127,105 @@ def refit(model: Llama, original: Llama, tokens: torch.Tensor, steps: int = STEP
         if steps and "wk.weight" in changed:
             refit_attention(theirs.attention, ours.attention, a, b, rope, steps)
         output = torch.cat([theirs.attention(part, *rope) for part in a.split(SLICE)])
-        heads = torch.cat([ours.attention.head_outputs(part, *rope) for part in b.split(SLICE)])
         if changed or not torch.equal(x, y):
-            size = (x + output).norm(dim=-1).clamp(min=TINY)
-            refit_output(ours.attention.wo, heads, x + output - y, 1 / size)
-        x, y = x + output, y + ours.attention.wo(heads)
+            goal, weight = x + output - y, 1 / (x + output).norm(dim=-1).clamp(min=TINY)
+            if steps and "wv.weight" in changed:
+                refit_values(ours.attention, b, rope, goal, weight, steps)
+            refit_output(ours.attention, b, rope, goal, weight)
+        x, y = x + output, y + torch.cat([ours.attention(part, *rope) for part in b.split(SLICE)])
         x = torch.cat([part + theirs.feed_forward(theirs.ffn_norm(part)) for part in x.split(SLICE)])
         y = torch.cat([part + ours.feed_forward(ours.ffn_norm(part)) for part in y.split(SLICE)])
     return model
 
 
 @torch.no_grad()
-def refit_output(wo: nn.Linear, z: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> None:
-    """Ridge regression, in float64, of target (N, T, C) on heads' outputs z (N, T, n), each token by its
-    weight (N, T): the wo of least sum |weight (wo z - target)|^2 + E|weight z|^2 |wo - wo_before|^2."""
-    before, squares, products = wo.weight.double(), 0, 0
-    for rows, goal, part in zip(z.split(SLICE), target.split(SLICE), weight.double().split(SLICE)):
-        rows, goal = ((part[..., None] * x).flatten(0, 1) for x in (rows, goal))
+def refit_output(ours: Attention, b, rope, target: torch.Tensor, weight: torch.Tensor) -> None:
+    """Ridge regression, in float64, of target (N, T, C) on heads' outputs z of inputs b, each token by its
+    weight (N, T): the wo of least sum |weight (wo z - target)|^2 + 4 E|weight z|^2 |wo - wo_before|^2."""
+    wo, squares, products = ours.wo, 0, 0
+    before = wo.weight.double()
+    for part, goal, size in zip(b.split(SLICE), target.split(SLICE), weight.double().split(SLICE)):
+        rows, goal = ((size[..., None] * x).flatten(0, 1) for x in (ours.head_outputs(part, *rope), goal))
         squares = squares + rows.T @ rows
         products = products + rows.T @ (goal - rows @ before.T)
-    damping = max(squares.trace().item() / weight.numel(), TINY) * torch.eye(len(squares)).to(squares)
+    damping = max(4 * squares.trace().item() / weight.numel(), TINY) * torch.eye(len(squares)).to(squares)
     change = torch.linalg.solve(squares + damping, products)
     wo.weight = nn.Parameter((before + change.T).type_as(wo.weight))
+
+
+def observed_weights(attention: Attention, x: torch.Tensor, rope) -> list[torch.Tensor]:
+    """Attention weights (B, H, queries, T) of inputs x (N, T, C) and observed queries, by slices, at most
+    MOST_WEIGHTS."""
+    some, seen = observed(x.shape[1], x.device)
+    most, weights = max(1, MOST_WEIGHTS // (attention.k_groups.of_head.numel() * seen.numel())), []
+    for part in x[:most].split(SLICE):
+        q, k, _ = attention.project(part, *rope)
+        weights.append(scores(q[:, :, some], k, attention.k_groups, seen).softmax(-1))
+    return weights
 
 
 @torch.no_grad()
 def refit_attention(theirs: Attention, ours: Attention, a, b, rope, steps: int) -> None:
     """wq and wk that lessen the mean KL divergence of our attention weights, on inputs b, from the original's
-    on its inputs a. L-BFGS works on wq C^(1/2) and wk C^(1/2), C = E[b b^T], scaled to the same size: there
-    it gets far in few steps."""
+    on its inputs a."""
     some, seen = observed(b.shape[1], b.device)
-    most = max(1, MOST_WEIGHTS // (len(theirs.k_groups.of_list) * seen.numel()))
-    a, b, targets = a[:most], b[:most], []
-    for part in a.split(SLICE):
-        q, k, _ = theirs.project(part, *rope)
-        targets.append(scores(q[:, :, some], k, theirs.k_groups, seen).softmax(-1))
-    count = sum(target[..., 0].numel() for target in targets)
-    root, inverse = whitening(b)
-    whitened = [w.weight @ root for w in (ours.wq, ours.wk)]
-    sizes = [w.square().mean().sqrt().clamp(min=TINY) for w in whitened]
-    parameters = [nn.Parameter(w / size) for w, size in zip(whitened, sizes)]
 
-    def weight(i: int) -> torch.Tensor:
-        return parameters[i] * sizes[i] @ inverse
+    def loss(part, target, wq, wk) -> torch.Tensor:
+        q = ours.queries(part[:, some] @ wq.T, *(x[some] for x in rope))
+        log_p = scores(q, ours.keys(part @ wk.T, *rope), ours.k_groups, seen).log_softmax(-1)
+        return -(target * log_p.masked_fill(~seen, 0)).sum() / count  # KL but for a constant
+
+    targets = observed_weights(theirs, a, rope)
+    count = sum(target[..., 0].numel() for target in targets)  # queries of all heads
+    damping = 3 * b.shape[-1] * targets[0].shape[1] / count
+    minimise(loss, [ours.wq, ours.wk], b[: sum(map(len, targets))], [targets], steps, damping)
+
+
+@torch.no_grad()
+def refit_values(ours: Attention, b, rope, target: torch.Tensor, weight: torch.Tensor, steps: int) -> None:
+    """wv that lessens refit_output's weighted error, of observed queries, divided by the target's squares."""
+    some, _ = observed(b.shape[1], b.device)
+    looks, target, weight = observed_weights(ours, b, rope), target[:, some], weight[:, some, None]
+    energy = (weight * target).square().sum().clamp(min=TINY)
+
+    def loss(part, looks, goal, size, wv) -> torch.Tensor:
+        v = (part @ wv.T).unflatten(-1, (ours.v_groups.n_group, -1)).transpose(1, 2)
+        y = ours.v_groups.scatter(ours.v_groups.gather(looks) @ v)
+        error = ours.wo(ours.readout(y, part[:, some])) - goal
+        return (size * error).square().sum() / energy
+
+    targets = [looks, target.split(SLICE), weight.split(SLICE)]
+    minimise(loss, [ours.wv], b[: sum(map(len, looks))], targets, steps, 4 * b.shape[-1] / weight.numel())
+
+
+def minimise(loss, linears: list[nn.Linear], b, targets: list, steps: int, damping: float = 0) -> None:
+    """By L-BFGS on the weights w of linears: the sum of loss(slice of b, its targets, *weights) over slices,
+    and of damping |change of w C^(1/2)|^2 / |w C^(1/2)|^2, C = E[b b^T]. It works on w C^(1/2), scaled to the
+    same size: there it gets far in few steps."""
+    root, inverse = whitening(b)
+    whitened = [linear.weight @ root for linear in linears]
+    sizes = [w.square().mean().sqrt().clamp(min=TINY) for w in whitened]
+    before = [w / size for w, size in zip(whitened, sizes)]
+    parameters = [nn.Parameter(w.clone()) for w in before]
+
+    def weights() -> list[torch.Tensor]:
+        return [w * size @ inverse for w, size in zip(parameters, sizes)]
 
     def closure() -> torch.Tensor:  # called with gradients on
         optimizer.zero_grad()
-        total = torch.zeros((), device=b.device)
-        for part, target in zip(b.split(SLICE), targets):
-            q = ours.queries(part[:, some] @ weight(0).T, *(x[some] for x in rope))
-            k = ours.keys(part @ weight(1).T, *rope)
-            log_p = scores(q, k, ours.k_groups, seen).log_softmax(-1)
-            loss = -(target * log_p.masked_fill(~seen, 0)).sum() / count  # KL but for a constant
-            loss.backward()
-            total += loss.detach()
+        total = damping * sum((w - old).square().mean() for w, old in zip(parameters, before))
+        total.backward()
+        total = total.detach()
+        for given in zip(b.split(SLICE), *targets):
+            of_slice = loss(*given, *weights())
+            of_slice.backward()
+            total += of_slice.detach()
         return total
 
     optimizer = torch.optim.LBFGS(parameters, max_iter=steps, line_search_fn="strong_wolfe")
     optimizer.step(closure)
-    ours.wq.weight, ours.wk.weight = nn.Parameter(weight(0)), nn.Parameter(weight(1))
+    for linear, weight in zip(linears, weights()):
+        linear.weight = nn.Parameter(weight)
 
 
 def whitening(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import adapted, assert_close, run, sharp_model, to_hugging_face, tokens_of
+from torch.func import functional_call, jacfwd
 
 import gqa
 import refit as refitting
 from checkpoint import build_model, check_tensors, load, picture, save
 from common import UserError, sha256_of
-from gqa import merge
+from gqa import all_directions, merge, to_latents
 from lora import LoRAConfig
 from model import ROPE_SCALING, Llama, ModelConfig, rope_angles, scores
 from partition import Costs, choose, head_counts, slot_costs
@@ -210,6 +211,7 @@ def test_refitted_outputs_are_ridge_regressions_on_the_streams_of_whole_models(m
     small = merge(model, ([[0, 0, 1, 1]] * 3, [[0, 0, 0, 1]] * 3), statistics(model, tokens))
     expected, calls = copy.deepcopy(small), []
     monkeypatch.setattr(refitting, "refit_attention", lambda *given: calls.append(given))
+    monkeypatch.setattr(refitting, "refit_values", lambda *given: None)
     refit(small, model, tokens, 1)
 
     def seen(one: Llama, layer: int) -> tuple[torch.Tensor, ...]:
@@ -228,10 +230,43 @@ def test_refitted_outputs_are_ridge_regressions_on_the_streams_of_whole_models(m
             assert_close(given.flatten(0, 1), model.layers[layer].attention_norm(stream), 1e-9)
         weight = 1 / (x + change).square().mean(1, keepdim=True).sqrt()
         z, target = weight * z, weight * (x + change - ours)
-        damping = z.square().sum(1).mean().sqrt() * torch.eye(z.shape[1], dtype=z.dtype)
+        damping = 2 * z.square().sum(1).mean().sqrt() * torch.eye(z.shape[1], dtype=z.dtype)
         stacked = torch.cat((z, damping)), torch.cat((target, damping @ wo.weight.T))
         wo.weight.copy_(torch.linalg.lstsq(*stacked).solution.T)
         assert_close(small.layers[layer].attention.wo.weight, wo.weight, 1e-9, f"layer {layer}")
+
+
+@pytest.mark.parametrize("queries, latent", [(48, False), (16, True)])
+def test_refitted_values_are_the_least_squares_of_what_attention_gives(monkeypatch, queries, latent):
+    """Of observed queries, each error divided by the stream's size; a change of all of v counts as much as an
+    error of 4 C observations. L-BFGS in many steps, against the normal equations."""
+    monkeypatch.setattr(refitting, "QUERIES", queries)
+    model = frozen(seed=2, gated=True, attention="naive").double()
+    stats, maps = statistics(model, TOKENS), ([[0, 1, 2, 3]] * 2, [[0, 0, 0, 1]] * 2)
+    small = merge(model, maps, stats)
+    if latent:
+        small = to_latents(model, all_directions(model, stats), {(0, "v"): 10})
+    rope = rope_angles(model.config, torch.arange(48))
+    theirs, ours = model.layers[0].attention, small.layers[0].attention
+    x = model.layers[0].attention_norm(model.tok_embeddings(TOKENS))
+    target, weight, before = theirs(x, *rope), torch.rand(TOKENS.shape).double(), ours.wv.weight.clone()
+    seen = slice(48 // queries - 1, None, 48 // queries)
+
+    def errors(wv: torch.Tensor) -> torch.Tensor:
+        y = functional_call(ours, {"wv.weight": wv}, (x, *rope))
+        return (weight[..., None] * (y - target))[:, seen].flatten()
+
+    inputs = x.flatten(0, 1)
+    root = torch.linalg.cholesky(inputs.T @ inputs / len(inputs))
+    share = (
+        4 * 32 / weight[:, seen].numel() * errors(0 * before).square().sum() / (before @ root).square().sum()
+    )
+    A = jacfwd(errors)(before).flatten(1)
+    prior = share * torch.kron(torch.eye(len(before)).double(), root @ root.T)
+    change = torch.linalg.solve(A.T @ A + prior, -A.T @ errors(before))
+    refitting.refit_values(ours, x, rope, target, weight, 300)
+    assert (ours.wv.weight - before).norm() > 0.03 * before.norm()
+    assert_close(ours.wv.weight, before + change.view_as(before), 1e-4)
 
 
 @pytest.mark.parametrize("queries", [48, 16])
@@ -251,7 +286,9 @@ def test_refitted_attention_looks_where_it_looked(monkeypatch, queries):
         left, right = scores(q, k, theirs.k_groups).softmax(-1), scores(p, r, ours.k_groups).softmax(-1)
         return (left * ((left + 1e-30).log() - (right + 1e-30).log())).sum(-1).mean().item()
 
-    before, apart = divergence(small), copy.deepcopy(small)
+    before, apart, minimise = divergence(small), copy.deepcopy(small), refitting.minimise
+    held = pytest.approx(3 * 32 / (tokens.shape[0] * queries))  # a change of all costs as much as 3 C queries
+    monkeypatch.setattr(refitting, "minimise", lambda *given: given[-1] == held and minimise(*given))
     refit_attention(theirs, apart.layers[0].attention, x, x, rope, 20)
     refit(small, model, tokens)
     assert divergence(apart) < 0.85 * before, (divergence(apart), before)
