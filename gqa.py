@@ -258,7 +258,7 @@ class MergeConfig:
     kv_budget: float | None = bounded(None, 0, 1)  # share of the KV cache to keep, spread over the layers
     joint: bool = False  # one map for keys and values, as in other work
     merge: Literal["closed", "mean"] = "closed"  # how: the best shared head, or the mean of GQA's paper
-    refit: Literal["none", "output", "all"] = "all"  # fit wo, or wo, wq and wk, to the original
+    refit: Literal["none", "output", "all"] = "all"  # fit wo, or also wq, wk and wv, to the original
     calibration_tokens: int = bounded(65536, 1)  # at most, of the train split
     dataset: str | None = None  # prepared data of the same tokenizer (default: the checkpoint's own)
     seed: int = bounded(0, 0, 2**32 - 1)  # of the calibration text, and of random groups

@@ -127,25 +127,25 @@ def refit(model: Llama, original: Llama, tokens: torch.Tensor, steps: int = STEP
         if steps and "wk.weight" in changed:
             refit_attention(theirs.attention, ours.attention, a, b, rope, steps)
         output = torch.cat([theirs.attention(part, *rope) for part in a.split(SLICE)])
+        goal, weight = x + output - y, 1 / (x + output).norm(dim=-1).clamp(min=TINY)
+        if steps and "wv.weight" in changed:
+            refit_values(ours.attention, b, rope, goal, weight, steps)
+        heads = torch.cat([ours.attention.head_outputs(part, *rope) for part in b.split(SLICE)])
         if changed or not torch.equal(x, y):
-            goal, weight = x + output - y, 1 / (x + output).norm(dim=-1).clamp(min=TINY)
-            if steps and "wv.weight" in changed:
-                refit_values(ours.attention, b, rope, goal, weight, steps)
-            refit_output(ours.attention, b, rope, goal, weight)
-        x, y = x + output, y + torch.cat([ours.attention(part, *rope) for part in b.split(SLICE)])
+            refit_output(ours.attention.wo, heads, goal, weight)
+        x, y = x + output, y + ours.attention.wo(heads)
         x = torch.cat([part + theirs.feed_forward(theirs.ffn_norm(part)) for part in x.split(SLICE)])
         y = torch.cat([part + ours.feed_forward(ours.ffn_norm(part)) for part in y.split(SLICE)])
     return model
 
 
 @torch.no_grad()
-def refit_output(ours: Attention, b, rope, target: torch.Tensor, weight: torch.Tensor) -> None:
-    """Ridge regression, in float64, of target (N, T, C) on heads' outputs z of inputs b, each token by its
+def refit_output(wo: nn.Linear, z: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> None:
+    """Ridge regression, in float64, of target (N, T, C) on heads' outputs z (N, T, n), each token by its
     weight (N, T): the wo of least sum |weight (wo z - target)|^2 + 4 E|weight z|^2 |wo - wo_before|^2."""
-    wo, squares, products = ours.wo, 0, 0
-    before = wo.weight.double()
-    for part, goal, size in zip(b.split(SLICE), target.split(SLICE), weight.double().split(SLICE)):
-        rows, goal = ((size[..., None] * x).flatten(0, 1) for x in (ours.head_outputs(part, *rope), goal))
+    before, squares, products = wo.weight.double(), 0, 0
+    for rows, goal, part in zip(z.split(SLICE), target.split(SLICE), weight.double().split(SLICE)):
+        rows, goal = ((part[..., None] * x).flatten(0, 1) for x in (rows, goal))
         squares = squares + rows.T @ rows
         products = products + rows.T @ (goal - rows @ before.T)
     damping = max(4 * squares.trace().item() / weight.numel(), TINY) * torch.eye(len(squares)).to(squares)

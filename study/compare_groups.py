@@ -26,10 +26,10 @@ ROWS = {  # one map for K and V?, which heads share, how they are merged, steps 
     "best joint groups, closed form": (True, "best", "closed", None),
     "K and V apart": (False, "best", "closed", None),
     "+ wo refitted": (False, "best", "closed", 0),
-    "+ wq and wk refitted": (False, "best", "closed", STEPS),
+    "+ wq, wk and wv refitted": (False, "best", "closed", STEPS),
     "latents": (False, None, "latent", None),
     "latents + wo refitted": (False, None, "latent", 0),
-    "latents + wq and wk refitted": (False, None, "latent", STEPS),
+    "latents + wq, wk and wv refitted": (False, None, "latent", STEPS),
 }
 
 
