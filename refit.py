@@ -154,8 +154,7 @@ def refit_output(wo: nn.Linear, z: torch.Tensor, target: torch.Tensor, weight: t
 
 
 def observed_weights(attention: Attention, x: torch.Tensor, rope) -> list[torch.Tensor]:
-    """Attention weights (B, H, queries, T) of inputs x (N, T, C) and observed queries, by slices, at most
-    MOST_WEIGHTS."""
+    """Weights (B, H, queries, T) of observed queries, for each slice of as many rows of x as may be held."""
     some, seen = observed(x.shape[1], x.device)
     most, weights = max(1, MOST_WEIGHTS // (attention.k_groups.of_head.numel() * seen.numel())), []
     for part in x[:most].split(SLICE):
@@ -185,7 +184,8 @@ def refit_attention(theirs: Attention, ours: Attention, a, b, rope, steps: int) 
 def refit_values(ours: Attention, b, rope, target: torch.Tensor, weight: torch.Tensor, steps: int) -> None:
     """wv that lessens refit_output's weighted error, of observed queries, divided by the target's squares."""
     some, _ = observed(b.shape[1], b.device)
-    looks, target, weight = observed_weights(ours, b, rope), target[:, some], weight[:, some, None]
+    looks = observed_weights(ours, b, rope)
+    b, target, weight = (x[: sum(map(len, looks))] for x in (b, target[:, some], weight[:, some, None]))
     energy = (weight * target).square().sum().clamp(min=TINY)
 
     def loss(part, looks, goal, size, wv) -> torch.Tensor:
@@ -195,10 +195,10 @@ def refit_values(ours: Attention, b, rope, target: torch.Tensor, weight: torch.T
         return (size * error).square().sum() / energy
 
     targets = [looks, target.split(SLICE), weight.split(SLICE)]
-    minimise(loss, [ours.wv], b[: sum(map(len, looks))], targets, steps, 4 * b.shape[-1] / weight.numel())
+    minimise(loss, [ours.wv], b, targets, steps, 4 * b.shape[-1] / weight.numel())
 
 
-def minimise(loss, linears: list[nn.Linear], b, targets: list, steps: int, damping: float = 0) -> None:
+def minimise(loss, linears: list[nn.Linear], b, targets: list, steps: int, damping: float) -> None:
     """By L-BFGS on the weights w of linears: the sum of loss(slice of b, its targets, *weights) over slices,
     and of damping |change of w C^(1/2)|^2 / |w C^(1/2)|^2, C = E[b b^T]. It works on w C^(1/2), scaled to the
     same size: there it gets far in few steps."""

@@ -236,11 +236,12 @@ def test_refitted_outputs_are_ridge_regressions_on_the_streams_of_whole_models(m
         assert_close(small.layers[layer].attention.wo.weight, wo.weight, 1e-9, f"layer {layer}")
 
 
-@pytest.mark.parametrize("queries, latent", [(48, False), (16, True)])
-def test_refitted_values_are_the_least_squares_of_what_attention_gives(monkeypatch, queries, latent):
-    """Of observed queries, each error divided by the stream's size; a change of all of v counts as much as an
-    error of 4 C observations. L-BFGS in many steps, against the normal equations."""
+@pytest.mark.parametrize("queries, latent, rows", [(48, False, 6), (16, True, 4)])
+def test_refitted_values_are_the_least_squares_of_what_attention_gives(monkeypatch, queries, latent, rows):
+    """Of observed queries in as many rows as memory allows, each error divided by the stream's size; a change
+    of all of v counts as much as an error at 4 C tokens. L-BFGS in many steps, against normal equations."""
     monkeypatch.setattr(refitting, "QUERIES", queries)
+    monkeypatch.setattr(refitting, "MOST_WEIGHTS", rows * 4 * queries * 48)
     model = frozen(seed=2, gated=True, attention="naive").double()
     stats, maps = statistics(model, TOKENS), ([[0, 1, 2, 3]] * 2, [[0, 0, 0, 1]] * 2)
     small = merge(model, maps, stats)
@@ -250,19 +251,17 @@ def test_refitted_values_are_the_least_squares_of_what_attention_gives(monkeypat
     theirs, ours = model.layers[0].attention, small.layers[0].attention
     x = model.layers[0].attention_norm(model.tok_embeddings(TOKENS))
     target, weight, before = theirs(x, *rope), torch.rand(TOKENS.shape).double(), ours.wv.weight.clone()
-    seen = slice(48 // queries - 1, None, 48 // queries)
+    seen = (slice(rows), slice(48 // queries - 1, None, 48 // queries))
 
     def errors(wv: torch.Tensor) -> torch.Tensor:
         y = functional_call(ours, {"wv.weight": wv}, (x, *rope))
-        return (weight[..., None] * (y - target))[:, seen].flatten()
+        return (weight[..., None] * (y - target))[seen].flatten()
 
-    inputs = x.flatten(0, 1)
+    inputs = x[:rows].flatten(0, 1)
     root = torch.linalg.cholesky(inputs.T @ inputs / len(inputs))
-    share = (
-        4 * 32 / weight[:, seen].numel() * errors(0 * before).square().sum() / (before @ root).square().sum()
-    )
-    A = jacfwd(errors)(before).flatten(1)
-    prior = share * torch.kron(torch.eye(len(before)).double(), root @ root.T)
+    energy = errors(0 * before).square().sum() / (before @ root).square().sum()
+    A, metric = jacfwd(errors)(before).flatten(1), torch.kron(torch.eye(len(before)).double(), root @ root.T)
+    prior = 4 * 32 / weight[seen].numel() * energy * metric
     change = torch.linalg.solve(A.T @ A + prior, -A.T @ errors(before))
     refitting.refit_values(ours, x, rope, target, weight, 300)
     assert (ours.wv.weight - before).norm() > 0.03 * before.norm()
