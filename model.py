@@ -360,7 +360,7 @@ class Attention(nn.Module):
         return self.readout(y, x)
 
     def readout(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Attended values (B, H, T, their width), of inputs x -> the heads' outputs, side by side."""
+        """Attended values (B, H, T, R_v or D) and inputs x (B, T, C) -> the heads' outputs (B, T, H * D)."""
         if self.v_mix is not None:
             y = y @ self.v_mix
         if self.novel is not None:

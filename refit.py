@@ -176,8 +176,8 @@ def refit_attention(theirs: Attention, ours: Attention, a, b, rope, steps: int) 
 
     targets = observed_weights(theirs, a, rope)
     count = sum(target[..., 0].numel() for target in targets)  # queries of all heads
-    damping = 3 * b.shape[-1] * targets[0].shape[1] / count
-    minimise(loss, [ours.wq, ours.wk], b[: sum(map(len, targets))], [targets], steps, damping)
+    b = b[: sum(map(len, targets))]
+    minimise(loss, [ours.wq, ours.wk], b, [targets], steps, 3 * b.shape[-1] / b[:, some, 0].numel())
 
 
 @torch.no_grad()
