@@ -41,7 +41,7 @@ from partition import (
 from refit import STEPS, Statistics, refit, sensitivity, statistics
 
 Directions = dict[Slot, tuple[torch.Tensor, ...]]  # (order, z, mix), see `directions`
-LEFT = {"k": 0.5}  # of what is lost, about, once wq and wk are refitted
+LEFT = {"k": 0.3}  # of what is lost, about, once wq and wk are refitted
 MOST_CONTEXT = 1024  # longest calibration block, tokens; longer ones change few choices
 
 

@@ -169,15 +169,21 @@ def refit_attention(theirs: Attention, ours: Attention, a, b, rope, steps: int) 
     on its inputs a."""
     some, seen = observed(b.shape[1], b.device)
 
-    def loss(part, target, wq, wk) -> torch.Tensor:
+    def log_weights(part, wq, wk) -> torch.Tensor:
         q = ours.queries(part[:, some] @ wq.T, *(x[some] for x in rope))
-        log_p = scores(q, ours.keys(part @ wk.T, *rope), ours.k_groups, seen).log_softmax(-1)
-        return -(target * log_p.masked_fill(~seen, 0)).sum() / count  # KL but for a constant
+        scored = scores(q, ours.keys(part @ wk.T, *rope), ours.k_groups, seen)
+        return scored.log_softmax(-1).masked_fill(~seen, 0)
+
+    def loss(part, target, wq, wk) -> torch.Tensor:
+        return -(target * log_weights(part, wq, wk)).sum() / count  # KL but for a constant
+
+    def roots(part, target, wq, wk) -> torch.Tensor:  # nearby, KL is the squared change of (2 p)^(1/2)
+        return (log_weights(part, wq, wk) / 2).exp() * (2 / count) ** 0.5
 
     targets = observed_weights(theirs, a, rope)
     count = sum(target[..., 0].numel() for target in targets)  # queries of all heads
     b = b[: sum(map(len, targets))]
-    minimise(loss, [ours.wq, ours.wk], b, [targets], steps, 3 * b.shape[-1] / b[:, some, 0].numel())
+    minimise(loss, roots, [ours.wq, ours.wk], b, [targets], steps, b.shape[-1] / b[:, some, 0].numel())
 
 
 @torch.no_grad()
@@ -188,35 +194,38 @@ def refit_values(ours: Attention, b, rope, target: torch.Tensor, weight: torch.T
     b, target, weight = (x[: sum(map(len, looks))] for x in (b, target[:, some], weight[:, some, None]))
     energy = (weight * target).square().sum().clamp(min=TINY)
 
-    def loss(part, looks, goal, size, wv) -> torch.Tensor:
+    def errors(part, looks, goal, size, wv) -> torch.Tensor:
         v = (part @ wv.T).unflatten(-1, (ours.v_groups.n_group, -1)).transpose(1, 2)
         y = ours.v_groups.scatter(ours.v_groups.gather(looks) @ v)
-        error = ours.wo(ours.readout(y, part[:, some])) - goal
-        return (size * error).square().sum() / energy
+        return size * (ours.wo(ours.readout(y, part[:, some])) - goal) / energy.sqrt()
 
     targets = [looks, target.split(SLICE), weight.split(SLICE)]
-    minimise(loss, [ours.wv], b, targets, steps, 4 * b.shape[-1] / weight.numel())
+    damping = 2 * b.shape[-1] / weight.numel()
+    minimise(lambda *args: errors(*args).square().sum(), errors, [ours.wv], b, targets, steps, damping)
 
 
-def minimise(loss, linears: list[nn.Linear], b, targets: list, steps: int, damping: float) -> None:
+def minimise(loss, roots, linears: list[nn.Linear], b, targets: list, steps: int, damping: float) -> None:
     """By L-BFGS on the weights w of linears: the sum of loss(slice of b, its targets, *weights) over slices,
-    and of damping |change of w C^(1/2)|^2 / |w C^(1/2)|^2, C = E[b b^T]. It works on w C^(1/2), scaled to the
-    same size: there it gets far in few steps."""
+    and of damping |change of w C^(1/2)|^2 / |w C^(1/2)|^2, C = E[b b^T]. It works on S w C^(1/2), S the
+    `slopes`: there all directions matter about alike, and it gets far in few steps."""
     root, inverse = whitening(b)
+    slices = list(zip(b.split(SLICE), *targets))
+    scales = slopes(roots, [linear.weight for linear in linears], inverse, slices)
     whitened = [linear.weight @ root for linear in linears]
-    sizes = [w.square().mean().sqrt().clamp(min=TINY) for w in whitened]
-    before = [w / size for w, size in zip(whitened, sizes)]
+    shares = [damping / w.square().sum().clamp(min=TINY) for w in whitened]
+    before = [scale * w for scale, w in zip(scales, whitened)]
     parameters = [nn.Parameter(w.clone()) for w in before]
 
     def weights() -> list[torch.Tensor]:
-        return [w * size @ inverse for w, size in zip(parameters, sizes)]
+        return [w / scale @ inverse for w, scale in zip(parameters, scales)]
 
     def closure() -> torch.Tensor:  # called with gradients on
         optimizer.zero_grad()
-        total = damping * sum((w - old).square().mean() for w, old in zip(parameters, before))
+        changes = [(w - old) / scale for w, old, scale in zip(parameters, before, scales)]
+        total = sum(share * change.square().sum() for share, change in zip(shares, changes))
         total.backward()
         total = total.detach()
-        for given in zip(b.split(SLICE), *targets):
+        for given in slices:
             of_slice = loss(*given, *weights())
             of_slice.backward()
             total += of_slice.detach()
@@ -226,6 +235,21 @@ def minimise(loss, linears: list[nn.Linear], b, targets: list, steps: int, dampi
     optimizer.step(closure)
     for linear, weight in zip(linears, weights()):
         linear.weight = nn.Parameter(weight)
+
+
+@torch.enable_grad()
+def slopes(roots, weights: list[torch.Tensor], inverse: torch.Tensor, slices: list) -> list[torch.Tensor]:
+    """(n, 1) for each of weights (n, C): how far, root mean square, `roots` move with each row of it, over
+    whitened inputs. One backward pass with random signs estimates it: the diagonal of K-FAC's factor of the
+    outputs (arXiv 1503.05671)."""
+    generator = torch.Generator(inverse.device).manual_seed(0)
+    weights, squares = [w.detach().requires_grad_() for w in weights], [0] * len(weights)
+    for given in slices:
+        y = roots(*given, *weights)
+        signs = torch.empty_like(y).bernoulli_(generator=generator) * 2 - 1
+        gradients = torch.autograd.grad(y, weights, signs)
+        squares = [old + (g @ inverse).square().mean(1, True) for old, g in zip(squares, gradients)]
+    return [(square + 1e-3 * square.mean() + TINY).sqrt() for square in squares]
 
 
 def whitening(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
