@@ -207,7 +207,8 @@ def refit_values(ours: Attention, b, rope, target: torch.Tensor, weight: torch.T
 def minimise(loss, roots, linears: list[nn.Linear], b, targets: list, steps: int, damping: float) -> None:
     """By L-BFGS on the weights w of linears: the sum of loss(slice of b, its targets, *weights) over slices,
     and of damping |change of w C^(1/2)|^2 / |w C^(1/2)|^2, C = E[b b^T]. It works on S w C^(1/2), S the
-    `slopes`: there all directions matter about alike, and it gets far in few steps."""
+    `slopes` of roots(same arguments), whose squared changes are about the loss's: there all directions matter
+    about alike, and it gets far in few steps."""
     root, inverse = whitening(b)
     slices = list(zip(b.split(SLICE), *targets))
     scales = slopes(roots, [linear.weight for linear in linears], inverse, slices)
