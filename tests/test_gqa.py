@@ -281,7 +281,7 @@ def test_a_few_steps_refit_latents_whose_numbers_have_very_different_sizes(kind)
     x = model.layers[0].attention_norm(model.tok_embeddings(TOKENS))
     theirs, weight = model.layers[0].attention, torch.ones(TOKENS.shape).double()
     for steps in (20, 300):
-        ours = to_latents(model, found, {(0, kind): 10}).layers[0].attention.double()
+        ours = to_latents(model, found, {(0, kind): 10}).layers[0].attention
         linear, name = (ours.wk, "k_mix") if kind == "k" else (ours.wv, "v_mix")
         mix = getattr(ours, name)
         c = torch.logspace(-1.5, 1.5, mix.shape[1]).double()[:, None]
