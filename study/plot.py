@@ -35,6 +35,7 @@ from study.bench import records
 
 # Okabe and Ito's, which colour-blind readers can tell apart
 COLOURS = ["#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#999999", "#b3a700"]
+LINES = matplotlib.cycler(linestyle=["-", "--"]) * matplotlib.cycler(color=COLOURS)  # first all colours solid
 PALE = [tuple(0.4 + 0.6 * np.array(to_rgb(colour))) for colour in COLOURS]  # under black letters
 
 
@@ -55,7 +56,7 @@ def save(draw: Callable[[], Figure], path: Path) -> None:
     """Draw a figure twice: for light pages, and for dark ones, NAME-dark."""
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     for name, ink, paper in (("", "#1f2328", "#ffffff"), ("-dark", "#e6edf3", "#0d1117")):
-        style = dict.fromkeys(inked, ink) | {"axes.prop_cycle": matplotlib.cycler(color=COLOURS)}
+        style = dict.fromkeys(inked, ink) | {"axes.prop_cycle": LINES}
         style |= dict.fromkeys(("figure.facecolor", "axes.facecolor", "legend.facecolor"), paper)
         style |= {"font.size": 10, "grid.alpha": 0.3, "legend.framealpha": 0.6}
         with matplotlib.rc_context(style), replacing(path.with_stem(path.stem + name), "wb") as file:

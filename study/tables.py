@@ -119,11 +119,10 @@ def draw_ratios(panels: dict[str, tuple[list[float], dict[str, list[float]]]]) -
     drawn, [axes] = plot.grid(1, len(panels), 8, 5)
     for place, (title, (x, lines)) in zip(axes, panels.items()):
         for (label, y), marker in zip(lines.items(), "os^vDPX*+xd"):
-            place.semilogy(x, y, "--" if "latents" in label else "-", marker=marker, ms=5, label=label)
+            place.semilogy(x, y, marker=marker, markersize=5, label=label)
         place.set(xlabel="share of the KV cache", ylabel="perplexity, ratio to the original's", title=title)
-        most = max(map(max, lines.values()))
-        near = (1.02, 1.05, 1.1) if most < 2 else (1.1,) * (most < 10)  # labels must not overlap
-        ticks = [t for t in (1, *near, 1.2, 1.5, 2, 3, 5, 10, 20, 40) if t < 1.1 * most]
+        most, marks = max(map(max, lines.values())), (1, 1.02, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 40)
+        ticks = [t for t in marks if t == 1 or most**0.05 < t < 1.1 * most]  # labels must not overlap
         place.set_yticks(ticks, [f"{t:g}" for t in ticks])
         place.minorticks_off()
         place.grid()
