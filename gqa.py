@@ -15,7 +15,8 @@ Averaging heads that differ only by such a symmetry destroys them (`--merge mean
 Here each group gets the shared head with the smallest squared error over the inputs of a text, by a truncated
 SVD (Eckart-Young); norm weights and Procrustes alignment (arXiv 2408.08454, 2412.20677) cannot reach a
 smaller one. Neither symmetry asks for groups: `--latent` keeps, for all heads of a layer together, the
-strongest directions of their keys and values, any number of them, and each head its coefficients.
+strongest directions of their keys and values, any number of them, and each head its coefficients. Values
+read the cached keys, too, so theirs are directions of what keys do not tell.
 """
 
 import json
@@ -35,13 +36,12 @@ from eval_ppl import mean_nll, perplexity, split_tokens, window_nll
 from lora import plain
 from model import Attention, Llama, Maps, ModelConfig, naive
 from partition import (
-    TINY, Counts, Groups, Slot, budget, choose, complex_heads, even_counts, head_counts, knapsack, numbered,
-    value_heads, weighted_rows,
+    TINY, Counts, Groups, Slot, budget, choose, complex_heads, even_counts, head_counts, latent_sizes,
+    latent_units, numbered, real_rows, value_heads, weighted_rows,
 )  # fmt: skip
 from refit import STEPS, Statistics, refit, sensitivity, statistics
 
 Directions = dict[Slot, tuple[torch.Tensor, ...]]  # (order, z, mix), see `directions`
-LEFT = {"k": 0.3}  # of what is lost, about, once wq and wk are refitted
 MOST_CONTEXT = 1024  # longest calibration block, tokens; longer ones change few choices
 
 
@@ -119,7 +119,7 @@ def merge_values(attention: Attention, groups: Groups, stats: Statistics) -> tup
 
 
 def all_directions(model: Llama, stats: list[Statistics]) -> Directions:
-    """`directions` of each layer's K and V."""
+    """`directions` of each layer's K, and of V alone."""
     layers = [layer.attention for layer in model.layers]
     slots = product(range(len(layers)), "kv")
     return {(i, kind): directions(*weighted_rows(layers[i], kind, stats[i])) for i, kind in slots}
@@ -134,8 +134,21 @@ def latent(found: tuple[torch.Tensor, ...], size: int) -> tuple[list[int], torch
     return torch.bincount(f, minlength=len(z)).tolist(), z[f, i], mix[f, :, i].T
 
 
+def latent_value(attention: Attention, stats: Statistics, keys: torch.Tensor, size: int) -> tuple:
+    """wv (R, C) of a latent value of this size beside a latent key of wk `keys` (n, C), and the coefficients
+    (G D, R + n) that restore all heads' values from both: the strongest directions of what the key does not
+    tell of x, then least squares."""
+    rows, weighted, C = weighted_rows(attention, "v", stats)
+    of_keys = C @ keys.T
+    left = C - of_keys @ torch.linalg.pinv(keys @ of_keys, hermitian=True) @ of_keys.T
+    z, like = latent(directions(rows, weighted, left), size)[1], keys if len(keys) else rows[0]
+    z *= (like.square().mean() / z.square().mean().clamp(min=TINY)).sqrt()  # else healing would diverge
+    both = torch.cat((z, keys))
+    return z, rows[0] @ C @ both.T @ torch.linalg.pinv(both @ C @ both.T, hermitian=True)
+
+
 @torch.no_grad()
-def to_latents(model: Llama, found: Directions, sizes: Counts) -> Llama:
+def to_latents(model: Llama, stats: list[Statistics], found: Directions, sizes: Counts) -> Llama:
     """The model with latent keys and values of these sizes, numbers in the cache, in place of heads. Each
     head's coefficients get unit length for every RoPE pair, or orthonormal columns, and wq or wo (but behind
     a novel layer) what they lose: `refit` leaves coefficients, and gets further where these are alike."""
@@ -143,15 +156,17 @@ def to_latents(model: Llama, found: Directions, sizes: Counts) -> Llama:
     k_latent, v_latent = list(c.k_latent), list(c.v_latent)
     for (layer, kind), size in sizes.items():
         attention, name = model.layers[layer].attention, f"layers.{layer}.attention."
-        (ranks, z, mix), new = latent(found[layer, kind], size), {}
+        ranks, z, mix = latent(found[layer, "k"], sizes.get((layer, "k"), 0))
+        keys, new = real_rows(z), {}
         if kind == "k":  # attention divides by the root of the key's width, not of D
             k_latent[layer], mix = ranks, mix.conj()[attention.k_groups.of_head] * math.sqrt(2 * len(z) / D)
             lengths = torch.stack([x.norm(dim=1) for x in mix.split(ranks, 1)], 1).clamp(min=TINY)  # (H, D/2)
             mix = torch.view_as_real(mix / lengths.repeat_interleave(torch.tensor(ranks).to(z.device), 1))
             new["wq.weight"] = lengths.repeat_interleave(2, 1).flatten()[:, None] * attention.wq.weight
-            z = torch.view_as_real(z).transpose(1, 2).flatten(0, 1)
+            z = keys
         else:
-            v_latent[layer], mix = len(z), mix.unflatten(0, (-1, D)).mT[attention.v_groups.of_head]
+            z, mix = latent_value(attention, stats[layer], keys, size)
+            v_latent[layer], mix = size, mix.unflatten(0, (-1, D)).mT[attention.v_groups.of_head]
             if attention.novel is None:
                 U, S, Vh = torch.linalg.svd(mix, full_matrices=False)
                 mix, readers = U @ Vh, attention.wo.weight.double().unflatten(1, (-1, D)).transpose(0, 1)
@@ -162,19 +177,13 @@ def to_latents(model: Llama, found: Directions, sizes: Counts) -> Llama:
     return build_model({"model": weights, "config": vars(config)}, model.tok_embeddings.weight.device)
 
 
-def latent_units(c: ModelConfig) -> tuple[int, Counts]:
-    """The unit of latent sizes, in numbers, and how many units each layer's K and V take in the cache."""
-    unit = c.head_dim // 4 if c.head_dim % 8 == 0 else 2
-    return unit, {(i, kind): n // unit for i, both in enumerate(c.kv_widths) for kind, n in zip("kv", both)}
-
-
-def size_products(attention: Attention, orders: list[torch.Tensor], unit: int, args: tuple, g: torch.Tensor):
-    """g . y for the output y and its gradient g (B, T, C), if a latent of all numbers kept only its first 1,
-    2, ... units of keys (B, T, units), or of values. Both add up: y over values, scores over keys."""
-    q, k, v = attention.project(*args)
-    y = naive(q, k, v, attention.k_groups, attention.v_groups, None).requires_grad_()
+def size_products(keys: Attention, values: Attention, orders: list, unit: int, args: tuple, g: torch.Tensor):
+    """g . y for the output y and its gradient g (B, T, C), if only the first 1, 2, ... units of all numbers
+    of a latent key were kept (B, T, units), or of a latent value: y adds up over values, scores over keys."""
+    (q, k, _), v = keys.project(*args), values.project(*args)[2]
+    y = naive(q, k, v, keys.k_groups, values.v_groups, None).requires_grad_()
     with torch.enable_grad():
-        (reads,) = torch.autograd.grad(attention.wo(attention.readout(y, args[0])), y, g)
+        (reads,) = torch.autograd.grad(values.wo(values.readout(y, args[0])), y, g)
     of_values = (reads * y).sum(1)[..., orders[1]].cumsum(-1)[..., unit - 1 :: unit]
     q, k = (x.unflatten(-1, (-1, 2))[..., orders[0], :].flatten(-2) for x in (q * q.shape[-1] ** -0.5, k))
     score = torch.full(2 * q.shape[2:3], -math.inf).triu(1).to(q)
@@ -186,29 +195,20 @@ def size_products(attention: Attention, orders: list[torch.Tensor], unit: int, a
 
 
 @torch.no_grad()
-def latent_losses(model: Llama, found: Directions, tokens: torch.Tensor) -> list[np.ndarray]:
-    """The KL divergence that 1, 2, ... units of each slot cause, predicted by one backward pass: `divergence`
-    for all sizes at once, in novel layers to first order."""
+def latent_losses(model: Llama, stats: list[Statistics], found: Directions, tokens: torch.Tensor) -> list:
+    """The KL divergence that 1, 2, ... units of each slot alone cause (units,), predicted by one backward
+    pass: `divergence` for all sizes at once, in novel layers to first order."""
     (unit, whole), losses = latent_units(model.config), []
-    full = to_latents(model, found, {slot: unit * n for slot, n in whole.items()})
-    for i, of_layer in enumerate(sensitivity(model, tokens)):
-        orders = [found[i, kind][0] for kind in "kv"]
-        of_batch = [size_products(full.layers[i].attention, orders, unit, args, g) for args, _, g in of_layer]
+    full = {slot: unit * n for slot, n in whole.items()}
+    alone = [{slot: n for slot, n in full.items() if slot[1] == kind} for kind in "kv"]
+    layers = zip(*(to_latents(model, stats, found, sizes).layers for sizes in alone))
+    for i, (of_layer, (keys, values)) in enumerate(zip(sensitivity(model, tokens), layers)):
+        how = keys.attention, values.attention, [found[i, kind][0] for kind in "kv"], unit
+        of_batch = [size_products(*how, args, g) for args, _, g in of_layer]
         for products in map(torch.cat, zip(*of_batch)):
             errors = products - products[..., -1:]
             losses.append(errors.square().mean((0, 1)).double().cpu().numpy() / 2)
     return losses
-
-
-def latent_sizes(model: Llama, losses: list[np.ndarray], share: float, all_refitted: bool) -> Counts:
-    """The latent sizes of each layer's K and V, together a share of the cache, with the least sum of
-    `latent_losses`, or of what refitting leaves of them; none for what stays as it is. Below one head's size
-    keys lack RoPE pairs, and what that adds cannot be mended."""
-    (unit, whole), left = latent_units(model.config), LEFT if all_refitted else {}
-    head = model.config.head_dim // unit - 1
-    values = [x - (1 - left.get(of[1], 1)) * x.clip(max=x[head]) for of, x in zip(whole, losses)]
-    units = zip(whole.items(), knapsack(values)[budget(whole, share)][1])
-    return {slot: unit * n for (slot, most), n in units if n < most}
 
 
 # ---- the new model ----
@@ -356,9 +356,9 @@ def main() -> None:
     stats = statistics(model, blocks)
     if config.latent:
         found = all_directions(model, stats)
-        losses = latent_losses(model, found, blocks)
-        sizes = latent_sizes(model, losses, config.kv_budget, config.refit == "all")
-        small = to_latents(model, found, sizes)
+        losses = latent_losses(model, stats, found, blocks)
+        sizes = latent_sizes(model, stats, found, losses, config.kv_budget)
+        small = to_latents(model, stats, found, sizes)
     else:
         maps = maps or choose(model, stats, counts, config.grouping, config.seed)
         small = merge(model, maps, stats, config.merge)

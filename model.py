@@ -201,6 +201,10 @@ def hartley(n: int) -> torch.Tensor:
     return fourier.real - fourier.imag
 
 
+def turned(x: torch.Tensor, turn: torch.Tensor | None) -> torch.Tensor:
+    return x if turn is None else x @ turn.type_as(x)
+
+
 def pack(x: torch.Tensor, bits: int) -> torch.Tensor:
     """x (B, G, T, X) -> uint8 (B, G, T, X * bits / 8 + 2): integers x / scale, then the bfloat16 scale, one a
     token and head, by which the number furthest from zero becomes the lowest integer."""
@@ -295,7 +299,8 @@ class Attention(nn.Module):
 
     Latent keys and values are shared by all heads and may have any width. The key holds r_f complex numbers
     for each RoPE pair f; a head's query repeats its pair for each, times its coefficients `k_mix`. `v_mix`
-    turns the attended latent value into a head's output (D,).
+    turns the attended latent value into a head's output (D,). Beside a latent key, the value also holds that
+    key, which the cache keeps as it was before RoPE (like all keys in Slim Attention, arXiv 2503.05840).
     """
 
     def __init__(self, config: ModelConfig, layer: int):
@@ -310,12 +315,14 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.dim, v_width, bias=False)
         self.wo = nn.Linear(H * D, config.dim, bias=False)
         self.k_mix = nn.Parameter(torch.randn(H, k_width // 2, 2)) if k_ranks else None
-        self.v_mix = nn.Parameter(torch.randn(H, v_rank, D) * v_rank**-0.5) if v_rank else None
+        self.shares = bool(k_ranks and v_rank)  # whether values hold the latent key
+        width = v_rank + k_width * self.shares
+        self.v_mix = nn.Parameter(torch.randn(H, width, D) * width**-0.5) if v_rank else None
         pairs = [f for f, r in enumerate(k_ranks) for _ in range(r)]  # of the numbers of a latent key
         self.register_buffer("pairs", torch.tensor(pairs, device="cpu", dtype=torch.int64), persistent=False)
-        if self.kv_bits < 16:
-            self.register_buffer("k_turn", hartley(k_width // self.k_groups.n_group), persistent=False)
-            self.register_buffer("v_turn", hartley(v_width // self.v_groups.n_group), persistent=False)
+        turn = hartley if self.kv_bits < 16 else lambda width: None
+        self.register_buffer("k_turn", turn(k_width // self.k_groups.n_group), persistent=False)
+        self.register_buffer("v_turn", turn(v_width // self.v_groups.n_group), persistent=False)
         self.novel = nn.Linear(D, D) if config.novel else None
         self.gate = nn.Linear(config.dim, H, bias=False) if config.gated else None
 
@@ -326,8 +333,7 @@ class Attention(nn.Module):
     def project(self, x, cos, sin) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x (B, T, C) -> rotated queries (B, H, T, D) and keys (B, G_k, T, D), and values (B, G_v, T, D)."""
         q, k, v = self.wq(x), self.wk(x), self.wv(x)
-        v = v.unflatten(-1, (self.v_groups.n_group, -1)).transpose(1, 2)
-        return self.queries(q, cos, sin), self.keys(k, cos, sin), v
+        return self.queries(q, cos, sin), self.keys(k, cos, sin), self.values(v, k)
 
     def queries(self, x: torch.Tensor, cos, sin) -> torch.Tensor:
         """wq's output (B, T, H * D) -> (B, H, T, D), or as wide as a latent key, rotated."""
@@ -345,22 +351,38 @@ class Attention(nn.Module):
             cos, sin = cos[..., self.pairs], sin[..., self.pairs]
         return rotate(k, cos, sin)
 
+    def values(self, x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        """wv's output (B, T, G_v * D), and wk's -> (B, G_v, T, D), or as wide as both latents."""
+        v = torch.cat((x, k), dim=-1) if self.shares else x
+        return v.unflatten(-1, (self.v_groups.n_group, -1)).transpose(1, 2)
+
     def head_outputs(self, x, cos, sin, mask=None, cache: KVCache | None = None) -> torch.Tensor:
-        """x (B, T, C) -> the outputs of all heads, side by side (B, T, H * D), which `wo` adds up."""
-        q, k, v = self.project(x, cos, sin)
-        if self.kv_bits < 16:
-            q, k, v = q @ self.k_turn.type_as(q), k @ self.k_turn.type_as(k), v @ self.v_turn.type_as(v)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        elif self.kv_bits < 16:  # as a cache would round them; gradients pass as if it did not
-            k, v = (a + (unpack(pack(a, self.kv_bits), self.kv_bits).type_as(a) - a).detach() for a in (k, v))
+        """x (B, T, C) -> the outputs of all heads, side by side (B, T, H * D), which `wo` adds up. cos, sin
+        are of T tokens, or of all S that the cache will hold, as they must be where values hold the key."""
+        now = cos[-x.shape[1] :], sin[-x.shape[1] :]
+        q, k, v = self.queries(self.wq(x), *now), self.wk(x), self.wv(x)
+        if self.shares:
+            k, v = self.stored(k[:, None], v[:, None], cache)
+            k, v = turned(k, self.k_turn)[:, 0], turned(v, self.v_turn)[:, 0]
+            k, v = self.keys(k, cos, sin), self.values(v, k)
+        else:  # all keys and values stay turned, which takes fewer products
+            k, v = self.stored(self.keys(k, *now), self.values(v, k), cache)
+            q = turned(q, self.k_turn)
         y = self.attend(q, k, v, self.k_groups, self.v_groups, mask)
-        if self.kv_bits < 16:
-            y = y @ self.v_turn.type_as(y)
-        return self.readout(y, x)
+        return self.readout(y if self.shares else turned(y, self.v_turn), x)
+
+    def stored(self, k, v, cache: KVCache | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values (B, G, T, D) -> those of the cache and these (B, G, S, D), turned and rounded."""
+        k, v, bits = turned(k, self.k_turn), turned(v, self.v_turn), self.kv_bits
+        if cache is not None:
+            return cache.append(self.layer, k, v)
+        if bits == 16:
+            return k, v
+        # gradients pass as if it did not round
+        return tuple(x + (unpack(pack(x, bits), bits).type_as(x) - x).detach() for x in (k, v))
 
     def readout(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Attended values (B, H, T, R_v or D) and inputs x (B, T, C) -> the heads' outputs (B, T, H * D)."""
+        """Attended values (B, H, T, D or a latent's) and inputs x (B, T, C) -> the outputs (B, T, H * D)."""
         if self.v_mix is not None:
             y = y @ self.v_mix
         if self.novel is not None:
@@ -436,13 +458,14 @@ class Llama(nn.Module):
         (up to rounding, coarse in half precision and with kv_bits below 16).
         """
         T, past = tokens.shape[1], (cache.length if cache else 0)
-        positions, mask = torch.arange(past, past + T, device=tokens.device), None
+        seen = torch.arange(past + T, device=tokens.device)
+        positions, mask = seen[past:], None
         if padding is not None or (past and T > 1):
-            seen = torch.arange(past + T, device=tokens.device)
             mask = seen <= positions[:, None]  # (T, S)
             if padding is not None:  # (B, 1, T, S); a padded query sees itself: with nothing to see it is NaN
                 mask = mask & ((seen >= padding[:, None, None, None]) | (seen == positions[:, None]))
-        cos, sin = rope_angles(self.config, positions)
+        shared = any(layer.attention.shares for layer in self.layers)  # there, cached keys are not turned
+        cos, sin = rope_angles(self.config, seen if shared else positions)
         x = self.dropout(self.tok_embeddings(tokens))
         for layer in self.layers:
             if self.checkpoint_activations and self.training:

@@ -1,4 +1,4 @@
-"""Which heads share: what that costs, the cheapest groups, and how a budget is spent.
+"""Which heads share: what that costs, the cheapest groups, and how a budget is spent, on latents as well.
 
 A set costs the squared error, over a text's inputs, of the best head that it can share (gqa.py).
 Costs add over groups. Up to 12 heads dynamic programming over sets finds the optimum: the cheapest partition
@@ -6,6 +6,7 @@ of a set is a subset that holds its first head, and the cheapest partition of th
 groups whose union adds least merge until g are left; then heads move and change places while it helps.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from common import require
-from model import Attention, Llama, Maps
+from model import Attention, Llama, Maps, ModelConfig
 from refit import Statistics
 
 EXACT = 12  # 4,095 sets, 3^12 / 2 ways to cut one in two
@@ -31,6 +32,11 @@ def complex_heads(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
     """wq or wk (n D, C) -> (n, D/2, C): the rows of a RoPE pair as one complex row."""
     pairs = weight.double().unflatten(0, (-1, head_dim // 2, 2)).transpose(2, 3)
     return torch.view_as_complex(pairs.contiguous())
+
+
+def real_rows(z: torch.Tensor) -> torch.Tensor:
+    """Complex rows (R, C) as the rows of a latent key's wk (2R, C)."""
+    return torch.view_as_real(z).transpose(1, 2).flatten(0, 1)
 
 
 def value_heads(attention: Attention, stats: Statistics) -> tuple:
@@ -264,3 +270,46 @@ def knapsack(values: list[np.ndarray]) -> dict[int, tuple[float, list[int]]]:
                 if total + g not in best or lost + more <= best[total + g][0]:
                     best[total + g] = lost + more, [*counts, g]
     return best
+
+
+# ---- sizes of latents ----
+
+
+def latent_units(c: ModelConfig) -> tuple[int, Counts]:
+    """The unit of latent sizes, in numbers, and how many units each layer's K and V take in the cache."""
+    unit = c.head_dim // 4 if c.head_dim % 8 == 0 else 2
+    return unit, {(i, kind): n // unit for i, both in enumerate(c.kv_widths) for kind, n in zip("kv", both)}
+
+
+def beside_keys(keys: torch.Tensor, values: torch.Tensor, C: torch.Tensor, unit: int, alone: np.ndarray):
+    """`alone`, what 1, 2, ... units of a layer's latent value lose, as it is beside 1, 2, ... units of a
+    latent key (units of K, units of V), in proportion to the energy of the values that is lost. keys (n, C),
+    the strongest first, and values (m, C) are all directions of the two, C = E[x x^T]."""
+    values = values * ((values @ C) * values).sum(1, keepdim=True).sqrt()  # to |values x|^2 their energy
+    squares, energies = keys @ C @ keys.T, [values @ C @ values.T]
+    root = torch.linalg.cholesky(squares + 1e-9 * squares.diagonal().mean() * torch.eye(len(keys)).to(keys))
+    told = torch.linalg.solve_triangular(root, keys @ C @ values.T, upper=False)
+    for of_unit in told.split(unit):
+        energies.append(energies[-1] - of_unit.T @ of_unit)
+    dropped = [torch.linalg.eigvalsh(left).clamp(min=0).cumsum(0).flip(0)[unit::unit] for left in energies]
+    lost = np.pad(torch.stack(dropped).cpu().numpy(), ((0, 0), (0, 1)))  # units of all values lose nothing
+    return np.interp(lost[1:], lost[0, ::-1], alone[::-1])
+
+
+def latent_sizes(
+    model: Llama, stats: list[Statistics], found: dict, losses: list[np.ndarray], share: float
+) -> Counts:  # fmt: skip
+    """The sizes of each layer's latent key and value, together a share of the cache, of the least sum of
+    gqa.latent_losses, the values' as they are `beside_keys`; none for a layer that stays as it is."""
+    (unit, whole), layers = latent_units(model.config), []
+    for i, (of_keys, of_values) in enumerate(zip(losses[::2], losses[1::2])):
+        (order, k, _), (_, v, _) = found[i, "k"], found[i, "v"]
+        rows = real_rows(k.flatten(0, 1)[order])
+        lost, best = of_keys[:, None] + beside_keys(rows, v[0], stats[i].mixed, unit, of_values), {}
+        for (a, b), loss in np.ndenumerate(lost):  # units of both -> the least loss, of K, of V
+            best[a + b] = min(best.get(a + b, (math.inf,)), (loss, a + 1, b + 1))
+        layers.append([best[n] for n in range(len(best))])
+    curves = [np.array([loss for loss, *_ in ways]) for ways in layers]
+    counts = knapsack(curves)[budget(whole, share) - len(layers)][1]
+    picked = [(i, ways[n - 1]) for i, (n, ways) in enumerate(zip(counts, layers)) if n < len(ways)]
+    return {(i, kind): unit * n for i, (_, *both) in picked for kind, n in zip("kv", both)}

@@ -7,12 +7,11 @@ allow, head by head. What refitting adds, layer by layer:
     wo      heads' errors add up, and the layers below change the inputs. Ridge regression finds the wo that
             comes closest to the original's residual stream. Errors count relative to the stream's size, as
             the next norm sees it, or a few tokens with streams 100 times larger would decide
-    wq, wk  a merged key approximates each RoPE pair by itself, while the softmax sees the sum over pairs.
-            L-BFGS moves the two until the queries look where they looked
-    wv      shared values were chosen for heads that look where they looked, and whose errors are independent.
-            Before wo, L-BFGS moves wv towards the same residual stream
+    wq, wk  a merged key approximates each RoPE pair by itself, while the softmax sees the sum over pairs
+    wv      shared values were chosen for heads that look where they looked, and whose errors are independent
 
-Changes are damped, or the weights would learn the quirks of a short text.
+Before wo, L-BFGS moves the other three together: queries shall look where they looked, and the stream be what
+it was. Changes are damped, or the weights would learn the quirks of a short text.
 """
 
 from dataclasses import dataclass
@@ -124,12 +123,11 @@ def refit(model: Llama, original: Llama, tokens: torch.Tensor, steps: int = STEP
         a, b = theirs.attention_norm(x), ours.attention_norm(y)
         old, new = theirs.attention.state_dict(), ours.attention.state_dict()
         changed = [name for name in new if name not in old or not torch.equal(old[name], new[name])]
-        if steps and "wk.weight" in changed:
-            refit_attention(theirs.attention, ours.attention, a, b, rope, steps)
         output = torch.cat([theirs.attention(part, *rope) for part in a.split(SLICE)])
         goal, weight = x + output - y, 1 / (x + output).norm(dim=-1).clamp(min=TINY)
-        if steps and "wv.weight" in changed:
-            refit_values(ours.attention, b, rope, goal, weight, steps)
+        if steps and changed:
+            looks = observed_weights(theirs.attention, a, rope)
+            refit_attention(ours.attention, b, rope, looks, goal, weight, steps)
         heads = torch.cat([ours.attention.head_outputs(part, *rope) for part in b.split(SLICE)])
         if changed or not torch.equal(x, y):
             refit_output(ours.attention.wo, heads, goal, weight)
@@ -164,44 +162,32 @@ def observed_weights(attention: Attention, x: torch.Tensor, rope) -> list[torch.
 
 
 @torch.no_grad()
-def refit_attention(theirs: Attention, ours: Attention, a, b, rope, steps: int) -> None:
-    """wq and wk that lessen the mean KL divergence of our attention weights, on inputs b, from the original's
-    on its inputs a."""
+def refit_attention(ours: Attention, b, rope, looks: list, target, weight, steps: int) -> None:
+    """wq, wk and wv that lessen, of observed queries on inputs b (N, T, C), the mean KL divergence of their
+    attention weights from `looks`, and refit_output's weighted error, divided by the target's squares."""
     some, seen = observed(b.shape[1], b.device)
-
-    def log_weights(part, wq, wk) -> torch.Tensor:
-        q = ours.queries(part[:, some] @ wq.T, *(x[some] for x in rope))
-        scored = scores(q, ours.keys(part @ wk.T, *rope), ours.k_groups, seen)
-        return scored.log_softmax(-1).masked_fill(~seen, 0)
-
-    def loss(part, target, wq, wk) -> torch.Tensor:
-        return -(target * log_weights(part, wq, wk)).sum() / count  # KL but for a constant
-
-    def roots(part, target, wq, wk) -> torch.Tensor:  # nearby, KL is the squared change of (2 p)^(1/2)
-        return (log_weights(part, wq, wk) / 2).exp() * (2 / count) ** 0.5
-
-    targets = observed_weights(theirs, a, rope)
-    count = sum(target[..., 0].numel() for target in targets)  # queries of all heads
-    b = b[: sum(map(len, targets))]
-    minimise(loss, roots, [ours.wq, ours.wk], b, [targets], steps, b.shape[-1] / b[:, some, 0].numel())
-
-
-@torch.no_grad()
-def refit_values(ours: Attention, b, rope, target: torch.Tensor, weight: torch.Tensor, steps: int) -> None:
-    """wv that lessens refit_output's weighted error, of observed queries, divided by the target's squares."""
-    some, _ = observed(b.shape[1], b.device)
-    looks = observed_weights(ours, b, rope)
     b, target, weight = (x[: sum(map(len, looks))] for x in (b, target[:, some], weight[:, some, None]))
     energy = (weight * target).square().sum().clamp(min=TINY)
+    count = sum(of_slice[..., 0].numel() for of_slice in looks)  # queries of all heads
 
-    def errors(part, looks, goal, size, wv) -> torch.Tensor:
-        v = (part @ wv.T).unflatten(-1, (ours.v_groups.n_group, -1)).transpose(1, 2)
-        y = ours.v_groups.scatter(ours.v_groups.gather(looks) @ v)
-        return size * (ours.wo(ours.readout(y, part[:, some])) - goal) / energy.sqrt()
+    def attend(part, goal, size, wq, wk, wv) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k, v = ours.queries(part[:, some] @ wq.T, *(x[some] for x in rope)), part @ wk.T, part @ wv.T
+        log_weights = scores(q, ours.keys(k, *rope), ours.k_groups, seen).log_softmax(-1)
+        y = ours.v_groups.scatter(ours.v_groups.gather(log_weights.exp()) @ ours.values(v, k))
+        error = size * (ours.wo(ours.readout(y, part[:, some])) - goal) / energy.sqrt()
+        return log_weights.masked_fill(~seen, 0), error
+
+    def loss(part, looks, *given) -> torch.Tensor:
+        log_weights, error = attend(part, *given)
+        return error.square().sum() - (looks * log_weights).sum() / count  # KL but for a constant
+
+    def roots(part, looks, *given) -> torch.Tensor:  # nearby, KL is the squared change of (2 p)^(1/2)
+        log_weights, error = attend(part, *given)
+        return torch.cat((error.flatten(), (2 / count) ** 0.5 * (log_weights / 2).exp().flatten()))
 
     targets = [looks, target.split(SLICE), weight.split(SLICE)]
     damping = 2 * b.shape[-1] / weight.numel()
-    minimise(lambda *args: errors(*args).square().sum(), errors, [ours.wv], b, targets, steps, damping)
+    minimise(loss, roots, [ours.wq, ours.wk, ours.wv], b, targets, steps, damping)
 
 
 def minimise(loss, roots, linears: list[nn.Linear], b, targets: list, steps: int, damping: float) -> None:
@@ -213,7 +199,7 @@ def minimise(loss, roots, linears: list[nn.Linear], b, targets: list, steps: int
     slices = list(zip(b.split(SLICE), *targets))
     scales = slopes(roots, [linear.weight for linear in linears], inverse, slices)
     whitened = [linear.weight @ root for linear in linears]
-    shares = [damping / w.square().sum().clamp(min=TINY) for w in whitened]
+    shares = [damping / w.square().sum().clamp(min=1e-12) for w in whitened]
     before = [scale * w for scale, w in zip(scales, whitened)]
     parameters = [nn.Parameter(w.clone()) for w in before]
 

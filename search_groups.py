@@ -32,12 +32,14 @@ from tqdm import tqdm
 from checkpoint import picture
 from common import UserError, bounded, exit_cleanly, parse, replacing, require, sha256_of, writable
 from eval_ppl import MOST_LOGITS, perplexity
-from gqa import LEFT, MOST_CONTEXT, MergeConfig, merge, open_inputs
+from gqa import MOST_CONTEXT, MergeConfig, merge, open_inputs
 from model import Llama, Maps, widen
 from partition import (
     Counts, Slot, as_maps, best_partitions, budget, choose, even_counts, head_counts, knapsack, slot_costs,
 )  # fmt: skip
 from refit import STEPS, divergence, refit, sensitivity, statistics
+
+LEFT = {"k": 0.3}  # of what merged keys lose, about, once wq and wk are refitted
 
 
 @dataclass

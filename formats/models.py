@@ -219,15 +219,16 @@ def expand_latents(weights: Weights, c: ModelConfig) -> ModelConfig:
     k_groups, v_groups, own = list(c.k_groups), list(c.v_groups), list(range(c.n_head))
     for layer, (ranks, v_rank) in enumerate(zip(c.k_latent, c.v_latent)):
         name = f"layers.{layer}.attention."
+        keys, values = weights[name + "wk.weight"], weights[name + "wv.weight"]
         if ranks:  # a head's pair is the sum, over its numbers in the latent, of them times conj(k_mix)
-            latent, mix = weights[name + "wk.weight"], weights.pop(name + "k_mix").double()
-            z = torch.view_as_complex(latent.double().unflatten(0, (-1, 2)).mT.contiguous())  # (R, C)
-            parts = (torch.view_as_complex(mix).conj()[..., None] * z).split(ranks, dim=1)
+            mix = torch.view_as_complex(weights.pop(name + "k_mix").double())
+            z = torch.view_as_complex(keys.double().unflatten(0, (-1, 2)).mT.contiguous())  # (R, C)
+            parts = (mix.conj()[..., None] * z).split(ranks, dim=1)
             heads = torch.stack([part.sum(1) for part in parts], dim=1) * (c.head_dim / (2 * len(z))) ** 0.5
-            weights[name + "wk.weight"] = torch.view_as_real(heads).mT.flatten(0, 2).to(latent.dtype)
+            weights[name + "wk.weight"] = torch.view_as_real(heads).mT.flatten(0, 2).to(keys.dtype)
             k_groups[layer] = own
         if v_rank:
-            heads = weights.pop(name + "v_mix").mT @ weights[name + "wv.weight"]  # (H, D, C)
+            heads = weights.pop(name + "v_mix").mT @ torch.cat((values, keys[: 2 * sum(ranks)]))  # (H, D, C)
             weights[name + "wv.weight"], v_groups[layer] = heads.flatten(0, 1), own
     return replace(c, k_groups=k_groups, v_groups=v_groups, k_latent=None, v_latent=None)
 

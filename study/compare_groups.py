@@ -14,7 +14,7 @@ import gqa
 from common import bounded, parse, require
 from data.tokenizer import read_tokenizer
 from eval_ppl import split_tokens
-from partition import budget, choose, even_counts, head_counts
+from partition import budget, choose, even_counts, head_counts, latent_sizes
 from refit import STEPS, refit, statistics
 from study.bench import table
 
@@ -67,12 +67,12 @@ def main() -> None:
         blocks, known = gqa.calibration_blocks(text, model, config.calibration_tokens, seed), {}
         stats = statistics(model, blocks)
         found = gqa.all_directions(model, stats)
-        losses = gqa.latent_losses(model, found, blocks)
+        losses = gqa.latent_losses(model, stats, found, blocks)
         for name, total in cells:
             joint, grouping, how, steps = ROWS[name]
             if how == "latent":
-                sizes = gqa.latent_sizes(model, losses, total / whole, bool(steps))
-                small = gqa.to_latents(model, found, sizes)
+                sizes = latent_sizes(model, stats, found, losses, total / whole)
+                small = gqa.to_latents(model, stats, found, sizes)
             else:
                 counts = even_counts(heads[joint], total * (2 - joint))  # a joint group is two: equal caches
                 small = gqa.merge(model, choose(model, stats, counts, grouping, seed, known), stats, how)
