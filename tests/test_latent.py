@@ -116,6 +116,8 @@ def test_values_beside_a_latent_key_miss_what_none_of_their_size_could_keep(shap
         wo = [one.wo.weight.unflatten(1, (-1, one.head_dim)).transpose(0, 1) for one in (new, old)]
         errors = (wo[0] @ new.v_mix.mT @ both - wo[1] @ before) @ root * stats[0].gates.sqrt()[:, None, None]
         assert errors.square().sum().item() == right
+        like = new.wk.weight if k_units else old.wv.weight  # else AdamW's steps do not fit both
+        assert new.wv.weight.square().mean().item() == pytest.approx(like.square().mean().item())
     squares = (k @ stats[0].inputs.to(k.dtype) * k.conj()).real.sum(2)  # (pairs, numbers)
     ratios = squares / torch.linalg.eigvalsh(Costs(old, "k", stats[0]).gram).sqrt()
     assert ratios.max() / ratios.min() < 1 + 1e-6
