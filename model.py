@@ -202,6 +202,7 @@ def hartley(n: int) -> torch.Tensor:
 
 
 def turned(x: torch.Tensor, turn: torch.Tensor | None) -> torch.Tensor:
+    """x in Hartley's basis, or back."""
     return x if turn is None else x @ turn.type_as(x)
 
 
@@ -372,13 +373,12 @@ class Attention(nn.Module):
         return self.readout(y if self.shares else turned(y, self.v_turn), x)
 
     def stored(self, k, v, cache: KVCache | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values (B, G, T, D) -> those of the cache and these (B, G, S, D), turned and rounded."""
+        """Keys and values (B, G, T, D) -> all, as a cache returns them (B, G, S, D); gradients pass."""
         k, v, bits = turned(k, self.k_turn), turned(v, self.v_turn), self.kv_bits
         if cache is not None:
             return cache.append(self.layer, k, v)
         if bits == 16:
             return k, v
-        # gradients pass as if it did not round
         return tuple(x + (unpack(pack(x, bits), bits).type_as(x) - x).detach() for x in (k, v))
 
     def readout(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

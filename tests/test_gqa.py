@@ -254,7 +254,7 @@ def of_first_layer(model: Llama, tokens: torch.Tensor) -> tuple:
 
 
 @pytest.mark.parametrize(
-    "queries, sizes, rows", [(48, {}, 6), (16, {(0, "v"): 10}, 4), (16, {"k": 12, "v": 6}, 6)]
+    "queries, sizes, rows", [(48, {}, 6), (16, {"v": 10}, 4), (16, {"k": 12, "v": 6}, 6)]
 )
 def test_refitted_attention_has_the_least_errors_of_weights_and_outputs(monkeypatch, queries, sizes, rows):
     """Of observed queries in as many rows as memory allows: KL divergence of attention weights, and errors
@@ -266,7 +266,7 @@ def test_refitted_attention_has_the_least_errors_of_weights_and_outputs(monkeypa
     stats, maps = statistics(model, TOKENS), ([[0, 1, 1, 2]] * 2, [[0, 0, 0, 1]] * 2)
     small = merge(model, maps, stats)
     if sizes:
-        sizes = {slot if isinstance(slot, tuple) else (0, slot): n for slot, n in sizes.items()}
+        sizes = {(0, kind): n for kind, n in sizes.items()}
         small = to_latents(model, stats, all_directions(model, stats), sizes)
     (theirs, x, rope), ours = of_first_layer(model, TOKENS), small.layers[0].attention
     target, weight = theirs(x, *rope), torch.rand(TOKENS.shape).double()
@@ -275,19 +275,15 @@ def test_refitted_attention_has_the_least_errors_of_weights_and_outputs(monkeypa
     inputs, count = x[:rows].flatten(0, 1), weight[seen].numel()
     C = inputs.T @ inputs / len(inputs)
 
-    def weights_of(one, parts: dict) -> torch.Tensor:
-        copied = copy.deepcopy(one)
-        for name, w in parts.items():
-            linear = getattr(copied, name.split(".")[0])
-            del linear.weight
-            linear.weight = w
-        q, k, _ = copied.project(x[:rows], *rope)
-        return scores(q, k, copied.k_groups).softmax(-1)[:, :, seen[1]]
+    def looks(one, wq: torch.Tensor, wk: torch.Tensor) -> torch.Tensor:
+        q, k = one.queries(x[:rows] @ wq.T, *rope), one.keys(x[:rows] @ wk.T, *rope)
+        return scores(q, k, one.k_groups).softmax(-1)[:, :, seen[1]]
 
     def total(parts: dict) -> torch.Tensor:
         y = functional_call(ours, parts, (x, *rope))
         squares = (weight[..., None] * (y - target))[seen].square().sum()
-        p, q = weights_of(theirs, {}), weights_of(ours, parts)
+        p = looks(theirs, theirs.wq.weight, theirs.wk.weight)
+        q = looks(ours, parts["wq.weight"], parts["wk.weight"])
         kl = (p * ((p + 1e-30).log() - (q + 1e-30).log())).sum(-1).mean()
         changes = sum(((w - before[n]) @ C * (w - before[n])).sum() / (before[n] @ C * before[n]).sum()
                       for n, w in parts.items())  # fmt: skip
@@ -305,24 +301,25 @@ def test_refitted_attention_has_the_least_errors_of_weights_and_outputs(monkeypa
 @torch.no_grad()
 @pytest.mark.parametrize("kinds", ["k", "v", "kv"])
 def test_a_few_steps_refit_latents_whose_numbers_have_very_different_sizes(kinds):
-    """From 30 times smaller to 30 times larger, their coefficients to match: 20 steps come as far as 300."""
+    """From 30 times smaller to 30 times larger, their coefficients to match: 20 steps come as far as if all
+    were alike."""
     model, losses = frozen(seed=2).double(), []
     stats = statistics(model, TOKENS)
     theirs, x, rope = of_first_layer(model, TOKENS)
     found, weight = all_directions(model, stats), torch.ones(TOKENS.shape).double()
-    for steps in (20, 300):
+    for most in (1.5, 0):
         small = to_latents(model, stats, found, {(0, kind): 10 for kind in kinds})
         ours = small.layers[0].attention
         linear, name = (ours.wk, "k_mix") if kinds == "k" else (ours.wv, "v_mix")
         mix = getattr(ours, name)
         n = len(linear.weight) // (2 if kinds == "k" else 1)
         c = torch.ones(mix.shape[1]).double()[:, None]
-        c[:n] = torch.logspace(-1.5, 1.5, n).double()[:, None]
+        c[:n] = torch.logspace(-most, most, n).double()[:, None]
         linear.weight = nn.Parameter(linear.weight * c[:n].repeat_interleave(10 // n, 0))
         setattr(ours, name, nn.Parameter(mix / c))
-        refit_attention(*attention_and(x, ours, theirs, rope), weight, steps)
+        refit_attention(*attention_and(x, ours, theirs, rope), weight, 20)
         losses.append((ours(x, *rope) - theirs(x, *rope)).square().mean().item())
-    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    assert losses[0] < 1.02 * losses[1], losses
 
 
 @pytest.mark.parametrize("shape, zero", [

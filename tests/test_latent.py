@@ -149,7 +149,7 @@ def test_latents_learn():
 
 def test_the_command_halves_the_cache_and_all_else_reads_it(tiny_run, tmp_path):
     flags = ["--latent", "--kv_budget", 0.5, "--calibration_tokens", 1024, "--eval_tokens", 512]
-    for how in ("none", "all"):
+    for how in ("none", "output", "all"):
         out = tmp_path / f"{how}.pt"
         printed = run("gqa.py", tiny_run, "--out", out, *flags, "--refit", how).stdout
         assert "(50.0%)" in printed and "| 512 tokens of" in printed
