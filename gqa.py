@@ -42,6 +42,7 @@ from partition import (
 from refit import STEPS, Statistics, refit, sensitivity, statistics
 
 Directions = dict[Slot, tuple[torch.Tensor, ...]]  # (order, z, mix), see `directions`
+NOISE = 1e-3  # in keys that values read, of their mean square: else rounding, or healing, break the values
 MOST_CONTEXT = 1024  # longest calibration block, tokens; longer ones change few choices
 
 
@@ -135,16 +136,17 @@ def latent(found: tuple[torch.Tensor, ...], size: int) -> tuple[list[int], torch
 
 
 def latent_value(attention: Attention, stats: Statistics, keys: torch.Tensor, size: int) -> tuple:
-    """wv (R, C) of a latent value of this size beside a latent key of wk `keys` (n, C), and the coefficients
-    (G D, R + n) that restore all heads' values from both: the strongest directions of what the key does not
-    tell of x, then least squares."""
+    """wv (R, C) of a latent value beside a latent key of wk `keys` (n, C), and coefficients (G D, R + n) that
+    restore all heads' values from both: the strongest directions of what the key, with NOISE, does not tell
+    of x, then least squares."""
     rows, weighted, C = weighted_rows(attention, "v", stats)
-    of_keys = C @ keys.T
-    left = C - of_keys @ torch.linalg.pinv(keys @ of_keys, hermitian=True) @ of_keys.T
-    z, like = latent(directions(rows, weighted, left), size)[1], keys if len(keys) else rows[0]
-    z *= (like.square().mean() / z.square().mean().clamp(min=TINY)).sqrt()  # else healing would diverge
-    both = torch.cat((z, keys))
-    return z, rows[0] @ C @ both.T @ torch.linalg.pinv(both @ C @ both.T, hermitian=True)
+    squares = keys @ C @ keys.T
+    squares.diagonal().add_(NOISE * squares.diagonal().mean())
+    told = C @ keys.T @ torch.linalg.pinv(squares, hermitian=True)
+    _, z, mix = latent(directions(rows, weighted, C - told @ keys @ C), size)
+    like = keys if len(keys) else rows[0]
+    scale = (like.square().mean() / z.square().mean().clamp(min=TINY)).sqrt()  # else healing would diverge
+    return scale * z, torch.cat((mix / scale, (rows[0] - mix @ z) @ told), 1)
 
 
 @torch.no_grad()
@@ -199,8 +201,7 @@ def latent_losses(model: Llama, stats: list[Statistics], found: Directions, toke
     """The KL divergence that 1, 2, ... units of each slot alone cause (units,), predicted by one backward
     pass: `divergence` for all sizes at once, in novel layers to first order."""
     (unit, whole), losses = latent_units(model.config), []
-    full = {slot: unit * n for slot, n in whole.items()}
-    alone = [{slot: n for slot, n in full.items() if slot[1] == kind} for kind in "kv"]
+    alone = [{slot: unit * n for slot, n in whole.items() if slot[1] == kind} for kind in "kv"]
     layers = zip(*(to_latents(model, stats, found, sizes).layers for sizes in alone))
     for i, (of_layer, (keys, values)) in enumerate(zip(sensitivity(model, tokens), layers)):
         how = keys.attention, values.attention, [found[i, kind][0] for kind in "kv"], unit

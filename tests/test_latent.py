@@ -6,12 +6,13 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import assert_close, run
 from foreign import export_of, logits
 from test_gqa import SHAPES, TOKENS, frozen
 
 from checkpoint import build_model, load
-from gqa import all_directions, latent, latent_losses, to_latents
+from gqa import NOISE, all_directions, latent, latent_losses, to_latents
 from lora import LoRAConfig, adapt
 from model import KVCache, hartley, pack, unpack
 from partition import (
@@ -93,8 +94,9 @@ def test_refitting_brings_latents_closer():
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_beside_a_latent_key_miss_what_none_of_their_size_could_keep(shape):
-    """Without a key, too: the energy that regression on the key, then principal components leave, which
-    `beside_keys` predicts. A key's numbers are as large as the fourth root of the energy they restore."""
+    """Without a key, too: the energy that regression on the key, then principal components leave. The key has
+    noise (in 64 more inputs), which `beside_keys` leaves out. Its numbers are as large as the fourth root of
+    the energy they restore."""
     model = frozen(**SHAPES[shape]).double()
     stats, unit = statistics(model, TOKENS), latent_units(model.config)[0]
     found, old, C = all_directions(model, stats), model.layers[0].attention, stats[0].mixed
@@ -103,21 +105,29 @@ def test_values_beside_a_latent_key_miss_what_none_of_their_size_could_keep(shap
     _, (weighted,), _ = weighted_rows(old, "v", stats[0])
     alone = torch.linalg.eigvalsh(weighted @ C @ weighted.T).cumsum(0).flip(0)[unit::unit]
     lost = beside_keys(keys, values[0], C, unit, np.array([*alone, 0.0]))
+
+    def least(told, size):
+        rest = F.pad(weighted @ root, (0, told.shape[1] - len(root)))
+        rest = torch.linalg.svdvals(rest - rest @ torch.linalg.pinv(told) @ told)
+        return rest[size:].square().sum().item()
+
     for k_units, v_units in [(0, 2), (1, 1), (2, 3), (4, 1)]:
-        told = keys[: k_units * unit] @ root
-        rest = weighted @ root @ (torch.eye(len(root)) - torch.linalg.pinv(told) @ told)
-        right = torch.linalg.svdvals(rest)[v_units * unit :].square().sum().item()
-        right = pytest.approx(right, rel=1e-5, abs=1e-6 * alone[0].item())
+        told, size = keys[: k_units * unit] @ root, v_units * unit
+        right = pytest.approx(least(told, size), rel=1e-5, abs=1e-6 * alone[0].item())
         assert not k_units or lost[k_units - 1, v_units - 1] == right
         sizes = {(0, kind): n * unit for kind, n in (("k", k_units), ("v", v_units)) if n}
         new = to_latents(model, stats, found, sizes).layers[0].attention
-        both = torch.cat((new.wv.weight, new.wk.weight[: new.v_mix.shape[1] - v_units * unit]))
-        before = old.wv.weight.unflatten(0, (-1, old.head_dim))[old.v_groups.of_head]
-        wo = [one.wo.weight.unflatten(1, (-1, one.head_dim)).transpose(0, 1) for one in (new, old)]
-        errors = (wo[0] @ new.v_mix.mT @ both - wo[1] @ before) @ root * stats[0].gates.sqrt()[:, None, None]
-        assert errors.square().sum().item() == right
         like = new.wk.weight if k_units else old.wv.weight  # else AdamW's steps do not fit both
         assert new.wv.weight.square().mean().item() == pytest.approx(like.square().mean().item())
+        noise = (NOISE * told.square().sum(1).mean()).sqrt() * torch.eye(len(told)).double()
+        both = torch.cat((new.wv.weight, new.wk.weight[: len(told)])) @ root
+        both = torch.cat((both, F.pad(noise, (0, 0, size, 0))), 1)
+        before = old.wv.weight.unflatten(0, (-1, old.head_dim))[old.v_groups.of_head] @ root
+        before = F.pad(before, (0, len(told)))
+        wo = [one.wo.weight.unflatten(1, (-1, one.head_dim)).transpose(0, 1) for one in (new, old)]
+        errors = (wo[0] @ new.v_mix.mT @ both - wo[1] @ before) * stats[0].gates.sqrt()[:, None, None]
+        right = least(torch.cat((told, noise), 1), size)
+        assert errors.square().sum().item() == pytest.approx(right, rel=1e-9)
     squares = (k @ stats[0].inputs.to(k.dtype) * k.conj()).real.sum(2)  # (pairs, numbers)
     ratios = squares / torch.linalg.eigvalsh(Costs(old, "k", stats[0]).gram).sqrt()
     assert ratios.max() / ratios.min() < 1 + 1e-6
