@@ -16,7 +16,7 @@ Here each group gets the shared head with the smallest squared error over the in
 SVD (Eckart-Young); norm weights and Procrustes alignment (arXiv 2408.08454, 2412.20677) cannot reach a
 smaller one. Neither symmetry asks for groups: `--latent` keeps, for all heads of a layer together, the
 strongest directions of their keys and values, any number of them, and each head its coefficients. Values
-read the cached keys, too, so theirs are directions of what keys do not tell.
+also read the cached keys, so they store only what keys do not tell.
 """
 
 import json
@@ -86,8 +86,7 @@ def merge_keys(attention: Attention, groups: Groups, stats: Statistics) -> tuple
         for head, factor in zip(group, mix[..., -1].T):
             q[attention.k_groups.of_head == head] *= factor.conj()[:, None]
         shared.append(z[:, -1])
-    both = q, torch.stack(shared)
-    return tuple(torch.view_as_real(heads).transpose(2, 3).flatten(0, 2).contiguous() for heads in both)
+    return real_rows(q), real_rows(torch.stack(shared))
 
 
 def merge_values(attention: Attention, groups: Groups, stats: Statistics) -> tuple[torch.Tensor, ...]:
@@ -120,7 +119,7 @@ def merge_values(attention: Attention, groups: Groups, stats: Statistics) -> tup
 
 
 def all_directions(model: Llama, stats: list[Statistics]) -> Directions:
-    """`directions` of each layer's K, and of V alone."""
+    """`directions` of each layer's K, and of its V without a latent key."""
     layers = [layer.attention for layer in model.layers]
     slots = product(range(len(layers)), "kv")
     return {(i, kind): directions(*weighted_rows(layers[i], kind, stats[i])) for i, kind in slots}
@@ -138,22 +137,22 @@ def latent(found: tuple[torch.Tensor, ...], size: int) -> tuple[list[int], torch
 def latent_value(attention: Attention, stats: Statistics, keys: torch.Tensor, size: int) -> tuple:
     """wv (R, C) of a latent value beside a latent key of wk `keys` (n, C), and coefficients (G D, R + n) that
     restore all heads' values from both: the strongest directions of what the key, with NOISE, does not tell
-    of x, then least squares."""
+    of m, then least squares."""
     rows, weighted, C = weighted_rows(attention, "v", stats)
     squares = keys @ C @ keys.T
     squares.diagonal().add_(NOISE * squares.diagonal().mean())
     told = C @ keys.T @ torch.linalg.pinv(squares, hermitian=True)
     _, z, mix = latent(directions(rows, weighted, C - told @ keys @ C), size)
-    like = keys if len(keys) else rows[0]
-    scale = (like.square().mean() / z.square().mean().clamp(min=TINY)).sqrt()  # else healing would diverge
+    like = keys if keys.any() else rows[0]  # as large as these, or healing would diverge
+    scale = ((like.square().mean() + TINY) / (z.square().mean() + TINY)).sqrt()
     return scale * z, torch.cat((mix / scale, (rows[0] - mix @ z) @ told), 1)
 
 
 @torch.no_grad()
 def to_latents(model: Llama, stats: list[Statistics], found: Directions, sizes: Counts) -> Llama:
     """The model with latent keys and values of these sizes, numbers in the cache, in place of heads. Each
-    head's coefficients get unit length for every RoPE pair, or orthonormal columns, and wq or wo (but behind
-    a novel layer) what they lose: `refit` leaves coefficients, and gets further where these are alike."""
+    head's coefficients get unit length for every RoPE pair, or orthonormal columns (where wide enough), and
+    wq or wo (but behind a novel layer) what they lose: `refit` gets further where coefficients are alike."""
     c, weights, D = model.config, model.state_dict(), model.config.head_dim
     k_latent, v_latent = list(c.k_latent), list(c.v_latent)
     for (layer, kind), size in sizes.items():
@@ -161,16 +160,16 @@ def to_latents(model: Llama, stats: list[Statistics], found: Directions, sizes: 
         ranks, z, mix = latent(found[layer, "k"], sizes.get((layer, "k"), 0))
         keys, new = real_rows(z), {}
         if kind == "k":  # attention divides by the root of the key's width, not of D
-            k_latent[layer], mix = ranks, mix.conj()[attention.k_groups.of_head] * math.sqrt(2 * len(z) / D)
+            k_latent[layer], z = ranks, keys
+            mix = math.sqrt(len(keys) / D) * mix.conj()[attention.k_groups.of_head]  # (H, R)
             lengths = torch.stack([x.norm(dim=1) for x in mix.split(ranks, 1)], 1).clamp(min=TINY)  # (H, D/2)
             mix = torch.view_as_real(mix / lengths.repeat_interleave(torch.tensor(ranks).to(z.device), 1))
             new["wq.weight"] = lengths.repeat_interleave(2, 1).flatten()[:, None] * attention.wq.weight
-            z = keys
         else:
             z, mix = latent_value(attention, stats[layer], keys, size)
             v_latent[layer], mix = size, mix.unflatten(0, (-1, D)).mT[attention.v_groups.of_head]
             if attention.novel is None:
-                U, S, Vh = torch.linalg.svd(mix, full_matrices=False)
+                U, S, Vh = torch.linalg.svd(mix, full_matrices=False)  # (U Vh) (Vh^T S Vh): the latter to wo
                 mix, readers = U @ Vh, attention.wo.weight.double().unflatten(1, (-1, D)).transpose(0, 1)
                 new["wo.weight"] = (readers @ (Vh.mT * S[:, None]) @ Vh).transpose(0, 1).flatten(1)
         for part, x in (new | {f"w{kind}.weight": z, f"{kind}_mix": mix}).items():
@@ -180,16 +179,16 @@ def to_latents(model: Llama, stats: list[Statistics], found: Directions, sizes: 
 
 
 def size_products(keys: Attention, values: Attention, orders: list, unit: int, args: tuple, g: torch.Tensor):
-    """g . y for the output y and its gradient g (B, T, C), if only the first 1, 2, ... units of all numbers
-    of a latent key were kept (B, T, units), or of a latent value: y adds up over values, scores over keys."""
+    """g . y (B, T, units) for the output y and its gradient g (B, T, C), if only the first 1, 2, ... units of
+    a latent key were kept, or of a latent value: y adds up over its numbers, scores over the key's."""
     (q, k, _), v = keys.project(*args), values.project(*args)[2]
     y = naive(q, k, v, keys.k_groups, values.v_groups, None).requires_grad_()
     with torch.enable_grad():
         (reads,) = torch.autograd.grad(values.wo(values.readout(y, args[0])), y, g)
     of_values = (reads * y).sum(1)[..., orders[1]].cumsum(-1)[..., unit - 1 :: unit]
     q, k = (x.unflatten(-1, (-1, 2))[..., orders[0], :].flatten(-2) for x in (q * q.shape[-1] ** -0.5, k))
-    score = torch.full(2 * q.shape[2:3], -math.inf).triu(1).to(q)
     gains, of_keys = reads @ v.mT, []
+    score = torch.full_like(gains, -math.inf).triu(1)
     for q_part, k_part in zip(q.split(unit, -1), k.split(unit, -1)):
         score = score + q_part @ k_part.mT
         of_keys.append((score.softmax(-1) * gains).sum((1, 3)))

@@ -156,7 +156,7 @@ def rope_angles(c: ModelConfig, positions: torch.Tensor) -> tuple[torch.Tensor, 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Multiply each interleaved pair (2f, 2f+1) of x (B, H or G, T, D), as a complex number, by cos + i sin:
-    it turns by the angle of its position."""
+    RoPE's turn by the angle of its position, or a latent's coefficient (`k_mix`)."""
     a, b = x[..., 0::2], x[..., 1::2]
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).type_as(x)
 
@@ -316,8 +316,8 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.dim, v_width, bias=False)
         self.wo = nn.Linear(H * D, config.dim, bias=False)
         self.k_mix = nn.Parameter(torch.randn(H, k_width // 2, 2)) if k_ranks else None
-        self.shares = bool(k_ranks and v_rank)  # whether values hold the latent key
-        width = v_rank + k_width * self.shares
+        self.reads_keys = bool(k_ranks and v_rank)  # whether values hold the latent key
+        width = v_rank + k_width * self.reads_keys
         self.v_mix = nn.Parameter(torch.randn(H, width, D) * width**-0.5) if v_rank else None
         pairs = [f for f, r in enumerate(k_ranks) for _ in range(r)]  # of the numbers of a latent key
         self.register_buffer("pairs", torch.tensor(pairs, device="cpu", dtype=torch.int64), persistent=False)
@@ -354,7 +354,7 @@ class Attention(nn.Module):
 
     def values(self, x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """wv's output (B, T, G_v * D), and wk's -> (B, G_v, T, D), or as wide as both latents."""
-        v = torch.cat((x, k), dim=-1) if self.shares else x
+        v = torch.cat((x, k), dim=-1) if self.reads_keys else x
         return v.unflatten(-1, (self.v_groups.n_group, -1)).transpose(1, 2)
 
     def head_outputs(self, x, cos, sin, mask=None, cache: KVCache | None = None) -> torch.Tensor:
@@ -362,7 +362,7 @@ class Attention(nn.Module):
         are of T tokens, or of all S that the cache will hold, as they must be where values hold the key."""
         now = cos[-x.shape[1] :], sin[-x.shape[1] :]
         q, k, v = self.queries(self.wq(x), *now), self.wk(x), self.wv(x)
-        if self.shares:
+        if self.reads_keys:
             k, v = self.stored(k[:, None], v[:, None], cache)
             k, v = turned(k, self.k_turn)[:, 0], turned(v, self.v_turn)[:, 0]
             k, v = self.keys(k, cos, sin), self.values(v, k)
@@ -370,7 +370,7 @@ class Attention(nn.Module):
             k, v = self.stored(self.keys(k, *now), self.values(v, k), cache)
             q = turned(q, self.k_turn)
         y = self.attend(q, k, v, self.k_groups, self.v_groups, mask)
-        return self.readout(y if self.shares else turned(y, self.v_turn), x)
+        return self.readout(y if self.reads_keys else turned(y, self.v_turn), x)
 
     def stored(self, k, v, cache: KVCache | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values (B, G, T, D) -> all, as a cache returns them (B, G, S, D); gradients pass."""
@@ -464,8 +464,8 @@ class Llama(nn.Module):
             mask = seen <= positions[:, None]  # (T, S)
             if padding is not None:  # (B, 1, T, S); a padded query sees itself: with nothing to see it is NaN
                 mask = mask & ((seen >= padding[:, None, None, None]) | (seen == positions[:, None]))
-        shared = any(layer.attention.shares for layer in self.layers)  # there, cached keys are not turned
-        cos, sin = rope_angles(self.config, seen if shared else positions)
+        unturned = any(layer.attention.reads_keys for layer in self.layers)  # keys are cached before RoPE
+        cos, sin = rope_angles(self.config, seen if unturned else positions)
         x = self.dropout(self.tok_embeddings(tokens))
         for layer in self.layers:
             if self.checkpoint_activations and self.training:

@@ -35,8 +35,8 @@ def complex_heads(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 
 def real_rows(z: torch.Tensor) -> torch.Tensor:
-    """Complex rows (R, C) as the rows of a latent key's wk (2R, C)."""
-    return torch.view_as_real(z).transpose(1, 2).flatten(0, 1)
+    """Complex rows (..., C) as the rows of wq or wk (2 ..., C)."""
+    return torch.view_as_real(z).mT.flatten(0, -2).contiguous()
 
 
 def value_heads(attention: Attention, stats: Statistics) -> tuple:
@@ -51,14 +51,14 @@ def value_heads(attention: Attention, stats: Statistics) -> tuple:
 
 
 def weighted_rows(attention: Attention, kind: str, stats: Statistics) -> tuple[torch.Tensor, ...]:
-    """One layer's key or value rows (F, n, C), the same weighted, and E[x x^T] of their inputs (C, C). Keys:
-    a complex row a head for each of F = D/2 RoPE pairs, times sqrt(E|q_f|^2). Values: F = 1, D real rows a
-    head, R W_v for W_v, R^T R the sum of W_o^T W_o over its readers (before a novel layer |W_o| W_v)."""
+    """One layer's key or value rows (F, n, C), the same weighted, and of their inputs E[x x^T], for values
+    E[m m^T] (C, C). Keys: a complex row a head for each of F = D/2 RoPE pairs, times sqrt(E|q_f|^2). Values:
+    F = 1, D real rows a head, R W_v for W_v, R^T R the sum of E[gate^2] W_o^T W_o over its readers (before a
+    novel layer |W_o| W_v)."""
     if kind == "k":
         rows = complex_heads(attention.wk.weight, attention.head_dim).transpose(0, 1)
         F, n, _ = rows.shape
-        energy = stats.energy.new_zeros(n, F)
-        energy.index_add_(0, attention.k_groups.of_head, stats.energy)
+        energy = stats.energy.new_zeros(n, F).index_add_(0, attention.k_groups.of_head, stats.energy)
         # a head whose queries are all near zero still gets a direction
         energy = energy.clamp(min=max(1e-6 * energy.mean().item(), TINY))
         return rows, energy.sqrt().T[..., None] * rows, stats.inputs.to(rows.dtype)
@@ -282,14 +282,14 @@ def latent_units(c: ModelConfig) -> tuple[int, Counts]:
 
 
 def beside_keys(keys: torch.Tensor, values: torch.Tensor, C: torch.Tensor, unit: int, alone: np.ndarray):
-    """`alone`, what 1, 2, ... units of a layer's latent value lose, as it is beside 1, 2, ... units of a
-    latent key (units of K, units of V), in proportion to the energy of the values that is lost. keys (n, C),
-    the strongest first, and values (m, C) are all directions of the two, C = E[x x^T]."""
-    values = values * ((values @ C) * values).sum(1, keepdim=True).sqrt()  # to |values x|^2 their energy
+    """What 1, 2, ... units of a layer's latent value lose beside 1, 2, ... units of a latent key (units of K,
+    units of V): as much as `alone`, without a key, where as much energy of the values is lost. keys (n, C),
+    the strongest first, and values (m, C) are all directions of the two, C = E[m m^T]."""
+    values = values * ((values @ C) * values).sum(1, keepdim=True).sqrt()  # to |values m|^2 their energy
     squares, energies = keys @ C @ keys.T, [values @ C @ values.T]
-    root = torch.linalg.cholesky(squares + 1e-9 * squares.diagonal().mean() * torch.eye(len(keys)).to(keys))
-    told = torch.linalg.solve_triangular(root, keys @ C @ values.T, upper=False)
-    for of_unit in told.split(unit):
+    squares.diagonal().add_(1e-9 * squares.diagonal().mean() + TINY)
+    told = torch.linalg.solve_triangular(torch.linalg.cholesky(squares), keys @ C @ values.T, upper=False)
+    for of_unit in told.split(unit):  # each unit of keys tells more
         energies.append(energies[-1] - of_unit.T @ of_unit)
     dropped = [torch.linalg.eigvalsh(left).clamp(min=0).cumsum(0).flip(0)[unit::unit] for left in energies]
     lost = np.pad(torch.stack(dropped).cpu().numpy(), ((0, 0), (0, 1)))  # units of all values lose nothing
@@ -305,11 +305,11 @@ def latent_sizes(
     for i, (of_keys, of_values) in enumerate(zip(losses[::2], losses[1::2])):
         (order, k, _), (_, v, _) = found[i, "k"], found[i, "v"]
         rows = real_rows(k.flatten(0, 1)[order])
-        lost, best = of_keys[:, None] + beside_keys(rows, v[0], stats[i].mixed, unit, of_values), {}
-        for (a, b), loss in np.ndenumerate(lost):  # units of both -> the least loss, of K, of V
+        lost = of_keys[:, None] + beside_keys(rows, v[0], stats[i].mixed, unit, of_values)
+        best = {}  # units of both, but for one each -> the least loss, units of K, of V
+        for (a, b), loss in np.ndenumerate(lost):
             best[a + b] = min(best.get(a + b, (math.inf,)), (loss, a + 1, b + 1))
         layers.append([best[n] for n in range(len(best))])
-    curves = [np.array([loss for loss, *_ in ways]) for ways in layers]
-    counts = knapsack(curves)[budget(whole, share) - len(layers)][1]
+    counts = knapsack([np.array(ways)[:, 0] for ways in layers])[budget(whole, share) - len(layers)][1]
     picked = [(i, ways[n - 1]) for i, (n, ways) in enumerate(zip(counts, layers)) if n < len(ways)]
     return {(i, kind): unit * n for i, (_, *both) in picked for kind, n in zip("kv", both)}

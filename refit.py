@@ -1,4 +1,4 @@
-"""What a model's attention does on a text, and refitting a model of merged heads to it, without labels.
+"""What a model's attention does on a text, and refitting merged heads or latents to it, without labels.
 
 partition.py and gqa.py need the `statistics` of each layer; `sensitivity`, from one backward pass, tells
 what an error in a layer does to the model's predictions. Merging in closed form does the best that weights
@@ -10,7 +10,7 @@ allow, head by head. What refitting adds, layer by layer:
     wq, wk  a merged key approximates each RoPE pair by itself, while the softmax sees the sum over pairs
     wv      shared values were chosen for heads that look where they looked, and whose errors are independent
 
-Before wo, L-BFGS moves the other three together: queries shall look where they looked, and the stream be what
+Before wo, L-BFGS moves the other three together: queries should attend where they did, and the stream stay as
 it was. Changes are damped, or the weights would learn the quirks of a short text.
 """
 
@@ -114,8 +114,8 @@ def divergence(attention: Attention, found: list[tuple]) -> float:
 
 @torch.no_grad()
 def refit(model: Llama, original: Llama, tokens: torch.Tensor, steps: int = STEPS, quiet=True) -> Llama:
-    """Give a merged model new wo, and by so many steps new wq, wk and wv, over tokens (N, T), bottom layer
-    first. Layers that do what the original does stay as they are, bit for bit."""
+    """Give a merged model new wo and, in `steps` of L-BFGS, new wq, wk and wv, over tokens (N, T), bottom
+    layer first. Layers that do what the original does stay as they are, bit for bit."""
     x = y = original.tok_embeddings(tokens)  # the residual streams of the original and of the model
     rope = rope_angles(original.config, torch.arange(tokens.shape[1], device=tokens.device))
     layers = tqdm(model.layers, "refitting", disable=quiet or None, leave=False)
@@ -170,7 +170,7 @@ def refit_attention(ours: Attention, b, rope, looks: list, target, weight, steps
     energy = (weight * target).square().sum().clamp(min=TINY)
     count = sum(of_slice[..., 0].numel() for of_slice in looks)  # queries of all heads
 
-    def attend(part, goal, size, wq, wk, wv) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(part, goal, size, wq, wk, wv) -> tuple[torch.Tensor, torch.Tensor]:  # of a slice
         q, k, v = ours.queries(part[:, some] @ wq.T, *(x[some] for x in rope)), part @ wk.T, part @ wv.T
         log_weights = scores(q, ours.keys(k, *rope), ours.k_groups, seen).log_softmax(-1)
         y = ours.v_groups.scatter(ours.v_groups.gather(log_weights.exp()) @ ours.values(v, k))
@@ -192,33 +192,30 @@ def refit_attention(ours: Attention, b, rope, looks: list, target, weight, steps
 
 def minimise(loss, roots, linears: list[nn.Linear], b, targets: list, steps: int, damping: float) -> None:
     """By L-BFGS on the weights w of linears: the sum of loss(slice of b, its targets, *weights) over slices,
-    and of damping |change of w C^(1/2)|^2 / |w C^(1/2)|^2, C = E[b b^T]. It works on S w C^(1/2), S the
-    `slopes` of roots(same arguments), whose squared changes are about the loss's: there all directions matter
-    about alike, and it gets far in few steps."""
+    and of damping |change of w C^(1/2)|^2 / |w C^(1/2)|^2, C = E[b b^T]. It works on S (change of w) C^(1/2),
+    S the `slopes` of roots(same arguments), whose squared changes are about the loss's: there all directions
+    matter about alike, and it gets far in few steps."""
     root, inverse = whitening(b)
-    slices = list(zip(b.split(SLICE), *targets))
-    scales = slopes(roots, [linear.weight for linear in linears], inverse, slices)
-    whitened = [linear.weight @ root for linear in linears]
-    shares = [damping / w.square().sum().clamp(min=1e-12) for w in whitened]
-    before = [scale * w for scale, w in zip(scales, whitened)]
-    parameters = [nn.Parameter(w.clone()) for w in before]
+    slices, before = list(zip(b.split(SLICE), *targets)), [linear.weight.detach() for linear in linears]
+    scales = slopes(roots, before, inverse, slices)
+    shares = [damping / (w @ root).square().sum().clamp(min=1e-12) for w in before]
+    changes = [torch.zeros_like(w, requires_grad=True) for w in before]
 
     def weights() -> list[torch.Tensor]:
-        return [w / scale @ inverse for w, scale in zip(parameters, scales)]
+        return [w + change / scale @ inverse for w, change, scale in zip(before, changes, scales)]
 
     def closure() -> torch.Tensor:  # called with gradients on
         optimizer.zero_grad()
-        changes = [(w - old) / scale for w, old, scale in zip(parameters, before, scales)]
-        total = sum(share * change.square().sum() for share, change in zip(shares, changes))
+        total = sum(n * (x / scale).square().sum() for n, x, scale in zip(shares, changes, scales))
         total.backward()
         total = total.detach()
         for given in slices:
             of_slice = loss(*given, *weights())
-            of_slice.backward()
+            of_slice.backward(inputs=changes)  # not of k_mix, v_mix and wo as well
             total += of_slice.detach()
         return total
 
-    optimizer = torch.optim.LBFGS(parameters, max_iter=steps, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(changes, max_iter=steps, line_search_fn="strong_wolfe")
     optimizer.step(closure)
     for linear, weight in zip(linears, weights()):
         linear.weight = nn.Parameter(weight)
@@ -226,7 +223,7 @@ def minimise(loss, roots, linears: list[nn.Linear], b, targets: list, steps: int
 
 @torch.enable_grad()
 def slopes(roots, weights: list[torch.Tensor], inverse: torch.Tensor, slices: list) -> list[torch.Tensor]:
-    """(n, 1) for each of weights (n, C): how far, root mean square, `roots` move with each row of it, over
+    """(n, 1) for each of weights (n, C): the root mean square derivative of `roots` by each row of it, over
     whitened inputs. One backward pass with random signs estimates it: the diagonal of K-FAC's factor of the
     outputs (arXiv 1503.05671)."""
     generator = torch.Generator(inverse.device).manual_seed(0)

@@ -11,7 +11,7 @@ from conftest import assert_close, run
 from foreign import export_of, logits
 from test_gqa import SHAPES, TOKENS, frozen
 
-from checkpoint import build_model, load
+from checkpoint import build_model, check_tensors, load
 from gqa import NOISE, all_directions, latent, latent_losses, to_latents
 from lora import LoRAConfig, adapt
 from model import KVCache, hartley, pack, unpack
@@ -90,6 +90,16 @@ def test_refitting_brings_latents_closer():
         fitted = refit(copy.deepcopy(small), model, TOKENS, steps)
         found.append((model(TOKENS) - fitted(TOKENS)).square().mean().item())
     assert found[0] > found[1] > found[2], found
+
+
+@pytest.mark.parametrize("novel", [False, True])
+@pytest.mark.parametrize("name", [".wq", ".wk", ".wv", ".wo", "_norm"])
+def test_weights_of_zero_stay_finite(name, novel):
+    model = frozen(novel=novel)
+    model.get_parameter(f"layers.0.attention{name}.weight").data.zero_()
+    small = half(model)
+    check_tensors(small.state_dict(), 2**20)
+    assert refit(small, model, TOKENS)(TOKENS).isfinite().all()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
