@@ -42,7 +42,7 @@ from partition import (
 from refit import STEPS, Statistics, refit, sensitivity, statistics
 
 Directions = dict[Slot, tuple[torch.Tensor, ...]]  # (order, z, mix), see `directions`
-NOISE = 1e-3  # in keys that values read, of their mean square: else rounding, or healing, break the values
+NOISE = 1e-3  # in keys that values read, of their mean square: else rounding, or healing, break values
 MOST_CONTEXT = 1024  # longest calibration block, tokens; longer ones change few choices
 
 
@@ -161,7 +161,7 @@ def to_latents(model: Llama, stats: list[Statistics], found: Directions, sizes: 
         keys, new = real_rows(z), {}
         if kind == "k":  # attention divides by the root of the key's width, not of D
             k_latent[layer], z = ranks, keys
-            mix = math.sqrt(len(keys) / D) * mix.conj()[attention.k_groups.of_head]  # (H, R)
+            mix = math.sqrt(len(keys) / D) * mix.conj()[attention.k_groups.of_head]
             lengths = torch.stack([x.norm(dim=1) for x in mix.split(ranks, 1)], 1).clamp(min=TINY)  # (H, D/2)
             mix = torch.view_as_real(mix / lengths.repeat_interleave(torch.tensor(ranks).to(z.device), 1))
             new["wq.weight"] = lengths.repeat_interleave(2, 1).flatten()[:, None] * attention.wq.weight
@@ -169,7 +169,7 @@ def to_latents(model: Llama, stats: list[Statistics], found: Directions, sizes: 
             z, mix = latent_value(attention, stats[layer], keys, size)
             v_latent[layer], mix = size, mix.unflatten(0, (-1, D)).mT[attention.v_groups.of_head]
             if attention.novel is None:
-                U, S, Vh = torch.linalg.svd(mix, full_matrices=False)  # (U Vh) (Vh^T S Vh): the latter to wo
+                U, S, Vh = torch.linalg.svd(mix, full_matrices=False)  # (U Vh) (Vh^T S Vh)
                 mix, readers = U @ Vh, attention.wo.weight.double().unflatten(1, (-1, D)).transpose(0, 1)
                 new["wo.weight"] = (readers @ (Vh.mT * S[:, None]) @ Vh).transpose(0, 1).flatten(1)
         for part, x in (new | {f"w{kind}.weight": z, f"{kind}_mix": mix}).items():

@@ -365,7 +365,7 @@ class Attention(nn.Module):
         if self.reads_keys:
             k, v = self.stored(k[:, None], v[:, None], cache)
             k, v = turned(k, self.k_turn)[:, 0], turned(v, self.v_turn)[:, 0]
-            k, v = self.keys(k, cos, sin), self.values(v, k)
+            k, v = self.keys(k, cos, sin), self.values(v, k)  # which hold k before RoPE
         else:  # all keys and values stay turned, which takes fewer products
             k, v = self.stored(self.keys(k, *now), self.values(v, k), cache)
             q = turned(q, self.k_turn)

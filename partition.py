@@ -51,10 +51,9 @@ def value_heads(attention: Attention, stats: Statistics) -> tuple:
 
 
 def weighted_rows(attention: Attention, kind: str, stats: Statistics) -> tuple[torch.Tensor, ...]:
-    """One layer's key or value rows (F, n, C), the same weighted, and of their inputs E[x x^T], for values
-    E[m m^T] (C, C). Keys: a complex row a head for each of F = D/2 RoPE pairs, times sqrt(E|q_f|^2). Values:
-    F = 1, D real rows a head, R W_v for W_v, R^T R the sum of E[gate^2] W_o^T W_o over its readers (before a
-    novel layer |W_o| W_v)."""
+    """One layer's key or value rows (F, n, C), the same weighted, and E[x x^T], for values E[m m^T] (C, C).
+    Keys: a complex row a head for each of F = D/2 RoPE pairs, times sqrt(E|q_f|^2). Values: F = 1, D rows a
+    head, R W_v for W_v, R^T R its readers' E[gate^2] W_o^T W_o (before a novel layer |W_o| W_v)."""
     if kind == "k":
         rows = complex_heads(attention.wk.weight, attention.head_dim).transpose(0, 1)
         F, n, _ = rows.shape
@@ -289,7 +288,7 @@ def beside_keys(keys: torch.Tensor, values: torch.Tensor, C: torch.Tensor, unit:
     squares, energies = keys @ C @ keys.T, [values @ C @ values.T]
     squares.diagonal().add_(1e-9 * squares.diagonal().mean() + TINY)
     told = torch.linalg.solve_triangular(torch.linalg.cholesky(squares), keys @ C @ values.T, upper=False)
-    for of_unit in told.split(unit):  # each unit of keys tells more
+    for of_unit in told.split(unit):  # each unit tells more
         energies.append(energies[-1] - of_unit.T @ of_unit)
     dropped = [torch.linalg.eigvalsh(left).clamp(min=0).cumsum(0).flip(0)[unit::unit] for left in energies]
     lost = np.pad(torch.stack(dropped).cpu().numpy(), ((0, 0), (0, 1)))  # units of all values lose nothing
@@ -306,7 +305,7 @@ def latent_sizes(
         (order, k, _), (_, v, _) = found[i, "k"], found[i, "v"]
         rows = real_rows(k.flatten(0, 1)[order])
         lost = of_keys[:, None] + beside_keys(rows, v[0], stats[i].mixed, unit, of_values)
-        best = {}  # units of both, but for one each -> the least loss, units of K, of V
+        best = {}  # units of both, less one each -> least loss, units of K, of V
         for (a, b), loss in np.ndenumerate(lost):
             best[a + b] = min(best.get(a + b, (math.inf,)), (loss, a + 1, b + 1))
         layers.append([best[n] for n in range(len(best))])

@@ -170,18 +170,18 @@ def refit_attention(ours: Attention, b, rope, looks: list, target, weight, steps
     energy = (weight * target).square().sum().clamp(min=TINY)
     count = sum(of_slice[..., 0].numel() for of_slice in looks)  # queries of all heads
 
-    def attend(part, goal, size, wq, wk, wv) -> tuple[torch.Tensor, torch.Tensor]:  # of a slice
+    def attend(part, goal, size, wq, wk, wv) -> tuple[torch.Tensor, torch.Tensor]:
         q, k, v = ours.queries(part[:, some] @ wq.T, *(x[some] for x in rope)), part @ wk.T, part @ wv.T
         log_weights = scores(q, ours.keys(k, *rope), ours.k_groups, seen).log_softmax(-1)
         y = ours.v_groups.scatter(ours.v_groups.gather(log_weights.exp()) @ ours.values(v, k))
         error = size * (ours.wo(ours.readout(y, part[:, some])) - goal) / energy.sqrt()
         return log_weights.masked_fill(~seen, 0), error
 
-    def loss(part, looks, *given) -> torch.Tensor:
+    def loss(part, p, *given) -> torch.Tensor:
         log_weights, error = attend(part, *given)
-        return error.square().sum() - (looks * log_weights).sum() / count  # KL but for a constant
+        return error.square().sum() - (p * log_weights).sum() / count  # KL but for a constant
 
-    def roots(part, looks, *given) -> torch.Tensor:  # nearby, KL is the squared change of (2 p)^(1/2)
+    def roots(part, p, *given) -> torch.Tensor:  # nearby, KL is the squared change of (2 p)^(1/2)
         log_weights, error = attend(part, *given)
         return torch.cat((error.flatten(), (2 / count) ** 0.5 * (log_weights / 2).exp().flatten()))
 
@@ -211,7 +211,7 @@ def minimise(loss, roots, linears: list[nn.Linear], b, targets: list, steps: int
         total = total.detach()
         for given in slices:
             of_slice = loss(*given, *weights())
-            of_slice.backward(inputs=changes)  # not of k_mix, v_mix and wo as well
+            of_slice.backward(inputs=changes)  # not of v_mix and wo
             total += of_slice.detach()
         return total
 
