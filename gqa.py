@@ -42,7 +42,7 @@ from partition import (
 from refit import STEPS, Statistics, refit, sensitivity, statistics
 
 Directions = dict[Slot, tuple[torch.Tensor, ...]]  # (order, z, mix), see `directions`
-NOISE = 1e-3  # in keys that values read, of their mean square: else rounding, or healing, break values
+NOISE = 1e-3  # in keys that values read, of their mean square: else rounding or healing breaks values
 MOST_CONTEXT = 1024  # longest calibration block, tokens; longer ones change few choices
 
 
@@ -378,7 +378,8 @@ def main() -> None:
     print(f"{ratio} | {len(val) - 1:,} tokens of {name}{read}")
     heal = f"--init_from {out} --teacher {config.ckpt} --distil_weight 1 --batch_size 4 --max_steps 100"
     heal += f" --dataset {config.dataset}" if config.dataset else ""
-    print(f"--- next:\npython train.py {heal} --out_dir {out.with_suffix('')}-healed")
+    if after > 1.01 * before:  # healing costs up to 1%
+        print(f"--- next:\npython train.py {heal} --out_dir {out.with_suffix('')}-healed")
 
 
 if __name__ == "__main__":
