@@ -223,9 +223,10 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Most memory held so far: allocated on a GPU, else resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "linux":  # unlike getrusage's, this peak can be reset
-        return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+    status = Path("/proc/self/status").read_text() if sys.platform == "linux" else ""
+    if peak := re.search(r"VmHWM:\s+(\d+)", status):  # unlike getrusage's, it can be reset; gVisor has none
+        return 1024 * int(peak[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if status else 1)  # bytes on macOS
 
 
 # ---- files ----
@@ -278,7 +279,7 @@ def held(folder: Path) -> Iterator[None]:
         yield
     finally:
         if made and folder.exists() and not any(folder.iterdir()):
-            folder.rmdir()  # a mistake leaves nothing behind
+            folder.rmdir()  # a mistake leaves no empty run
         os.close(descriptor)
 
 

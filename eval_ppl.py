@@ -4,7 +4,7 @@
     python eval_ppl.py out/RUN/ckpt.pt --split test --method all
     python eval_ppl.py out/RUN/ckpt.pt --text my.txt --method sliding --stride 64
 
-Three methods, over the same N tokens x_0 .. x_(N-1), of which all but the first are predicted once:
+Three methods over N tokens x_0 .. x_(N-1); all but the first are predicted, each once:
 
     blocks       exp(mean NLL): non-overlapping blocks of `context` predictions, each starting without a past
     sliding      exp(mean NLL): each token has more than `context - stride` before it, where the text has them
@@ -40,7 +40,7 @@ class EvalConfig:
     """evaluation"""
 
     ckpt: str  # the checkpoint
-    split: Literal["val", "test"] = "val"  # which part of the checkpoint's own data set
+    split: Literal["val", "test"] = "val"  # which part of the data set
     dataset: str | None = None  # another prepared data set, of the same tokenizer
     text: str | None = None  # a UTF-8 text file instead, taken as one document: BOS and its tokens
     method: Literal["blocks", "sliding", "block_mean", "all"] = "blocks"  # see above
@@ -110,8 +110,7 @@ def split_tokens(checkpoint: dict, tokenizer: Tokenizer, dataset, split: str) ->
 
 def bits_per_byte(nats: float, tokens: np.ndarray, tokenizer: Tokenizer) -> float:
     """Bits for each UTF-8 byte of the text that the predicted tokens, all but the first, stand for."""
-    # a BOS stands for no byte, or cancels one
-    predicted = tokens if tokens[0] == tokenizer.bos else tokens[1:]
+    predicted = tokens if tokens[0] == tokenizer.bos else tokens[1:]  # a BOS has no bytes, or cancels one
     text_bytes = tokenizer.token_bytes()[predicted].sum().item()
     return nats / math.log(2) * (len(tokens) - 1) / max(1, text_bytes)
 
@@ -126,8 +125,7 @@ def evaluate(config: EvalConfig, model: Llama, tokens: np.ndarray, dtype: torch.
     if config.method != "sliding":
         blocks = window_nll(model, tokens, context, context, *how)
         nats = mean_nll(blocks)
-        # a short rest would weigh as much
-        whole = [block for block in blocks if len(block) == context] or blocks
+        whole = [block for block in blocks if len(block) == context] or blocks  # a rest would weigh as much
         record["blocks"] = perplexity(nats)
         record["block_mean"] = float(np.mean([perplexity(mean_nll([block])) for block in whole]))
     return {method: record[method] if method in asked else None for method in METHODS}, nats

@@ -48,9 +48,8 @@ class LoRALinear(nn.Module):
         self.linear, self.scale = linear.requires_grad_(False), alpha / r
         weight = linear.codes if isinstance(linear, NF4Linear) else linear.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)  # also beside bfloat16: autocast casts both
-        like = {"device": weight.device, "dtype": dtype}
-        self.lora_A = nn.Parameter(torch.empty(r, linear.in_features, **like))
-        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, r, **like))
+        self.lora_A = nn.Parameter(weight.new_empty(r, linear.in_features, dtype=dtype))
+        self.lora_B = nn.Parameter(weight.new_zeros(linear.out_features, r, dtype=dtype))
         # uniform within +-1 / sqrt(in), as in loralib and PEFT; the paper says Gaussian
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.dropout = nn.Dropout(dropout)
@@ -76,8 +75,8 @@ def replace(model: nn.Module, names: Iterable[str], kinds: type | tuple, make: C
 
 
 def adapt(model: Llama, config: LoRAConfig) -> Llama:
-    """The model, changed as the settings say: the blocks' matrices in NF4, one after the other, and an
-    adapter beside each layer of these names, all else frozen."""
+    """The model, changed as the settings say: the blocks' matrices in NF4, one after the other, and,
+    with lora_r above 0, an adapter beside each layer in lora_targets, all else frozen."""
     assert not adapters(model), "the model has an adapter already"
     if config.quantize == "nf4":
         replace(model.layers, TARGETS[:7], nn.Linear, NF4Linear)

@@ -59,8 +59,7 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 def dequantize(codes: torch.Tensor, absmax: torch.Tensor, scales: torch.Tensor, shape) -> torch.Tensor:
     """The float32 weight of `shape` that `quantize` stored."""
     pairs, dynamic = (x.to(codes.device, non_blocking=True) for x in (PAIRS, DYNAMIC))  # no GPU waits
-    floats = scales.clone().view(torch.float32)  # aligned anew: a mapped file's bytes may begin anywhere
-    mean, scale = floats[:1], floats[1:]
+    mean, scale = scales.clone().view(torch.float32).tensor_split((1,))  # cloned: a file's may be unaligned
     of_block = dynamic[absmax.int()] * scale.repeat_interleave(ABSMAX_BLOCK)[: len(absmax)] + mean
     values = pairs.index_select(0, codes.int()).flatten()  # (N,), or one more
     values = F.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK)

@@ -1,10 +1,10 @@
-"""Several processes at one training run, each on a GPU or on a share of a CPU: what `torchrun` starts.
+"""Several processes for one training run, each on a GPU or on a share of a CPU: what `torchrun` starts.
 
     torchrun --nproc_per_node 4 train.py --n_layer 6                 # the whole model in every process (DDP)
     torchrun --nproc_per_node 4 train.py --n_layer 6 --fsdp          # a fourth of the weights in each (FSDP2)
 
 All run the same program in the same folder; rank 0 prints and saves. The batch size is global: its rows are
-split, so the result depends on the number of processes by rounding and dropout only, and a run may be resumed
+split, so the number of processes changes the result only by rounding and dropout, and a run may be resumed
 with another.
 
 DDP (arXiv 2006.15704) averages the gradients over all processes while the backward still runs. FSDP2 (arXiv
@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from common import IGNORE, UserError
+from common import IGNORE, require
 
 
 def world() -> int:
@@ -66,7 +66,7 @@ def sum_over_ranks(number: float) -> float:
 
 @contextmanager
 def first_alone() -> Iterator[None]:
-    """Rank 0 goes through the block while the others wait; then they do."""
+    """Rank 0 runs the block first, then the others."""
     if rank():
         sum_over_ranks(0)
     yield
@@ -89,9 +89,8 @@ def divided(model: nn.Module, fsdp: bool, dtype: torch.dtype, device: torch.devi
     bfloat16 if that is `dtype`, which halves the traffic and rounds norms and adapters, too; embeddings,
     output and gradients keep their format. Raises UserError for float16.
     """
-    if fsdp and dtype == torch.float16:
-        raise UserError("--fsdp has no gradient scaler: give --dtype bfloat16 or float32, or --no-fsdp")
     if fsdp:
+        require(dtype != torch.float16, "--fsdp has no gradient scaler: give --dtype bfloat16 or float32")
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -108,7 +107,7 @@ def divided(model: nn.Module, fsdp: bool, dtype: torch.dtype, device: torch.devi
 
 
 def send_gradients(model: nn.Module, now: bool) -> None:
-    """Whether the next backward sends its gradients: only the last micro-batch of a step does."""
+    """Set whether the next backward sends its gradients: only that of a step's last micro-batch does."""
     if hasattr(model, "set_requires_gradient_sync"):  # FSDP2's, which keeps unsharded gradients until then
         model.set_requires_gradient_sync(now)
     elif world() > 1:

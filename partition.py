@@ -222,11 +222,10 @@ def choose(
     """k_groups and v_groups with so many groups in each slot: the best, runs of neighbour heads, or random.
     `known` {slot: best_partitions} keeps what was computed for later calls."""
     heads, labels = head_counts(model, any(kinds == "kv" for _, kinds in counts)), {}
-    known = {} if known is None else known
     for slot, g in counts.items():
         n, labels[slot] = heads[slot], np.empty(heads[slot], int)
         if grouping == "best":
-            answers = known.setdefault(slot, {})
+            answers = {} if known is None else known.setdefault(slot, {})
             if g not in answers:
                 answers |= best_partitions(n, slot_costs(model, stats, slot), [g])
             groups = answers[g][1]
@@ -295,9 +294,7 @@ def beside_keys(keys: torch.Tensor, values: torch.Tensor, C: torch.Tensor, unit:
     return np.interp(lost[1:], lost[0, ::-1], alone[::-1])
 
 
-def latent_sizes(
-    model: Llama, stats: list[Statistics], found: dict, losses: list[np.ndarray], share: float
-) -> Counts:  # fmt: skip
+def latent_sizes(model: Llama, stats: list[Statistics], found: dict, losses: list, share: float) -> Counts:
     """The sizes of each layer's latent key and value, together a share of the cache, of the least sum of
     gqa.latent_losses, the values' as they are `beside_keys`; none for a layer that stays as it is."""
     (unit, whole), layers = latent_units(model.config), []

@@ -57,8 +57,8 @@ class SearchConfig(MergeConfig):
         goals = [self.kv_budget, self.groups_power]
         require(goals.count(None) == 1, "for which size? give --kv_budget 0.5 or --groups_power 2")
         self.log = self.log or self.out.removesuffix(".json") + ".jsonl"
-        if Path(self.log).resolve() == Path(self.out).resolve():
-            raise UserError(f"--out {self.out} would be the log, too: name it groups.json")
+        other = Path(self.log).resolve() != Path(self.out).resolve()
+        require(other, f"--log {self.log} is --out, too: give another name")
 
 
 # ---- measuring ----
@@ -151,7 +151,7 @@ class Search:
         return {"groups": heads / 2, "kv_bytes": kv_bytes, "k_groups": maps[0], "v_groups": maps[1]}
 
     def grouped(self, maps: tuple[Maps, Maps], part: int = 1) -> Llama:
-        """What gqa.py makes of these groups, refitted with 1 / `part` of the blocks and, at most, steps."""
+        """What gqa.py makes of these groups, refitted with 1 / `part` of blocks and, at most, of steps."""
         small = merge(self.model, maps, self.stats, self.config.merge)
         if self.config.refit == "none":
             return small
@@ -178,7 +178,8 @@ class Search:
 
 
 def predict(search: Search) -> dict[Slot, np.ndarray]:
-    """For each slot the KL divergence that 1, 2, ... groups in it alone cause; fewer are never better."""
+    """For each slot the KL divergence if only it had 1, 2, ... groups, never less with fewer; of keys that
+    will be refitted, LEFT of it."""
     model, heads, values = search.model, search.heads, {}
     found = sensitivity(model, search.blocks)
     for slot, n in heads.items():
@@ -267,8 +268,7 @@ def main() -> None:
     writable(Path(config.out), config.overwrite)
     search = Search(config)
     with search.bar:
-        search_with = knapsack_search if config.method == "knapsack" else random_search
-        search_with(search)
+        (knapsack_search if config.method == "knapsack" else random_search)(search)
     rows = chosen(search)
     best, original = rows[0], search.report(search.model)[0]
     share = best["kv_bytes"] / search.model.config.kv_bytes_per_token(search.itemsize)
@@ -285,10 +285,10 @@ def main() -> None:
         value = f" | {search.value(row):.6g}" if search.total is None else ""
         print(f"  {ratio} | {cache}{value} | {row['name']}")
     print(f"{search.evals} groupings looked at; all measurements are in {config.log}")
-    how, small = f" --dataset {config.dataset}" if config.dataset else "", Path(config.out).with_suffix(".pt")
+    how, small = f" --dataset {config.dataset}" if config.dataset else "", Path(config.out).with_suffix("")
     how += " --merge mean" * (config.merge == "mean") + " --refit none" * (config.refit == "none")
     how += f" --seed {config.seed} --calibration_tokens {config.calibration_tokens}"
-    print(f"--- next:\npython gqa.py {config.ckpt} --groups {config.out} --out {small}{how}")
+    print(f"--- next:\npython gqa.py {config.ckpt} --groups {config.out} --out {small}-grouped.pt{how}")
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ STATE = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_
 class TrainConfig:
     """training"""
 
-    dataset: str = "stdlib"  # a name that data/prepare.py has, or a prepared folder (tuning: its own)
+    dataset: str = "stdlib"  # a name that data/prepare.py has, or a prepared folder (tuning: checkpoint's)
     out_dir: str | None = None  # where ckpt.pt and log.jsonl go (default: out/DATASET-LAYERSxWIDTH-VARIANT)
     resume: bool = False  # continue the run in out_dir; settings are the run's, except for the flags given
     overwrite: bool = False  # start anew in a directory that holds a run
@@ -69,7 +69,7 @@ class TrainConfig:
     min_lr: float = bounded(0.0, 0, 1e9)  # learning rate one step after the last
     warmup_steps: int = bounded(10, 0)  # steps over which the learning rate rises from 0
     weight_decay: float = bounded(0.1, 0, 1e9)  # on matrices only
-    grad_clip: float = bounded(1.0, 0, 1e9)  # longest gradient; 0 does not clip
+    grad_clip: float = bounded(1.0, 0, 1e9)  # largest norm of the gradient; 0 does not clip
     teacher: str | None = None  # a ckpt.pt of the same tokenizer whose predictions to learn
     distil_weight: float = bounded(0.5, 0, 1)  # with --teacher: share of its KL divergence in the loss
     momentum: float = bounded(0.8, 0, 0.9999)  # of Muon; the usual 0.95 learns less in some hundred steps
@@ -112,7 +112,7 @@ def settle(flags: dict, checkpoint: dict) -> tuple[ModelConfig, LoRAConfig, Trai
     if resume:
         old = {**old, "epochs": None} if "max_steps" in run else old
         return c, lora, checked(TrainConfig, {**pick(TrainConfig, old), **run})
-    if adapter and not lora.lora_r:
+    if any(adapter.values()) and not lora.lora_r:
         raise UserError(f"--{min(adapter)} is of an adapter: give --lora_r 8, or drop it")
     require(not lora.lora_r or checkpoint, "--lora_r adapts a trained model: give --init_from ckpt.pt")
     defaults = {"dataset": old.get("dataset", "stdlib")}
@@ -503,9 +503,8 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
     step, tokens, seconds, saved = 0, 0, 0.0, -1  # saved: the step of the file on the disk
     if config.resume:
         restore(checkpoint, optimizers, scaler)
-        step, tokens, seconds = (checkpoint[key] for key in ("step", "tokens", "seconds"))
+        step, tokens, seconds, saved = (checkpoint[key] for key in ("step", "tokens", "seconds", "step"))
         require(step <= last, f"the run is at step {step} already: give more --max_steps, or --epochs")
-        saved = step
     constant = {"config": asdict(c), "train": asdict(config), "data": meta, "tokenizer": tokenizer.data}
     constant |= {"grouped": checkpoint["grouped"]} if "grouped" in checkpoint else {}
     constant |= {"lora": asdict(lora)} if lora.lora_r else {}
@@ -546,7 +545,7 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
         loss, norm = train_step(
             learner, batches, optimizers, lr, dtype, scaler, config.grad_clip, teacher, config.distil_weight
         )
-        # to the scaler, an infinite norm only means: a smaller scale next
+        # float16: an infinite norm only lowers the scaler's scale
         scalable = scaler.is_enabled() and scaler.get_scale() >= 1
         check_health(loss, 0.0 if scalable else norm, c, step + 1, saved)
         # input tokens up to the last target of each row: what follows is padding

@@ -61,8 +61,7 @@ def read_files(files: list[Path], parallel: bool, fields: list[str], instruction
     files, fields = files[:: 1 + parallel], fields or ["input,output" if parallel else ",".join(FIELDS)]
     fitting = len(files) == len(targets) <= 3 and len(fields) in (1, len(files))
     require(fitting, "give train [val] [test], with --parallel in pairs, and --fields once or per file")
-    parts = zip(files, fields * 3, [instruction] * 3, targets)
-    records, *given = [records_of(*part) for part in parts]
+    records, *given = map(records_of, files, fields * 3, [instruction] * 3, targets)
     places = [hashlib.sha256(prompt_text(record).encode()).digest() for record in records]
     prompts = sorted(set(places))
     val, test = (max(1, round(share * len(prompts))) for share in (0.05, 0.10))

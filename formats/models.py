@@ -94,9 +94,7 @@ def settings_of(config: dict) -> Settings:
     for name, accepted in ACCEPTED.items():
         if config.get(name) not in (None, *accepted):
             raise UserError(f"{name} {str(config[name])[:60]} is not supported")
-    settings: Settings = {}
-    for ours, (theirs, *default) in FIELDS.items():
-        settings[ours] = config.get(theirs, *default) if default else config[theirs]
+    settings = {o: config.get(t, *default) if default else config[t] for o, (t, *default) in FIELDS.items()}
     if config["rope_type"] == "llama3":
         *names, context = ROPE_SCALING
         settings["rope_scaling"] = {name: config[name] for name in names}

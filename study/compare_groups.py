@@ -53,13 +53,13 @@ def main() -> None:
     (text, _), (test, source) = split_tokens(*data, "train"), split_tokens(*data, "test")
     test = test[: config.eval_tokens + 1]
     one_map = model.config.k_groups == model.config.v_groups
-    require(one_map, f"{config.ckpt} has K and V groups of its own: give its original")
+    require(one_map, f"{config.ckpt} groups keys and values apart: give its original")
     heads = {joint: head_counts(model, joint) for joint in (True, False)}
     whole = sum(heads[True].values())
     least = len(heads[True]) / whole
     shares = config.shares or [x for x in (3 / 4, 2 / 3, 1 / 2, 1 / 3, 1 / 4, 1 / 8) if x >= least]
-    known = all(least - 1e-9 <= x <= 1 for x in shares)
-    require(known, f"--shares {shares}: give {math.ceil(1000 * least) / 1000} to 1")
+    sound = bool(shares) and all(least - 1e-9 <= x <= 1 for x in shares)
+    require(sound, f"--shares {shares}: with these heads give {math.ceil(1000 * least) / 1000} to 1")
     totals = dict.fromkeys(budget(heads[True], share) for share in shares)  # what rounding leaves of them
     base, cells = gqa.perplexity_on(test, model), {(name, total): [] for name in ROWS for total in totals}
     print(f"perplexity {base:.4f} | {len(test) - 1:,} tokens of {source}", flush=True)

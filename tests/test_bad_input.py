@@ -93,6 +93,7 @@ gqa.py run/ckpt.pt --out new.pt --calibration_tokens 1024
     --kv_budget 0.5 --out lora.pt            --overwrite
 search_groups.py run/ckpt.pt --out new.json --calibration_tokens 1024
     --kv_budget 0.5 --search_tokens 4        --search_tokens
+    --kv_budget 0.5 --log new.json           --log
 -m formats
     import nosuch new.pt                     nosuch
     import hf new.pt --tokenizer text.txt    text.txt

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -12,7 +13,7 @@ from conftest import adapted, assert_close, quick, records, refused, run, sharp_
 from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import load
-from common import UserError
+from common import UserError, peak_memory_bytes
 from lora import TARGETS
 from model import Llama, ModelConfig, rope_angles
 from study.attention import kernel_rows, prepare, slice_model
@@ -89,6 +90,12 @@ def test_each_memory_saver_changes_what_it_should(monkeypatch):
     assert saved == pytest.approx(matrices * (4 - 4.127 / 8), rel=0.01)
     # a quarter of the rows, of one block of six: either alone leaves 0.37 or 0.63
     assert rows["all together"]["peak"] < 0.3 * lora["peak"]
+
+
+def test_peak_memory_where_the_system_does_not_tell_it(monkeypatch):
+    known = peak_memory_bytes(torch.device("cpu"))
+    monkeypatch.setattr(Path, "read_text", lambda path: "VmSize: 9 kB")  # as gVisor
+    assert 0.5 < peak_memory_bytes(torch.device("cpu")) / known < 2
 
 
 def test_rates_are_of_the_seconds_that_a_run_took(tiny_run, monkeypatch):

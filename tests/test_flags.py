@@ -86,7 +86,7 @@ train.py {new} --init_from {run} --max_steps 3 --dtype float32
     --lora_r 4 --lora_dropout 0.5
     --lora_r 4 --lora_targets wq w1
     --lora_r 4 --quantize nf4
-    = --lr 0.001 --optimizer muon
+    = --lr 0.001 --optimizer muon --lora_r 0
 train.py {new} --init_from {run} --max_steps 3 --dtype float32 --lora_r 4
     --lr 0.001
     = --lr 0.005 --optimizer adamw --lora_alpha 16 --lora_dropout 0 --lora_targets wq wk wv wo
