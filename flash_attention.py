@@ -160,7 +160,7 @@ def grad_kv_kernel(q, k, v, grad_out, grad_k, grad_v, k_groups, v_groups, lse, d
                 rows = first + tl.arange(0, M)
                 queries, grads = load(q, b, h, rows, T, D), load(grad_out, b, h, rows, T, D)
                 at = (b.to(tl.int64) * H + h) * T + rows
-                its_lse = tl.load(lse + at, mask=rows < T, other=float("inf"))  # behind the end, no weights
+                its_lse = tl.load(lse + at, mask=rows < T, other=float("inf"))  # past the end: weights 0
                 # all blocks are (keys, queries) here, so that no result has to be transposed
                 scores = tl.dot(keys, tl.trans(queries), None, PRECISION) * (D**-0.5 * LOG2_E)
                 if first < start + N:

@@ -315,10 +315,10 @@ class Attention(nn.Module):
         self.wk = nn.Linear(config.dim, k_width, bias=False)
         self.wv = nn.Linear(config.dim, v_width, bias=False)
         self.wo = nn.Linear(H * D, config.dim, bias=False)
-        self.k_mix = nn.Parameter(torch.randn(H, k_width // 2, 2)) if k_ranks else None
+        self.k_mix = nn.Parameter(torch.randn(H, k_width // 2, 2), False) if k_ranks else None  # fixed
         self.reads_keys = bool(k_ranks and v_rank)  # whether values hold the latent key
         width = v_rank + k_width * self.reads_keys
-        self.v_mix = nn.Parameter(torch.randn(H, width, D) * width**-0.5) if v_rank else None
+        self.v_mix = nn.Parameter(torch.randn(H, width, D) * width**-0.5, False) if v_rank else None
         pairs = [f for f, r in enumerate(k_ranks) for _ in range(r)]  # of the numbers of a latent key
         self.register_buffer("pairs", torch.tensor(pairs, device="cpu", dtype=torch.int64), persistent=False)
         turn = hartley if self.kv_bits < 16 else lambda width: None

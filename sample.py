@@ -29,7 +29,7 @@ class SampleConfig:
     input: str = ""  # what the task is about
     max_new_tokens: int = bounded(200, 1)  # tokens to write at most; the model's context may end it sooner
     temperature: float = bounded(0.8, 0, 1e9)  # 0 is greedy, 1 the model's own distribution
-    top_p: float = bounded(0.95, 1e-9, 1)  # draw from the likeliest tokens of this probability together
+    top_p: float = bounded(0.95, 1e-9, 1)  # draw from the fewest likeliest tokens that reach this probability
     num_samples: int = bounded(1, 1)  # texts to write
     seed: int = bounded(0, 0, 2**63 - 1)  # of the first text; the next has seed + 1
     kv_bits: int | None = bounded(None, 4, 16)  # KV cache in integers of 8 or 4 bits; 16: floats

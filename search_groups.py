@@ -88,8 +88,8 @@ class Judge:
 
 
 def open_log(path: Path, header: dict) -> tuple[IO, dict[str, dict]]:
-    """The JSONL of a search, which it alone has open, and its evaluations, by their maps. Raises UserError
-    if another search has it, or if its first line is another header."""
+    """A search's log (JSONL), opened and locked, and its evaluations, by their maps. Raises UserError if
+    another search has it, or if its first line is another header."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a+", buffering=1)  # noqa: SIM115
     try:
@@ -242,7 +242,7 @@ def random_search(search: Search) -> None:
 
 
 def contenders(search: Search) -> list[tuple[str, tuple[Maps, Maps]]]:
-    """The search's best three, and what needs no search, with as many groups as the best."""
+    """The search's best three and, unless it is random, even counts with as many groups as the best."""
     best = sorted(search.seen.values(), key=search.value)[:3]
     found = [(f"found ({record['note']})", (record["k_groups"], record["v_groups"])) for record in best]
     if search.config.method == "random":  # is a baseline itself

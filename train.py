@@ -226,7 +226,7 @@ def begin_embeddings(model: Llama, tokens: np.ndarray) -> None:
 
 def make_optimizers(model: Llama, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW for all that learns; or Muon for the blocks' matrices, at lr times RATES, and AdamW for
-    embeddings, output, norms, biases, and latents' mixes."""
+    embeddings, output, norms and biases. Latents' mixes stay: steps undo them."""
     matrices, decayed, vectors, decay = [], [], [], config.weight_decay
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, p in learning.items():

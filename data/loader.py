@@ -125,7 +125,7 @@ class Examples:
         return self.tokens[start:answer], self.tokens[answer:end]
 
     def batches(self, batch_size: int) -> int:
-        """Micro-batches of an epoch; one may be a short one."""
+        """Micro-batches of an epoch; one may be shorter."""
         return -(-len(self.spans) // batch_size)
 
     def some(self, most: int) -> list[tuple]:

@@ -179,7 +179,7 @@ def prepare(config: PrepareConfig) -> Path:
     """Write the folder of a data set and return it. It appears whole or not at all."""
     folder = (Path(config.out) if config.out else DATA / config.name).resolve()  # a link stays one
     bad = not folder.name or folder.is_file() or folder.is_mount() or folder == Path.cwd()  # irreplaceable
-    require(not bad, f"--out {config.out} is no folder for data alone: name a new one in it")
+    require(not bad, f"--out {config.out} must be a folder for this data only: name a new one in it")
     partial = folder.with_name(folder.name + ".partial")
     ours = {"meta.json", "tokenizer.model", *(f"{name}{end}" for name in SPLITS for end in FILES)}
     with held(partial):

@@ -83,7 +83,7 @@ def read_hugging_face(folder: Path) -> tuple[Settings, Weights]:
 
 
 def settings_of(config: dict) -> Settings:
-    """config.json as fields of ModelConfig. Raises UserError for what a Llama of ours cannot be."""
+    """config.json as fields of ModelConfig. Raises UserError for what our Llama cannot represent."""
     # transformers 5 writes rope_parameters; older releases wrote rope_scaling, with rope_theta outside
     new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
     rope = new or old
@@ -168,7 +168,7 @@ def read_llama2c(path: Path) -> tuple[Settings, Weights]:
 
 def exported(path: Path, each: bool = False) -> tuple[ModelConfig, Weights, list[int], Tokenizer | None]:
     """A checkpoint as an ordinary Llama: its config, weights, number of K/V heads of each layer (one for all,
-    unless `each` may have its own) and tokenizer. Raises UserError for what no ordinary Llama is."""
+    unless `each` may have its own) and tokenizer. Raises UserError for what no ordinary Llama can be."""
     checkpoint = load(path)
     c, weights = model_config(checkpoint), dict(checkpoint["model"])
     require(not checkpoint.get("lora"), f"{path} has an adapter: checkpoint.py merge, or export --adapter")

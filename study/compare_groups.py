@@ -1,7 +1,7 @@
 """What each step of merging heads contributes: python -m study compare-groups ckpt.pt
 
-It prints perplexities on the test split, by the original's, for shares of the KV cache, untrained; rows with
-a + add a step to the one above. A cell is the mean over seeds.
+It prints perplexities on the test split, divided by the original's, for shares of the KV cache, without
+healing; a row that begins with + adds a step to the one above. A cell is the mean over seeds.
 """
 
 import math
