@@ -54,8 +54,7 @@ def map_file(path: Path) -> object:
 
 
 def check_tensors(weights: dict[str, torch.Tensor], size: int) -> None:
-    """Raise UserError for what is no plain tensor of floats, and for views that claim more bytes than the
-    file has."""
+    """Raise UserError for all but plain tensors of floats, and for views claiming more than the file has."""
     storages = {}
     for name, x in weights.items():
         kinds = (torch.uint8,) if name.endswith(BUFFERS) else FLOATS
@@ -66,8 +65,7 @@ def check_tensors(weights: dict[str, torch.Tensor], size: int) -> None:
 
 
 def load(path: str | Path) -> dict:
-    """Map a checkpoint, on the CPU, without running any code in it. Raises UserError if it is missing,
-    damaged or foreign."""
+    """Map a checkpoint, on the CPU, running no code in it. Raises UserError for a missing or damaged one."""
     path, foreign = Path(path), f"python -m formats import {path} OUT.pt"
     remedy = foreign if (path / "config.json").exists() else "name a ckpt.pt that train.py has written"
     require(path.is_file(), f"{path}: no such checkpoint; {remedy}")
@@ -163,8 +161,7 @@ class CheckpointConfig:
 
 
 def picture(c: ModelConfig) -> Iterator[str]:
-    """A line for each run of equal layers: the K and the V group that every query head reads, as letters, or
-    the numbers of a latent."""
+    """A line for each run of equal layers: every head's K and V group, as letters, or a latent's size."""
     letters, width = string.ascii_uppercase + string.ascii_lowercase, max(c.n_head + 6, 28)
 
     def drawn(of_head: list[int], latent: int) -> str:

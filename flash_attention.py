@@ -267,16 +267,14 @@ def flash_attention_backward(
     return grad_q, grad_k, grad_v
 
 
-def keep(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs, *output)
-
-
 def differentiate(ctx, grad_out, grad_lse):  # lse is for the backward only: no gradient reaches it
     return *flash_attention_backward(*ctx.saved_tensors, grad_out), None, None
 
 
 flash_attention.register_fake(outputs)
-flash_attention.register_autograd(differentiate, setup_context=keep)
+flash_attention.register_autograd(
+    differentiate, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output)
+)
 flash_attention_backward.register_fake(lambda q, k, v, *_: tuple(map(torch.empty_like, (q, k, v))))
 
 

@@ -102,15 +102,14 @@ def merge_values(attention: Attention, groups: Groups, stats: Statistics) -> tup
     for group in groups:
         if len(group) == 1:
             shared.append(values[group[0]])
-            continue
-        if attention.novel is not None:
+        elif attention.novel is not None:
             share = sizes[group] / sizes[group].sum().clamp(min=TINY)
             shared.append(torch.einsum("s,sdc->dc", share, values[group]))
-            continue
-        _, z, mix = directions(values[group].flatten(0, 1), rows[group].flatten(0, 1), C)
-        for head, part in zip(group, mix[:, -D:].split(D)):
-            readers[head] = readers[head] @ part
-        shared.append(z[-D:])
+        else:
+            _, z, mix = directions(values[group].flatten(0, 1), rows[group].flatten(0, 1), C)
+            for head, part in zip(group, mix[:, -D:].split(D)):
+                readers[head] = readers[head] @ part
+            shared.append(z[-D:])
     places = attention.v_groups.of_head.argsort(stable=True).argsort()  # of query heads in `readers`
     return torch.cat(shared), torch.cat(readers)[places].transpose(0, 1).flatten(1)
 
@@ -221,16 +220,10 @@ def source_groups(of_source: list[int], of_target: list[int]) -> Groups:
     return [[source for target, source in pairs if target == g] for g in range(max(of_target) + 1)]
 
 
-def mean(weight: torch.Tensor, groups: Groups) -> torch.Tensor:
-    """wk or wv whose groups share the mean of their heads' weights: GQA, arXiv 2305.13245."""
-    heads = weight.unflatten(0, (sum(map(len, groups)), -1))
-    return torch.cat([heads[group].double().mean(0) for group in groups])
-
-
 @torch.no_grad()
 def merge(model: Llama, maps: tuple[Maps, Maps], stats: list[Statistics], how: str = "closed") -> Llama:
-    """The model with its K and V heads merged into (k_groups, v_groups), in "closed" form or as the "mean";
-    it shares all other weights."""
+    """The model, its heads merged in "closed" form or as the "mean" (arXiv 2305.13245) into `maps`, k_groups
+    and v_groups; it shares all other weights."""
     c, weights = replace(model.config, k_groups=maps[0], v_groups=maps[1]), model.state_dict()
     for layer, block in enumerate(model.layers):
         attention, new = block.attention, {}
@@ -240,7 +233,9 @@ def merge(model: Llama, maps: tuple[Maps, Maps], stats: list[Statistics], how: s
             new["wq"], new["wk"] = merge_keys(attention, k, stats[layer])
             new["wv"], new["wo"] = merge_values(attention, v, stats[layer])
         else:
-            new["wk"], new["wv"] = mean(attention.wk.weight, k), mean(attention.wv.weight, v)
+            for name, groups in (("wk", k), ("wv", v)):
+                heads = getattr(attention, name).weight.unflatten(0, (-1, c.head_dim))
+                new[name] = torch.cat([heads[group].double().mean(0) for group in groups])
         for name, weight in new.items():
             weights[f"layers.{layer}.attention.{name}.weight"] = weight.to(attention.wq.weight.dtype)
     return build_model({"model": weights, "config": vars(c)}, model.tok_embeddings.weight.device)

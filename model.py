@@ -483,7 +483,7 @@ class Llama(nn.Module):
         logits = self.output(x if cache is None else x[:, -1:])
         if targets is None:
             return logits
-        return cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return CrossEntropy.apply(logits.flatten(0, 1), targets.flatten())
 
     def num_params(self) -> int:
         """How many weights: tied ones count once, and NF4's, which are no Parameters, count, too."""
@@ -531,9 +531,6 @@ class Llama(nn.Module):
         return [[step[row] for step in steps if step[row] is not None] for row in range(len(prompts))]
 
 
-# ---- the loss ----
-
-
 class CrossEntropy(torch.autograd.Function):
     """logits (N, V), targets (N,) int64 -> nats, summed over the targets that are not IGNORE, in float32 or
     wider.
@@ -565,11 +562,6 @@ class CrossEntropy(torch.autograd.Function):
         gradient, ctx.gradient = ctx.gradient, None
         assert gradient is not None, "the loss can be differentiated once: its gradient has been given away"
         return gradient.mul_(grad_loss / RAISED), None
-
-
-cross_entropy = CrossEntropy.apply
-
-# ---- generation ----
 
 
 def pick_token(logits: torch.Tensor, temperature: float, top_p: float, generator=None) -> torch.Tensor:

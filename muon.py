@@ -9,10 +9,8 @@ the matrices of the blocks; all else stays with AdamW.
 """
 
 import math
-from collections.abc import Iterable
 
 import torch
-import torch.nn as nn
 
 from parallel import shard
 
@@ -37,7 +35,7 @@ class Muon(torch.optim.Optimizer):
     n)) O, O the orthogonalised (1 - momentum) grad + momentum M (Nesterov). The factor 0.2 sqrt(max(m, n))
     gives a step the size of AdamW's (arXiv 2502.16982), so that one learning rate serves both."""
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float):
+    def __init__(self, params: list[dict], lr: float, momentum: float, weight_decay: float):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -45,10 +43,8 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             for p in [p for p in group["params"] if p.grad is not None]:
-                state = self.state[p]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(p.grad)
-                average = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+                average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
+                average.lerp_(p.grad, 1 - momentum)
                 G = p.grad.lerp(average, momentum)
                 G = G.full_tensor() if hasattr(G, "full_tensor") else G  # gathered once
                 p.mul_(1 - lr * group["weight_decay"])

@@ -21,10 +21,8 @@ BUFFERS = ("codes", "absmax", "scales")  # what takes the place of a weight in a
 # the paper's appendix E: 8 quantiles of N(0, 1), evenly spaced from 1 - (1/32 + 1/30) / 2 down to 1/2,
 # exclusive; 7 such ones with a minus; and 0, which must be exact. All are divided by the largest.
 NF4 = torch.tensor([
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
-    1.0,
+    -1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036, 0.0,
+    0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0,
 ])  # fmt: skip
 # the dynamic data type: for each power of ten from 1 down to 10^-6 the centres of half as many intervals as
 # for the one above it, of both signs; 0 and 1

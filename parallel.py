@@ -91,10 +91,9 @@ def divided(model: nn.Module, fsdp: bool, dtype: torch.dtype, device: torch.devi
     """
     if fsdp:
         require(dtype != torch.float16, "--fsdp has no gradient scaler: give --dtype bfloat16 or float32")
-        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        mesh = init_device_mesh(device.type, (world(),))
+        mesh = dist.init_device_mesh(device.type, (world(),))
         half = dtype if dtype == torch.bfloat16 else None
         policy = MixedPrecisionPolicy(half, reduce_dtype=half and torch.float32, cast_forward_inputs=False)
         for layer in model.layers:

@@ -6,7 +6,6 @@ of a set is a subset that holds its first head, and the cheapest partition of th
 groups whose union adds least merge until g are left; then heads move and change places while it helps.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -122,9 +121,7 @@ def slot_costs(model: Llama, stats: list[Statistics], slot: Slot) -> Cost:
 
 def best_partitions(n: int, cost: Cost, wanted: Iterable[int] = ()) -> Partitions:
     """For the wanted numbers of groups, or all."""
-    wanted = list(wanted) or range(1, n + 1)
-    assert all(1 <= g <= n for g in wanted), f"{wanted} groups of {n} heads"
-    return exact_partitions(n, cost, wanted) if n <= EXACT else greedy_partitions(n, cost, wanted)
+    return (exact_partitions if n <= EXACT else greedy_partitions)(n, cost, wanted or range(1, n + 1))
 
 
 def exact_partitions(n: int, cost: Cost, wanted: Iterable[int]) -> Partitions:
@@ -249,17 +246,13 @@ def numbered(labels: list[int]) -> list[int]:
 
 def as_maps(model: Llama, labels: dict[Slot, np.ndarray]) -> tuple[Maps, Maps]:
     """k_groups and v_groups, of a label for each K or V head of each slot."""
-    maps = [], []
-    for of_kind, kind, sources in zip(maps, "kv", (model.config.k_groups, model.config.v_groups)):
-        for layer, of_head in enumerate(sources):
-            label = labels.get((layer, kind), labels.get((layer, "kv")))
-            of_kind.append(numbered(label[of_head].tolist()))
-    return maps
+    label = {(layer, kind): x for (layer, kinds), x in labels.items() for kind in kinds}
+    maps = zip("kv", (model.config.k_groups, model.config.v_groups))
+    return tuple([numbered(label[i, kind][of].tolist()) for i, of in enumerate(old)] for kind, old in maps)
 
 
 def knapsack(values: list[np.ndarray]) -> dict[int, tuple[float, list[int]]]:
-    """values[i][g - 1], what g groups (or units) cost in slot i -> {total number of them: the least sum, and
-    how many in each slot give it}."""
+    """values[i][g - 1], what g groups or units cost in slot i -> {total: (least sum, count in each slot)}."""
     best = {0: (0.0, [])}  # of the slots so far
     for value in values:
         before, best = best, {}
@@ -304,7 +297,7 @@ def latent_sizes(model: Llama, stats: list[Statistics], found: dict, losses: lis
         lost = of_keys[:, None] + beside_keys(rows, v[0], stats[i].mixed, unit, of_values)
         best = {}  # units of both, less one each -> least loss, units of K, of V
         for (a, b), loss in np.ndenumerate(lost):
-            best[a + b] = min(best.get(a + b, (math.inf,)), (loss, a + 1, b + 1))
+            best[a + b] = min(best.get(a + b, (np.inf,)), (loss, a + 1, b + 1))
         layers.append([best[n] for n in range(len(best))])
     counts = knapsack([np.array(ways)[:, 0] for ways in layers])[budget(whole, share) - len(layers)][1]
     picked = [(i, ways[n - 1]) for i, (n, ways) in enumerate(zip(counts, layers)) if n < len(ways)]

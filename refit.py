@@ -137,7 +137,6 @@ def refit(model: Llama, original: Llama, tokens: torch.Tensor, steps: int = STEP
     return model
 
 
-@torch.no_grad()
 def refit_output(wo: nn.Linear, z: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> None:
     """Ridge regression, in float64, of target (N, T, C) on heads' outputs z (N, T, n), each token by its
     weight (N, T): the wo of least sum |weight (wo z - target)|^2 + 4 E|weight z|^2 |wo - wo_before|^2."""
@@ -177,27 +176,18 @@ def refit_attention(ours: Attention, b, rope, looks: list, target, weight, steps
         error = size * (ours.wo(ours.readout(y, part[:, some])) - goal) / energy.sqrt()
         return log_weights.masked_fill(~seen, 0), error
 
-    def loss(part, p, *given) -> torch.Tensor:
-        log_weights, error = attend(part, *given)
-        return error.square().sum() - (p * log_weights).sum() / count  # KL but for a constant
-
-    def roots(part, p, *given) -> torch.Tensor:  # nearby, KL is the squared change of (2 p)^(1/2)
-        log_weights, error = attend(part, *given)
-        return torch.cat((error.flatten(), (2 / count) ** 0.5 * (log_weights / 2).exp().flatten()))
-
-    targets = [looks, target.split(SLICE), weight.split(SLICE)]
+    slices = list(zip(b.split(SLICE), looks, target.split(SLICE), weight.split(SLICE)))
     damping = 2 * b.shape[-1] / weight.numel()
-    minimise(loss, roots, [ours.wq, ours.wk, ours.wv], b, targets, steps, damping)
+    minimise(attend, [ours.wq, ours.wk, ours.wv], b, slices, count, steps, damping)
 
 
-def minimise(loss, roots, linears: list[nn.Linear], b, targets: list, steps: int, damping: float) -> None:
-    """By L-BFGS on the weights w of linears: the sum of loss(slice of b, its targets, *weights) over slices,
+def minimise(attend, linears: list[nn.Linear], b, slices: list, count: int, steps: int, damping: float):
+    """By L-BFGS on the weights w of linears: the sum of |error|^2 and KL over slices of b and their targets,
     and of damping |change of w C^(1/2)|^2 / |w C^(1/2)|^2, C = E[b b^T]. It works on S (change of w) C^(1/2),
-    S the `slopes` of roots(same arguments), whose squared changes are about the loss's: there all directions
-    matter about alike, and it gets far in few steps."""
+    S the `slopes`: there all directions matter about alike, and it gets far in few steps."""
     root, inverse = whitening(b)
-    slices, before = list(zip(b.split(SLICE), *targets)), [linear.weight.detach() for linear in linears]
-    scales = slopes(roots, before, inverse, slices)
+    before = [linear.weight.detach() for linear in linears]
+    scales = slopes(attend, before, inverse, slices, count)
     shares = [damping / (w @ root).square().sum().clamp(min=1e-12) for w in before]
     changes = [torch.zeros_like(w, requires_grad=True) for w in before]
 
@@ -209,8 +199,9 @@ def minimise(loss, roots, linears: list[nn.Linear], b, targets: list, steps: int
         total = sum(n * (x / scale).square().sum() for n, x, scale in zip(shares, changes, scales))
         total.backward()
         total = total.detach()
-        for given in slices:
-            of_slice = loss(*given, *weights())
+        for part, p, *given in slices:
+            log_weights, error = attend(part, *given, *weights())
+            of_slice = error.square().sum() - (p * log_weights).sum() / count  # KL but for a constant
             of_slice.backward(inputs=changes)  # not of v_mix and wo
             total += of_slice.detach()
         return total
@@ -222,14 +213,16 @@ def minimise(loss, roots, linears: list[nn.Linear], b, targets: list, steps: int
 
 
 @torch.enable_grad()
-def slopes(roots, weights: list[torch.Tensor], inverse: torch.Tensor, slices: list) -> list[torch.Tensor]:
-    """(n, 1) for each of weights (n, C): the root mean square derivative of `roots` by each row of it, over
-    whitened inputs. One backward pass with random signs estimates it: the diagonal of K-FAC's factor of the
-    outputs (arXiv 1503.05671)."""
+def slopes(attend, weights: list[torch.Tensor], inverse, slices: list, count: int) -> list[torch.Tensor]:
+    """(n, 1) for each of weights (n, C): the root mean square derivative by each row of it, over whitened
+    inputs, of y whose squared changes are about those of what is minimised. One backward pass with random
+    signs estimates it: the diagonal of K-FAC's factor of the outputs (arXiv 1503.05671)."""
     generator = torch.Generator(inverse.device).manual_seed(0)
     weights, squares = [w.detach().requires_grad_() for w in weights], [0] * len(weights)
-    for given in slices:
-        y = roots(*given, *weights)
+    for part, _, *given in slices:
+        log_weights, error = attend(part, *given, *weights)
+        # nearby, KL is the squared change of (2 p)^(1/2)
+        y = torch.cat((error.flatten(), (2 / count) ** 0.5 * (log_weights / 2).exp().flatten()))
         signs = torch.empty_like(y).bernoulli_(generator=generator) * 2 - 1
         gradients = torch.autograd.grad(y, weights, signs)
         squares = [old + (g @ inverse).square().mean(1, True) for old, g in zip(squares, gradients)]

@@ -241,20 +241,15 @@ def random_search(search: Search) -> None:
 # ---- the answer ----
 
 
-def contenders(search: Search) -> list[tuple[str, tuple[Maps, Maps]]]:
-    """The search's best three and, unless it is random, even counts with as many groups as the best."""
-    best = sorted(search.seen.values(), key=search.value)[:3]
-    found = [(f"found ({record['note']})", (record["k_groups"], record["v_groups"])) for record in best]
-    if search.config.method == "random":  # is a baseline itself
-        return found
-    even = even_counts(search.heads, search.total or int(2 * best[0]["groups"]) // (1 + search.config.joint))
-    return [*found, ("best groups, spread evenly", search.maps(even))]
-
-
 def chosen(search: Search) -> list[dict]:
-    """The contenders, best first on the text of `choice`; their loss and KL are those on that of `report`."""
-    rows = {}
-    for name, maps in tqdm(contenders(search), desc="judging", disable=None, leave=False):
+    """The search's best three and, unless it is random, even counts with as many groups as the best: the best
+    on the text of `choice` first, their loss and KL those on that of `report`."""
+    best, rows = sorted(search.seen.values(), key=search.value)[:3], {}
+    found = [(f"found ({record['note']})", (record["k_groups"], record["v_groups"])) for record in best]
+    if search.config.method != "random":  # which is a baseline itself
+        total = search.total or int(2 * best[0]["groups"]) // (1 + search.config.joint)
+        found.append(("best groups, spread evenly", search.maps(even_counts(search.heads, total))))
+    for name, maps in tqdm(found, desc="judging", disable=None, leave=False):
         if str(maps) not in rows:
             small, sizes = search.grouped(maps), search.described(maps)
             value = search.value({**sizes, "loss": search.choice(small)[0]})

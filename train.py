@@ -65,7 +65,7 @@ class TrainConfig:
     grad_accum: int = bounded(1, 1, 2**20)  # micro-batches of one step
     max_steps: int = bounded(500, 1)  # optimizer steps
     epochs: float | None = bounded(None, 0, 1e6)  # passes over the train split, in place of max_steps
-    lr: float | None = bounded(None, 0, 1e9)  # peak (default: muon .01, adamw .002, tuning .001, LoRA .005)
+    lr: float = bounded(0.01, 0, 1e9)  # peak; unless given, with adamw .002, tuning .001, LoRA .005
     min_lr: float = bounded(0.0, 0, 1e9)  # learning rate one step after the last
     warmup_steps: int = bounded(10, 0)  # steps over which the learning rate rises from 0
     weight_decay: float = bounded(0.1, 0, 1e9)  # on matrices only
@@ -82,10 +82,6 @@ class TrainConfig:
     checkpoint_activations: bool = False  # keep the blocks' inputs only, recompute the rest in the backward
     fsdp: bool = False  # FSDP2: each process keeps a shard of every matrix, its gradient and optimizer state
     compile: bool | None = None  # torch.compile each block (default: if a new CPU run is long enough to gain)
-
-    def __post_init__(self):
-        if self.lr is None:
-            self.lr = {"adamw": 0.002, "muon": 0.01}[self.optimizer]
 
 
 # ---- settings ----
@@ -120,6 +116,8 @@ def settle(flags: dict, checkpoint: dict) -> tuple[ModelConfig, LoRAConfig, Trai
         defaults |= {"lr": 0.005, "optimizer": "adamw"}
     elif checkpoint:
         defaults |= {"lr": 0.001}
+    elif run.get("optimizer") == "adamw":
+        defaults |= {"lr": 0.002}
     config = checked(TrainConfig, {**defaults, **run})
     require(config.teacher or "distil_weight" not in run, "--distil_weight is a teacher's: give --teacher")
     require(config.optimizer == "muon" or "momentum" not in run, "--momentum is Muon's: leave it out")
@@ -196,6 +194,18 @@ def starting_model(c: ModelConfig, lora: LoRAConfig, checkpoint: dict, device: t
     return model.train()
 
 
+def with_kernels(model: nn.Module) -> nn.Module:
+    """The model, in Triton's kernels if that is its --attention, and Triton, which is for Linux, is here."""
+    if model.config.attention == "triton":
+        try:
+            from flash_attention import use_kernels
+
+            use_kernels(model)
+        except ImportError as error:
+            note(f"no triton attention: {error}; sdpa takes its place")
+    return model
+
+
 @torch.no_grad()
 def begin_embeddings(model: Llama, tokens: np.ndarray) -> None:
     """Begin each token's embedding where the text puts it: tokens in the same company get similar ones.
@@ -228,8 +238,7 @@ def make_optimizers(model: Llama, config: TrainConfig) -> list[torch.optim.Optim
     """AdamW for all that learns; or Muon for the blocks' matrices, at lr times RATES, and AdamW for
     embeddings, output, norms and biases. Latents' mixes stay: steps undo them."""
     matrices, decayed, vectors, decay = [], [], [], config.weight_decay
-    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for name, p in learning.items():
+    for name, p in [(name, p) for name, p in model.named_parameters() if p.requires_grad]:
         if p.dim() != 2:
             vectors.append(p)
         elif config.optimizer == "muon" and name.startswith("layers."):
@@ -373,14 +382,12 @@ def restore(checkpoint: dict, optimizers: list[torch.optim.Optimizer], scaler: t
     flags. Raises UserError if it is damaged or of other parameters."""
     try:
         for optimizer, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
-            own, moments = optimizer.state_dict(), saved["state"]
             params = [p for group in optimizer.param_groups for p in group["params"]]
-            for i, p in enumerate(params if moments else ()):
+            for i, p in enumerate(params if saved["state"] else ()):
+                moments = {name: x.to(p.device, torch.float32) for name, x in saved["state"][i].items()}
                 shapes = {name: () if name == "step" else p.shape for name in STATE[type(optimizer)]}
-                sound = {name: x.shape for name, x in moments[i].items()} == shapes
-                require(sound, f"state of parameter {i}")
-                own["state"][i] = {name: shard(x, p) for name, x in moments[i].items()}
-            optimizer.load_state_dict(own)
+                require({name: x.shape for name, x in moments.items()} == shapes, f"state of parameter {i}")
+                optimizer.state[p] = {name: shard(x, p) for name, x in moments.items()}
         for key, kind in {"step": int, "tokens": int, "log_size": int, "seconds": float}.items():
             require(is_a(checkpoint[key], kind) and 0 <= checkpoint[key] < math.inf, key)
         if scaler.is_enabled() and (saved := checkpoint["scaler"]):  # {} if the run had another --dtype
@@ -440,6 +447,7 @@ def main(change: Callable[[Llama], None] | None = None) -> None:
     require(not (resume and flags.get("overwrite")), "--resume and --overwrite: give one of them")
     source = load(flags["init_from"]) if "init_from" in flags and not (resume and named) else {}
     flags["out_dir"] = named or default_out_dir(flags, source)
+    require(named or not change, "give --out_dir: this is not the run that the default folder is named after")
     path = Path(flags["out_dir"]) / "ckpt.pt"
     with nullcontext() if rank() else held(path.parent):  # one run at a time in a folder
         require(path.exists() or not resume, f"no run in {path.parent}: drop --resume, or name its --out_dir")
@@ -482,13 +490,7 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
         begin_embeddings(model, data.tokens)
     if change:
         change(model)
-    if c.attention == "triton":
-        try:
-            from flash_attention import use_kernels
-
-            use_kernels(model)
-        except ImportError as error:  # Triton is for Linux
-            note(f"no triton attention: {error}; sdpa takes its place")
+    with_kernels(model)
     # examples come in many shapes, each of which would be compiled
     planned = last * config.batch_size * config.grad_accum * c.block_size if isinstance(data, Text) else 0
     config.compile = compiling_pays(config, 6 * model.num_params() * planned / world(), device)

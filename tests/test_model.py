@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import TINY, assert_close, sharp_model, to_hugging_face, tokens_of
 
 from common import IGNORE, UserError, compiler_missing
-from model import KVCache, Llama, ModelConfig, RMSNorm, cross_entropy, pick_token, rope_angles, widen
+from model import CrossEntropy, KVCache, Llama, ModelConfig, RMSNorm, pick_token, rope_angles, widen
 from sample import compile_step
 
 UNEVEN = {"k_groups": [[0, 1, 1, 1], [0, 1, 0, 2]], "v_groups": [[0, 0, 0, 0], [2, 1, 0, 2]]}
@@ -205,7 +205,7 @@ def test_cross_entropy_in_chunks_equals_pytorchs(dtype, monkeypatch):
     y = tokens_of((20,), 0, 11)
     y[[0, 4, 19]] = IGNORE
     ours, theirs = plain.clone().requires_grad_(), plain.clone().requires_grad_()
-    loss = cross_entropy(ours.clone(), y)
+    loss = CrossEntropy.apply(ours.clone(), y)
     their_loss = F.cross_entropy(widen(theirs), y, ignore_index=IGNORE, reduction="sum")
     (loss / 7).backward()
     (their_loss / 7).backward()
@@ -214,13 +214,13 @@ def test_cross_entropy_in_chunks_equals_pytorchs(dtype, monkeypatch):
     assert_close(ours.grad, theirs.grad, two_roundings[dtype], "gradient")
     assert not ours.grad[y == IGNORE].any()
     with torch.no_grad():
-        assert cross_entropy(plain, y) == loss and torch.equal(plain, theirs)  # which overwrites nothing
+        assert CrossEntropy.apply(plain, y) == loss and torch.equal(plain, theirs)  # which overwrites nothing
 
 
 def test_cross_entropy_at_49152_classes_equals_float64():
     ours = 2.5 * torch.randn(256, 49152, generator=torch.Generator().manual_seed(0))
     exact, y = ours.double().requires_grad_(), tokens_of((256,), vocab_size=49152)
-    loss = cross_entropy(ours.requires_grad_().clone(), y)
+    loss = CrossEntropy.apply(ours.requires_grad_().clone(), y)
     their_loss = F.cross_entropy(exact, y, reduction="sum")
     loss.backward()
     their_loss.backward()
@@ -232,7 +232,7 @@ def test_cross_entropy_at_49152_classes_equals_float64():
 
 def test_cross_entropy_keeps_what_float16_would_lose():
     logits, y = torch.tensor([[12.0, 0.0, -4.0]]).half().requires_grad_(), torch.tensor([0])
-    (cross_entropy(logits.clone(), y) * 2.0**12).backward()
+    (CrossEntropy.apply(logits.clone(), y) * 2.0**12).backward()
     exact = logits.detach().double().softmax(-1)[0, 1:] * 2.0**12  # probabilities down to 1e-7
     assert_close(logits.grad[0, 1:], exact, 2**-10, "gradient")
 
