@@ -241,7 +241,8 @@ def replacing(path: Path, mode: str) -> Iterator[typing.IO]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, mode, opener=lambda name, how: os.open(name, how & ~os.O_TRUNC, 0o666)) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            temporary.stat()  # fails if another has just put this file in place
+            if not os.path.samestat(os.fstat(file.fileno()), temporary.stat()):
+                raise BlockingIOError  # another has just put this file in place
             try:
                 file.truncate(0)  # only now: O_TRUNC would empty what another writes
                 yield file

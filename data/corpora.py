@@ -75,12 +75,14 @@ def cut(piece: Piece, mark: bytes, shares: tuple[float, ...]) -> list[Piece]:
 
 
 def split(pieces: list[Piece]) -> dict[str, list[Piece]]:
-    """Whole files by a hash of their names, so that none is in two splits; few files are cut instead."""
-    if len(pieces) < 20:
+    """Whole files by a hash of their names, so that none is in two splits; where files are few, or one has
+    much of the text, all are cut instead."""
+    total = sum(piece.stop for piece in pieces)
+    if len(pieces) < 20 or max(piece.stop for piece in pieces) > total / 8:
         parts = [cut(piece, b"\n", SHARES) for piece in pieces]  # [file][split]
         return {name: list(of_split) for name, of_split in zip(SPLITS, zip(*parts))}
     pieces = sorted(pieces, key=lambda piece: sha256(os.fsencode(piece.name)).digest())
-    total, parts = sum(piece.stop for piece in pieces), {}
+    parts = {}
     for name, share in zip(SPLITS[1:], SHARES[1:]):  # train is what remains
         # one huge file would be most of a small split, and the split would measure that file
         limit = max(share * total / 4, 2 * total / len(pieces))

@@ -46,6 +46,8 @@ def prepared(dataset: str, *flags: str) -> tuple[Path, dict, Tokenizer]:
         if code := subprocess.call([sys.executable, str(DATA / "prepare.py"), dataset, *flags]):
             sys.exit(code)  # it has printed the reason
     folder, meta = read_meta(dataset)
+    if dataset in BUILT_IN and not flags and isinstance(meta.get("tokenizer"), str):
+        note(f"{folder} has the tokenizer of {meta['tokenizer']}: for its own, prepare it with --overwrite")
     return folder, meta, read_tokenizer((folder / "tokenizer.model").read_bytes())
 
 

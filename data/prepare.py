@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds modules beside it only
 
-from common import POSITIONAL, UserError, bounded, exit_cleanly, held, parse, require, sha256_of
+from common import POSITIONAL, UserError, bounded, exit_cleanly, held, note, parse, require, sha256_of
 from data import corpora
 from data.instruct import encoded, read_files
 from data.loader import BUILT_IN, DATA, SPLITS
@@ -162,6 +162,8 @@ def write_folder(config: PrepareConfig, folder: Path) -> None:
     else:
         print(f"learning a tokenizer of {config.vocab_size or 4096:,} pieces")
         tokenizer = learn_tokenizer(splits["train"], config.vocab_size or 4096)
+    if tokenizer.eos < 0:
+        note(f"{config.tokenizer} has no token that ends a text: nothing will stand between documents")
     (folder / "tokenizer.model").write_bytes(tokenizer.data)
     seen, counts, dtype = {}, {}, "uint16" if tokenizer.vocab_size <= 65536 else "uint32"
     for name in SPLITS[::-1] if records else SPLITS:  # a prompt that several splits have is in test only
@@ -181,17 +183,19 @@ def prepare(config: PrepareConfig) -> Path:
     bad = not folder.name or folder.is_file() or folder.is_mount() or folder == Path.cwd()  # irreplaceable
     require(not bad, f"--out {config.out} must be a folder for this data only: name a new one in it")
     partial = folder.with_name(folder.name + ".partial")
-    ours = {"meta.json", "tokenizer.model", *(f"{name}{end}" for name in SPLITS for end in FILES)}
+    ours = {"meta.json", "tokenizer.model", "old", *(f"{n}{end}" for n in SPLITS for end in FILES)}
     with held(partial):
-        done, found = folder / "meta.json", [*folder.glob("*"), *partial.glob("*")]
-        require(config.overwrite or not done.exists(), f"{folder} is prepared: use it, or --overwrite")
-        others = {path.name for path in found} - ours
-        require(not others, f"{folder} or its .partial holds something else: give another name or --out")
+        done, there = (folder / "meta.json").exists(), [*folder.glob("*")]
+        require(config.overwrite or not done, f"{folder} is prepared: use it, or --overwrite")
+        others = {path.name for path in [*there, *partial.glob("*")]} - ours
+        clear = not others and (done or not there)  # files of these names may be the user's own records
+        require(clear, f"{folder} or its .partial holds something else: give another name or --out")
         try:
             write_folder(config, partial)  # over what a preparation that was killed has left there
-            done.unlink(missing_ok=True)  # first: a folder without it is no data set
-            rmtree(folder, ignore_errors=True)
+            if folder.exists():
+                folder.rename(partial / "old")  # and back again, as a part of the new one
             partial.rename(folder)
+            rmtree(folder / "old", ignore_errors=True)
         finally:
             rmtree(partial, ignore_errors=True)
     return folder

@@ -35,7 +35,9 @@ def read_tokenizer(data: bytes | None) -> "Tokenizer":
         tokenizer.set_special(**fields.get("special", tokenizer.special))
     except ImportError:
         raise UserError("a tokenizer.json needs a library: pip install tokenizers") from None
-    except Exception as error:  # both libraries raise plain Exceptions
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # plain Exceptions of both libraries, and panics of Rust, which are none
         raise UserError(f"no tokenizer, or a damaged one: {error!r:.120}") from None
     tokenizer.data = data
     return tokenizer

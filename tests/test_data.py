@@ -99,9 +99,15 @@ def test_few_files_are_cut_at_line_ends_and_a_large_tokenizer_takes_uint32(tmp_p
     lines = [found.decode(tokens[name].tolist()).splitlines() for name in SPLITS]
     assert len(set(chain(*lines))) == 400 == sum(map(len, lines))
     assert np.allclose(list(map(len, lines)), (360, 20, 20), atol=4)
+    for i in range(19):  # beside which a is most of the text
+        (tmp_path / f"note-{i}").write_text("x\n")
+    sizes = [
+        sum(p.stop - p.start for p in of) for of in split(corpora.own_text([f"{tmp_path}/[an]*"])).values()
+    ]
+    assert np.allclose(np.divide(sizes, sum(sizes)), corpora.SHARES, atol=0.03)
 
 
-def test_wikitext_keeps_its_splits_and_the_tokenizer_learns_from_train_alone(tmp_path):
+def test_wikitext_keeps_its_splits_and_the_tokenizer_learns_from_train_alone(tmp_path, capsys):
     marks = {"train": "xylophone", "valid": "quizzical", "test": "wyvernjaw"}
     parts = {name: f" = {name} = \n {mark} and {mark} \n" * 60 for name, mark in marks.items()}
     (tmp_path / "w/wikitext-2-raw").mkdir(parents=True)
@@ -111,6 +117,12 @@ def test_wikitext_keeps_its_splits_and_the_tokenizer_learns_from_train_alone(tmp
     with mock.patch("data.corpora.DATA", tmp_path):
         _, tokenizer, tokens = made(tmp_path / "out", "wikitext2", from_=[archive], vocab_size=290)
     assert [tokenizer.decode(tokens[name].tolist()) for name in SPLITS] == list(parts.values())
+    with mock.patch("data.loader.DATA", tmp_path):
+        (tmp_path / "out").rename(tmp_path / "wikitext2")
+        assert prepared("wikitext2") and "tokenizer" not in capsys.readouterr().err
+        meta = tmp_path / "wikitext2/meta.json"
+        meta.write_text(json.dumps(json.loads(meta.read_text()) | {"tokenizer": "other.pt"}))
+        assert prepared("wikitext2") and "has the tokenizer of other.pt" in capsys.readouterr().err
     lengths = [len(tokenizer.encode(mark)) for mark in marks.values()]
     assert lengths[0] <= 3 < 7 < min(lengths[1:]), lengths
 
@@ -155,6 +167,10 @@ def test_prepared_data_is_not_replaced_unless_asked(tiny_data, tmp_path):
     (tmp_path / "link").symlink_to("out")
     for size, out in ((274, "out"), (275, "out"), (276, "link")):
         assert made(tmp_path / out, "x", text=text, vocab_size=size, overwrite=True)[1].vocab_size == size
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".bin", ".json", ".model"}
+    (tmp_path / "out/meta.json").unlink()  # then train.bin, or train.jsonl, may be the user's own
+    with pytest.raises(UserError, match="something else"):
+        prepare(PrepareConfig("x", text=text, out=str(tmp_path / "out"), overwrite=True))
 
 
 class Server(http.server.BaseHTTPRequestHandler):

@@ -190,6 +190,9 @@ def test_a_tokenizer_json_that_changes_text_is_noticed(byte_level):
     spaced = {"pre_tokenizer": {**fields["pre_tokenizer"], "add_prefix_space": True}}
     for change in ({}, {"normalizer": {"type": "NFC"}}, {"normalizer": {"type": "NFKC"}}, spaced):
         assert read_tokenizer(json.dumps(fields | change).encode()).is_exact() == (change == {})
+    panics = {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}
+    with pytest.raises(UserError, match="damaged"):
+        read_tokenizer(json.dumps(fields | panics).encode())
 
 
 @pytest.mark.parametrize("kind", ["learned", "prefixed", "late"])
