@@ -35,7 +35,7 @@ from common import UserError, pick_device, require
 from lora import TARGETS, LoRALinear
 from model import HeadGroups, Llama, naive, sdpa
 from nf4 import FrozenProduct, NF4Linear
-from study.bench import BenchConfig, alone, configs, in_turns, records, show, with_kernels
+from study.bench import BenchConfig, alone, configs, in_turns, records, show
 
 H, D = 16, 64  # of the kernel table: query heads and their width
 
@@ -83,7 +83,7 @@ def slice_model(model: Llama, slices: int) -> None:
 
 def prepare(model: Llama, backend: str, slices: int) -> None:
     """Make the model that of a row, and fail unless this function computes its attention."""
-    with_kernels(model)
+    train.with_kernels(model)
     if slices > 1:
         slice_model(model, slices)
     names = {layer.attention.attend.__name__.replace("fused", "triton") for layer in model.layers}

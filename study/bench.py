@@ -36,7 +36,7 @@ from common import UserError, autocast, bounded, parse, peak_memory_bytes, pick,
 from lora import LoRAConfig
 from model import KVCache, Llama, ModelConfig
 from sample import compile_step
-from train import TrainConfig, compiling_pays, make_optimizers, starting_model, train_step
+from train import TrainConfig, compiling_pays, make_optimizers, starting_model, train_step, with_kernels
 
 ROWS = {  # of the memory table, and the savers that each has
     "full fine-tune": "",
@@ -144,15 +144,6 @@ def compared(runs: dict[str, Callable], rounds: int, warm_up: int = 1) -> dict[s
     first = seconds[next(iter(runs))]
     ratio = {name: median(a / b for a, b in zip(first, own)) for name, own in seconds.items()}
     return {name: {"ms": 1000 * median(own), "ratio": ratio[name]} for name, own in seconds.items()}
-
-
-def with_kernels(model: nn.Module) -> nn.Module:
-    """The model, in Triton's kernels if that is its --attention."""
-    if model.config.attention == "triton":
-        from flash_attention import use_kernels
-
-        use_kernels(model)
-    return model
 
 
 def random_step(model: nn.Module, train: TrainConfig, shape: tuple[int, int], dtype: torch.dtype, parts=1):

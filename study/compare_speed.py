@@ -23,6 +23,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -31,7 +32,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import train
-from common import IGNORE, bounded, require
+from common import IGNORE, bounded, require, writable
 from formats.models import config_of
 from model import Llama, ModelConfig
 from sample import compile_step
@@ -48,6 +49,7 @@ class SpeedConfig:
     run_c: list[str] | None = None  # llama2.c's programs, each with its model and tokenizer
     gguf: str | None = None  # llama.cpp's model
     rounds: int = bounded(5, 1)  # processes of each row
+    overwrite: bool = False  # replace such a file
 
 
 class Peer(nn.Module):
@@ -55,7 +57,6 @@ class Peer(nn.Module):
 
     def __init__(self, name: str, path: str, c: ModelConfig):
         super().__init__()
-        torch.manual_seed(0)
         self.name, self.config = name, c
         if name == "transformers":
             from transformers import LlamaConfig, LlamaForCausalLM
@@ -83,12 +84,14 @@ class Peer(nn.Module):
 
 
 def learn(name: str, path: str, c: ModelConfig, config: BenchConfig) -> dict:
+    torch.manual_seed(0)
     model = Llama(c) if name == "herd" else Peer(name, path, c)
     return train_speed(model, config, torch.bfloat16, compiled=True)
 
 
 def write(name: str, path: str, c: ModelConfig, texts: int) -> dict:
     """Tokens a second of greedy texts, from one token to the end of the context."""
+    torch.manual_seed(0)
     new = c.block_size - 1
     if name == "herd":
         model = Llama(c).bfloat16().eval()
@@ -115,6 +118,7 @@ def write(name: str, path: str, c: ModelConfig, texts: int) -> dict:
 
 def main() -> None:
     config, how, c = configs(__doc__, SpeedConfig, BenchConfig, ModelConfig)
+    writable(Path(config.out), config.overwrite)
     how.device = "cpu"
     files = {"herd": "-", "llama2.c": config.llama2c, "nanoGPT": config.nanogpt, "transformers": "-"}
     work = {f"{name}, compiled": (learn, name, path, c, how) for name, path in files.items() if path}
@@ -138,6 +142,8 @@ def main() -> None:
 def loss_main() -> None:
     """train.py, with the peer's model in place of the blocks of the Llama that it has made."""
     name, path, *_ = [*sys.argv[1:3], "", ""]
+    if name in ("-h", "--help"):
+        return print(__doc__)
     known = (name, path) == ("transformers", "-")
     known = known or (name in ("llama2.c", "nanoGPT") and path.endswith(".py"))
     require(known, "give llama2.c, nanoGPT or transformers, its model.py or -, and flags of train.py")

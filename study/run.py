@@ -101,7 +101,7 @@ attention-[backend]-[length]: -m study train --attention [backend] --block_size 
     "speed": """
 speed-parts: -m study train <small> --steps 5 --json
 speed-decode: -m study decode --block_size 1024 --steps 20 --json
-speed-peers: -m study compare-speed speed.jsonl <small> --rounds 3
+speed-peers: -m study compare-speed speed.jsonl <small> --rounds 3 --overwrite
 """,
     "foreign": """
 [foreign]-model: download <[foreign]>/[foreign].bin <[foreign].bin> [foreign]
@@ -148,10 +148,10 @@ LOOPS = {
         "ours": "--groups published-ours.json --refit output", "latent": "<2of3> --latent --refit output",
         "mqa-mean": "--n_kv_head 1 <mean>", "mqa-ours": "--n_kv_head 1 --refit output",
     },
-    # the mean over blocks of exp(loss); then by a window of 1,024 tokens that moves 512
+    # the mean over blocks of exp(loss); then by a window that moves by half
     "protocol": {
         "block_mean": "--method block_mean --context 128 <p>",
-        "sliding": "--method sliding --context 1024 <p>",
+        "sliding": "--method sliding --context <window> <p>",
     },
     "more": {"": "", "16": "--lora_alpha 16 --lr 0.001"},  # than the published LoRA
     "task": {"docstrings": "", "multi30k": "", "dialogsum": "--batch_size 4"},
@@ -266,6 +266,7 @@ def steps(config: StudyConfig) -> dict[str, str]:
         ckpt = shlex.quote(str(Path(config.ckpt).resolve()))
     own = f"--dataset {shlex.quote(data)}" if data else ""
     given = {"<own>": own, "<ckpt>": ckpt, "<shape>": shlex.join(config.shape.split())}
+    given |= {"<window>": "1024" if config.ckpt else "256"}  # that of the base
     given |= {"<prose>": own or "--dataset stdlib", "<tune>": shlex.join(config.tune.split())}
     for pattern, new in [*FLAGS.items(), *(FAST.items() if config.fast else ())]:
         text = re.sub(pattern, new, text)
@@ -277,12 +278,13 @@ def steps(config: StudyConfig) -> dict[str, str]:
 
 def run(name: str, line: str) -> None:
     """Run a step unless its log is there; the log is written when all went well."""
-    log, words, printed = Path("logs", f"{name}.txt"), shlex.split(line), ""
+    log, words, notes, printed = Path("logs", f"{name}.txt"), shlex.split(line), "", ""
     begun, resumed = Path("logs", f"{name}.begun"), Path(name, "ckpt.pt").exists()
     functions = {"download": download, "first_lines": first_lines}
     for path in [log] + [begun] * resumed:
         if path.exists() and path.read_text().splitlines()[0] != line:
-            raise UserError(f"{path} is of another command: give another --out, or delete what it made")
+            remedy = "give another --out, or delete it and what depends on it"
+            raise UserError(f"{path} is of another command: {remedy}")
     if log.exists():
         return
     with replacing(begun, "w") as file:
@@ -306,8 +308,9 @@ def run(name: str, line: str) -> None:
             lines += errors.strip().splitlines() if child.returncode > 0 else []
             error, again = lines[-1], shlex.join(words)
             raise UserError(f"step {name}: {error} | cd {Path.cwd()} && PYTHONPATH={ROOT} python {again}")
+        notes = "".join(f"{said}\n" for said in errors.splitlines() if said.startswith("note:"))
     with replacing(log, "w") as file:
-        file.write(f"{line}\n{printed}")
+        file.write(f"{line}\n{notes}{printed}")
 
 
 def main() -> None:

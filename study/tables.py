@@ -20,7 +20,7 @@ from study.bench import records, table
 
 KINDS = ("plain", "novel", "gated", "scaled", "torch")
 SCORES = ["loss", "choice", "bleu", "bleu1", "chrf", "rouge1", "rouge2", "rougeL", "f1", "edit"]
-SCORES += ["exact_match", "latency_mean", "latency_p5", "latency_p50", "latency_p95"]
+SCORES += ["exact_match", "ended", "latency_mean", "latency_p5", "latency_p50", "latency_p95"]
 
 
 def result(name: str) -> dict:

@@ -1,7 +1,7 @@
 """Controls of the novel layer: train.py, from other first weights.
 
-    python -m study begin scaled --n_layer 6
-    python -m study begin torch --n_layer 6 --novel
+    python -m study begin scaled --n_layer 6 --out_dir out/scaled
+    python -m study begin torch --n_layer 6 --novel --out_dir out/torch
 
 The novel layer multiplies what attention adds to the stream by SILU'(0) = 1/2 and by its own weights, whose
 deviation is 0.02 and whose width D: at first by 0.01 sqrt(D), an 18th where D is 32. `scaled` gives a plain
@@ -35,5 +35,7 @@ def change(model: Llama, how: str) -> None:
 
 def begin_main() -> None:
     how = sys.argv.pop(1) if len(sys.argv) > 1 else ""
+    if how in ("-h", "--help"):
+        return print(__doc__)
     require(how in ("scaled", "torch"), "begin takes scaled or torch, and then flags of train.py")
     train.main(None if "--resume" in sys.argv else partial(change, how=how))

@@ -28,7 +28,7 @@ class TextConfig:
 
     ckpt: str  # the checkpoint
     folder: str  # where the texts go
-    tokens: int = bounded(2_000_000, 1)  # to write at least, batch by batch
+    tokens: int = bounded(2_000_000, 1)  # of texts, their beginnings included, at least
     dataset: str | None = None  # prepared text to take beginnings from (default: they begin with nothing)
     batch_size: int = bounded(64, 1)  # texts written at a time
     seed: int = bounded(0, 0, 2**32 - 1)  # of beginnings and texts
@@ -60,4 +60,4 @@ def main() -> None:
                 (folder / f"{written:010}.txt").write_text(tokenizer.decode(begin + new), "utf-8", newline="")
                 written += len(begin) + len(new)
                 bar.update(len(begin) + len(new))
-    print(f"wrote {written:,} tokens into {folder}")
+    print(f"wrote texts of {written:,} tokens, beginnings included, into {folder}")

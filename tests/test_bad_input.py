@@ -114,6 +114,8 @@ search_groups.py run/ckpt.pt --out new.json --calibration_tokens 1024
     plot groups run/ckpt.pt --out new.jpg    --out
     plot groups latent.pt                    latents
     time-to-loss foo bar                     llama2.c
+    begin scaled --n_layer 6                 --out_dir
+    compare-speed data/meta.json             --overwrite
     attention                                --init_from
 """
 # a command line and what its error must name, for each indented line of MISTAKES
