@@ -259,11 +259,10 @@ def steps(config: StudyConfig) -> dict[str, str]:
         pairs = product(text.split("\n"), kept)
         lines = [line.replace(f"[{loop}]", key).replace(f"<{loop}>", entries[key]) for line, key in pairs]
         text = "\n".join(dict.fromkeys(lines))  # a step without this loop stays one
-    data, ckpt = config.dataset, "base/ckpt.pt"
+    data = config.dataset
     if data and Path(data, "meta.json").exists():
         data = str(Path(data).resolve())  # steps run in another folder
-    if config.ckpt:
-        ckpt = shlex.quote(str(Path(config.ckpt).resolve()))
+    ckpt = shlex.quote(str(Path(config.ckpt).resolve())) if config.ckpt else "base/ckpt.pt"
     own = f"--dataset {shlex.quote(data)}" if data else ""
     given = {"<own>": own, "<ckpt>": ckpt, "<shape>": shlex.join(config.shape.split())}
     given |= {"<window>": "1024" if config.ckpt else "256"}  # that of the base
@@ -282,9 +281,8 @@ def run(name: str, line: str) -> None:
     begun, resumed = Path("logs", f"{name}.begun"), Path(name, "ckpt.pt").exists()
     functions = {"download": download, "first_lines": first_lines}
     for path in [log] + [begun] * resumed:
-        if path.exists() and path.read_text().splitlines()[0] != line:
-            remedy = "give another --out, or delete it and what depends on it"
-            raise UserError(f"{path} is of another command: {remedy}")
+        same = not path.exists() or path.read_text().splitlines()[0] == line
+        require(same, f"{path} is of another command: give a new --out, or delete it and what depends on it")
     if log.exists():
         return
     with replacing(begun, "w") as file:
