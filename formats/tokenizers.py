@@ -15,14 +15,9 @@ from common import note, require
 from data.tokenizer import SPACE, JsonTokenizer, Tokenizer, read_tokenizer
 from formats.files import read_json, reading
 
-BPE = 2  # a kind of model in sentencepiece_model.proto
 ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-
-
-class Kind(IntEnum):
-    """Of a piece, in sentencepiece_model.proto and in GGUF."""
-
-    NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+# of a piece, in sentencepiece_model.proto and in GGUF, from 1 on
+Kind = IntEnum("Kind", ["NORMAL", "UNKNOWN", "CONTROL", "USER_DEFINED", "UNUSED", "BYTE"])
 
 
 def find_tokenizer(source: Path, given: str | None, vocab_size: int) -> bytes | None:
@@ -119,7 +114,7 @@ def sentencepiece_model(pieces: list[tuple[float, str, int]], dummy_prefix: bool
     for score, piece, kind in pieces:
         fields = entry(1, piece.encode()) + b"\x15" + struct.pack("<f", score) + entry(3, kind)
         model.append(entry(1, fields))
-    trainer = entry(3, BPE) + entry(4, len(pieces)) + entry(35, 1)  # byte fallback
+    trainer = entry(3, 2) + entry(4, len(pieces)) + entry(35, 1)  # BPE, so many pieces, byte fallback
     trainer += entry(40, 0) + entry(41, 1) + entry(42, 2)  # <unk>, <s>, </s>
     spaces = entry(3, int(dummy_prefix)) + entry(4, 0) + entry(5, 1)  # before the text, all kept, escaped
     return b"".join(model) + entry(2, trainer) + entry(3, entry(1, b"identity") + spaces)
