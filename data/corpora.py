@@ -125,9 +125,9 @@ def docstrings() -> dict[str, list[Record]]:
     return {name: [r for r in found[name] if name == "train" or r["input"] not in train] for name in SPLITS}
 
 
-def functions(piece: Piece, longest: int = 500) -> Iterator[Record]:
+def functions(piece: Piece) -> Iterator[Record]:
     """The functions of a file whose docstrings begin with a short paragraph. The question is the code without
-    docstring and decorators, at most `longest` characters; the answer is that paragraph on one line."""
+    docstring and decorators, at most 500 characters; the answer is that paragraph on one line."""
     text = "".join(piece.documents())
     try:
         tree, lines = ast.parse(text), text.split("\n")
@@ -139,7 +139,7 @@ def functions(piece: Piece, longest: int = 500) -> Iterator[Record]:
         code = lines[node.lineno - 1 : first.lineno - 1] + lines[first.end_lineno : node.end_lineno]
         code = textwrap.dedent("\n".join(code)).strip()
         summary = " ".join(ast.get_docstring(node).split("\n\n")[0].split())
-        if rest and first.end_lineno < rest[0].lineno and len(code) <= longest and len(summary) <= 120:
+        if rest and first.end_lineno < rest[0].lineno and len(code) <= 500 and len(summary) <= 120:
             yield {"instruction": "Say what this function does.", "input": code, "output": summary}
 
 

@@ -43,7 +43,6 @@ ACCEPTED = {  # what config.json may give, if it gives it; all else makes anothe
     "attention_bias": (False,), "mlp_bias": (False,), "quantization_config": (),
     "hidden_act": ("silu", "swish"), "rope_type": ("default", "llama3"), "partial_rotary_factor": (1,),
 }  # fmt: skip
-ROTATED = ("wq.weight", "wk.weight", "wq.lora_B", "wk.lora_B")  # their rows are permuted
 # what params.json may give; the weights show what multiple_of and ffn_dim_multiplier lead to
 PARAMS = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "norm_eps", "rope_theta", "max_seq_len"}
 PARAMS |= {"use_scaled_rope", "rope_scaling_factor", "rope_high_freq_factor", "max_batch_size"}
@@ -61,11 +60,11 @@ def their_name(ours: str) -> str:
 
 
 def permute_rows(weights: Weights, head_dim: int, to_pairs: bool) -> None:
-    """Put rows f, f + D/2 of each head of the ROTATED weights (H*D, C) at 2f, 2f + 1, or back. In place: a
-    mapped file's pages become private ones, and nothing is held twice."""
+    """Put rows f, f + D/2 of each head of wq and wk (H*D, C) and their lora_B at 2f, 2f + 1, or back. In
+    place: a mapped file's pages become private ones, and nothing is held twice."""
     split = (2, head_dim // 2) if to_pairs else (head_dim // 2, 2)
     for name, x in weights.items():
-        if name.endswith(ROTATED):
+        if name.endswith(("wq.weight", "wk.weight", "wq.lora_B", "wk.lora_B")):
             x.copy_(x.unflatten(0, (-1, *split)).transpose(1, 2).flatten(0, 2))
 
 

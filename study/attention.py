@@ -166,6 +166,5 @@ def kernel_main() -> None:
     from triton.testing import do_bench
 
     once = partial(do_bench, warmup=50, rep=200, return_mode="median")
-    lengths = [2**i for i in range(9, 15)]
-    rows = [row for T in lengths for row in kernel_rows(config.batch_size, T, device, once)]
+    rows = [row for i in range(9, 15) for row in kernel_rows(config.batch_size, 2**i, device, once)]
     show(config, rows, gpu=torch.cuda.get_device_name(device))

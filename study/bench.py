@@ -18,8 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
@@ -97,7 +96,7 @@ def alone(name: str, function: Callable, *args):
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         try:
             return process.submit(function, *args).result()
-        except BrokenProcessPool:
+        except BrokenExecutor:
             raise UserError(f"out of memory in {name!r}: give a smaller --batch_size or model") from None
 
 

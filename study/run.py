@@ -13,12 +13,11 @@ continues. Tables go to OUT/tables.md, figures to OUT/figures. `foreign` and `tu
 import os
 import re
 import shlex
-import subprocess
 import sys
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from subprocess import PIPE
+from subprocess import PIPE, Popen
 from typing import Literal
 
 from tqdm import tqdm
@@ -184,8 +183,7 @@ FLAGS = {  # what several steps share
     "<depth>": "--batch_size 8 --compile --eval_every 80 <shape> <own>",
     "<shapes>": " ".join(
         f'"--n_layer {n}{kind} --compile <shape>"'
-        for n in (6, 8, 5, 7)
-        for kind in ("", " --novel", " --gated")
+        for n, kind in product((6, 8, 5, 7), ("", " --novel", " --gated"))
     ),
     "<test>": "--split test --max_tokens 65536 --json",
     "<forgot>": "--split test --max_tokens 16384 --context 256 --json",
@@ -295,7 +293,7 @@ def run(name: str, line: str) -> None:
         if words[0] != "-m":
             words[0] = str(ROOT / words[0])
         path = {**os.environ, "PYTHONPATH": str(ROOT)}
-        child = subprocess.Popen([sys.executable, *words], stdout=PIPE, stderr=PIPE, text=True, env=path)
+        child = Popen([sys.executable, *words], stdout=PIPE, stderr=PIPE, text=True, env=path)
         try:
             printed, errors = child.communicate()
         except KeyboardInterrupt:  # which the child gets, too: train.py then saves

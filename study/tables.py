@@ -145,7 +145,7 @@ def published(recipes: Iterable[str]) -> list[str]:
             bars[f"{when}, {way}"].append(ppl / base)
     titles = {"before": "merged", "after": "healed, alpha 1", "after16": "healed, alpha 16"}
     panels = {f"{title}: perplexity 2, ratio": bars[f"{when}, sliding"] for when, title in titles.items()}
-    draw = partial(draw_bars, done, panels, "{:.3f}", True)
+    draw = partial(draw_bars, done, panels, True)
     return section("The published recipe", rows, "published", draw)
 
 
@@ -221,12 +221,12 @@ def draw_lengths(rows: list[dict]) -> Figure:
     return drawn
 
 
-def draw_bars(labels: Sequence[str], bars: dict[str, list[float]], form: str, ratios=False) -> Figure:
+def draw_bars(labels: Sequence[str], bars: dict[str, list[float]], ratios=False) -> Figure:
     """A panel of bars, one for each label, for each title; ratios have a logarithmic axis."""
     drawn, [axes] = plot.grid(1, len(bars), 10, 1 + 0.32 * len(labels))
     for place, colour, (title, values) in zip(axes, plot.COLOURS, bars.items()):
         shown = place.barh(labels, values, color=colour)
-        place.bar_label(shown, fmt=form, padding=3, fontsize=8)
+        place.bar_label(shown, fmt="{:.3f}" if ratios else "{:,.0f}", padding=3, fontsize=8)
         place.set(title=title, xlim=(0, 1.4 * np.nanmax([1, *values])), ylim=(len(labels) - 0.5, -0.5))
         if ratios:
             place.set(xscale="log", xlim=(0.9, 2e4), xticks=(1, 10, 100, 1000))
@@ -263,6 +263,6 @@ def report(loops: dict[str, dict]) -> None:
     if rows := result("memory").get("rows"):
         bars = {"peak memory of a step, MiB": [row["peak"] / 2**20 for row in rows]}
         bars["tokens/s"] = [row["train_tok_s"] for row in rows]
-        plot.save(partial(draw_bars, [r["row"] for r in rows], bars, "{:,.0f}"), Path("figures/memory.png"))
+        plot.save(partial(draw_bars, [r["row"] for r in rows], bars), Path("figures/memory.png"))
     with replacing(Path("tables.md"), "w") as file:
         file.write("\n\n".join(text) + "\n")
