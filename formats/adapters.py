@@ -5,7 +5,7 @@ their lora_B, stand in Hugging Face's order.
 
 import math
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -28,8 +28,8 @@ HARMLESS = ("use_rslora", "eva_config")  # other use_... and ..._config are vari
 
 def check_order(c: ModelConfig) -> None:
     """Raise UserError for a model whose heads Hugging Face's format would lay out otherwise."""
-    plain = replace(c, k_groups=None, v_groups=None, k_latent=None, v_latent=None, novel=False, gated=False)
-    require(c == plain, "PEFT has no uneven groups, latents, --novel or --gated: name a .pt, or merge it")
+    plain = c.n_kv_head and not (c.novel or c.gated)
+    require(plain, "PEFT has no uneven groups, latents, --novel or --gated: name a .pt, or merge it")
 
 
 def with_adapter(base: dict, source: Path) -> dict:

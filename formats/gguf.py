@@ -158,7 +158,6 @@ def write_gguf(path: Path, out: Path) -> None:
 
 def write_tokenizer(writer, tokenizer: Tokenizer, vocab_size: int) -> None:
     """Add a tokenizer's fields. Raises UserError for one that llama.cpp does not know."""
-    pieces = [tokenizer.pieces.get(i, f"[unused {i}]") for i in range(vocab_size)]
     kinds = dict.fromkeys(tokenizer.pieces, Kind.NORMAL) | dict.fromkeys(tokenizer.silent, Kind.CONTROL)
     remedy = "export a folder, and use llama.cpp's convert_hf_to_gguf.py"
     require(tokenizer.eos >= 0, f"no token ends a text, and llama.cpp would take any for it: {remedy}")
@@ -184,7 +183,7 @@ def write_tokenizer(writer, tokenizer: Tokenizer, vocab_size: int) -> None:
         writer.add_token_scores(scores + [0.0] * (vocab_size - len(scores)))
         writer.add_add_space_prefix(tokenizer.dummy_prefix)
         writer.add_unk_token_id(sp.unk_id())
-    writer.add_token_list(pieces)
+    writer.add_token_list([tokenizer.pieces.get(i, f"[unused {i}]") for i in range(vocab_size)])
     writer.add_token_types([kinds.get(i, Kind.UNUSED) for i in range(vocab_size)])
     writer.add_add_bos_token(tokenizer.add_bos and tokenizer.bos >= 0)
     writer.add_eos_token_id(tokenizer.eos)

@@ -145,8 +145,7 @@ def published(recipes: Iterable[str]) -> list[str]:
             bars[f"{when}, {way}"].append(ppl / base)
     titles = {"before": "merged", "after": "healed, alpha 1", "after16": "healed, alpha 16"}
     panels = {f"{title}: perplexity 2, ratio": bars[f"{when}, sliding"] for when, title in titles.items()}
-    draw = partial(draw_bars, done, panels, True)
-    return section("The published recipe", rows, "published", draw)
+    return section("The published recipe", rows, "published", partial(draw_bars, done, panels, True))
 
 
 def foreign() -> None:
