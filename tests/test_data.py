@@ -16,10 +16,11 @@ import pytest
 import torch
 from conftest import quick, refused, sharp_model
 from corpus import write_corpus
+from foreign import checkpoint_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint import build, load, save
+from checkpoint import save
 from common import IGNORE, UserError, held
 from data import corpora
 from data.corpora import download, split
@@ -101,9 +102,8 @@ def test_few_files_are_cut_at_line_ends_and_a_large_tokenizer_takes_uint32(tmp_p
     assert np.allclose(list(map(len, lines)), (360, 20, 20), atol=4)
     for i in range(19):  # beside which a is most of the text
         (tmp_path / f"note-{i}").write_text("x\n")
-    sizes = [
-        sum(p.stop - p.start for p in of) for of in split(corpora.own_text([f"{tmp_path}/[an]*"])).values()
-    ]
+    pieces = split(corpora.own_text([f"{tmp_path}/[an]*"])).values()
+    sizes = [sum(piece.stop - piece.start for piece in part) for part in pieces]
     assert np.allclose(np.divide(sizes, sum(sizes)), corpora.SHARES, atol=0.03)
 
 
@@ -319,10 +319,10 @@ def test_too_long_examples_are_counted_and_not_cut(data, tmp_path, capsys):
     refused(quick("train.py", "--dataset", data[0], "--out_dir", tmp_path, "--block_size", 8), "longer than")
 
 
-def test_a_task_is_answered_from_the_command_line(tiny_run, tmp_path):
-    checkpoint, task = load(tiny_run), {"instruction": "Add", "input": "1"}
-    save(tmp_path / "x.pt", {**checkpoint, "config": {**checkpoint["config"], "block_size": 64}})
-    model, tokenizer = build(load(tmp_path / "x.pt"))
+def test_a_task_is_answered_from_the_command_line(tiny_data, tmp_path):
+    tokenizer, task = prepared(str(tiny_data))[2], {"instruction": "Add", "input": "1"}
+    model = sharp_model(vocab_size=400)  # whose text depends on all of the prompt
+    save(tmp_path / "x.pt", checkpoint_of(model, tokenizer.data))
     answer = model.generate([tokenizer.prompt(prompt_text(task))], 9, stop=tokenizer.stop)[0]
     flags = ["--instruction", "Add", "--input", 1, "--temperature", 0, "--max_new_tokens", 9]
     assert quick("sample.py", tmp_path / "x.pt", *flags).stdout.strip() == tokenizer.decode(answer).strip()

@@ -61,8 +61,6 @@ def test_products_in_bfloat16_come_near_float64(tiny_run):
     assert 0.1 * one < difference.square().mean().sqrt() < one  # it was rounded, but not more
     assert difference.mean().abs() < 0.1 * one
     assert (torch.cat(found).bfloat16() != torch.cat(found)).any(), "the losses themselves were rounded"
-    record = scored(tiny_run, "--dtype", "bfloat16", "--max_tokens", 4096, "--device", "cpu")
-    assert math.log(record["blocks"]) == pytest.approx(mean_nll(found), abs=1e-6)
 
 
 @pytest.mark.parametrize("context, stride, number", [(32, 32, 200), (32, 8, 200), (32, 1, 60), (48, 20, 3)])

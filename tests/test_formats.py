@@ -14,6 +14,7 @@ from conftest import adapted, assert_close, quick, refused, sharp_model, to_hugg
 from corpus import Writer
 from foreign import change_json, export_of, formats, imported, logits, save_folder, their_model, write_llama2c
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from checkpoint import build_model, load, save
@@ -38,7 +39,6 @@ CORPUS = "".join(WRITER.paragraph() + WRITER.function() for _ in range(60)).repl
     ({}, "safetensors"), ({"num_key_value_heads": 2}, "safetensors shards"),
     ({"num_key_value_heads": 1, "head_dim": 12}, "bin"),
     ({"num_key_value_heads": 2, "tie_word_embeddings": True}, "bin shards"),
-    ({"tie_word_embeddings": True}, "safetensors"),
     ({"num_key_value_heads": 2, "rope_parameters": LLAMA3}, "safetensors"),
     ({"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}}, "safetensors"),
     ({"dtype": torch.bfloat16}, "safetensors"), ({"dtype": torch.bfloat16}, "bin"),
@@ -174,8 +174,6 @@ def test_import_and_export_hold_the_checkpoint_once(tmp_path):
 @pytest.fixture
 def byte_level():
     """A tokenizer.json like Llama 3's: byte-level BPE that puts <s> before a text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
     tokenizer, level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel
     tokenizer.pre_tokenizer, tokenizer.decoder = level(add_prefix_space=False), decoders.ByteLevel()
     settings = {"initial_alphabet": level.alphabet(), "show_progress": False, "vocab_size": 400}
@@ -220,14 +218,15 @@ def test_exported_tokenizer_gives_transformers_the_same_tokens(tmp_path, tiny_da
     assert settings["add_prefix_space"] is (kind != "learned")  # for llama.cpp
 
 
-BOTH = {"tokenizer_config.json": {"eos_token": "<end>"}, "config.json": {"eos_token_id": [2, 3]}}
+BOTH = {"tokenizer_config.json": {"eos_token": {"content": "<end>"}}, "config.json": {"eos_token_id": [2, 3]}}
+
+
 # a folder's files; what tokenizer.json puts around a text (None: a SentencePiece model); BOS, add_bos, EOS
-SPECIAL = [
+@pytest.mark.parametrize("files, template, bos, add_bos, eos", [
     ({}, None, 1, True, [2]), ({"config.json": {"eos_token_id": 1}}, None, 1, True, [2]),
     ({"config.json": {"bos_token_id": 0, "eos_token_id": 2}}, None, 1, True, [2]),  # llama-160m: wrong BOS
     ({"generation_config.json": {"eos_token_id": [2, 300]}}, None, 1, True, [2, 300]),  # Llama 3 Instruct
     ({"tokenizer_config.json": {"add_bos_token": False}}, None, 1, False, [2]),  # Yi
-    ({"tokenizer_config.json": {"eos_token": {"content": "</s>"}}}, None, 1, True, [2]),
     ({"config.json": {"eos_token_id": 501}}, None, 1, True, [2, 501]),  # beyond the tokenizer: ChatML
     ({}, "<s> $A", 1, True, []), (BOTH, "<s> $A", 1, True, [3, 2]), ({}, "$A </s>", -1, False, [2]),
     ({"tokenizer_config.json": {"eos_token": "</s>", "add_bos_token": False}}, "<s> $A", 1, True, [2]),
@@ -235,13 +234,8 @@ SPECIAL = [
     ({"config.json": {"bos_token_id": 0, "eos_token_id": 0}}, "$A", 0, False, [0]),  # SmolLM: one is both
     ({"config.json": {"eos_token_id": 2}}, "$A", -1, False, [2]),
     ({"tokenizer_config.json": {"bos_token": "<s>"}}, "$A </s>", 1, False, [2]),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("files, template, bos, add_bos, eos", SPECIAL)
+])  # fmt: skip
 def test_special_tokens(tmp_path, prefixed, byte_level, files, template, bos, add_bos, eos):
-    from tokenizers import processors
-
     folder = save_folder(their_model(vocab_size=510), tmp_path / "in")
     if template:
         special = [(piece, i) for i, piece in enumerate(("<pad>", "<s>", "</s>")) if piece in template]
@@ -319,11 +313,10 @@ def refuse(folder, name, *words):
     assert not (folder / "back.pt").exists()
 
 
-@pytest.mark.parametrize("kv", [4, 2])
-def test_adapters_cross_to_peft_and_back(tmp_path, kv):
+def test_adapters_cross_to_peft_and_back(tmp_path):
     from peft import PeftModel
 
-    settings = {"n_kv_head": kv, "tie_embeddings": False}
+    settings = {"n_kv_head": 2, "tie_embeddings": False}
     ours = files(tmp_path, **settings)
     assert "r 3 on wq wk wv wo w1 w2 w3 output" in export(tmp_path, "adapter")
     theirs = PeftModel.from_pretrained(to_hugging_face(sharp_model(**settings)), tmp_path / "adapter")
@@ -391,12 +384,11 @@ def test_an_adapter_of_another_model_is_refused(tmp_path, other, kind):
 
 
 @pytest.mark.parametrize("change, word", [
-    ({"use_dora": True}, "use_dora"), ({"peft_type": "IA3"}, "IA3"), ({"bias": "all"}, "bias all"),
+    ({"use_qalora": True}, "use_qalora"), ({"peft_type": "IA3"}, "IA3"), ({"bias": "all"}, "bias all"),
     ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"), ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-    ({"use_qalora": True}, "use_qalora"), ({"alora_invocation_tokens": [1]}, "alora"),
+    ({"layers_to_transform": [0]}, "layers_to_transform"), ({"alora_invocation_tokens": [1]}, "alora"),
     ({"kasa_config": {"a": 1}}, "kasa"), ({"r": 5}, "another model"), ({"r": "four"}, "lora_r"),
     ({"r": None}, "damaged"), ({"r": 2**62}, "lora_r"), ({"lora_alpha": -1}, "lora_alpha"),
-    ({"layers_to_transform": [0]}, "layers_to_transform"),
 ])  # fmt: skip
 def test_an_adapter_that_is_no_plain_lora_is_refused(tmp_path, change, word):
     files(tmp_path)

@@ -17,12 +17,11 @@ from model import Llama, ModelConfig
 from nf4 import DYNAMIC, NF4Linear, dequantize, quantize
 
 TOKENS = tokens_of((2, 24), seed=1)
-UNEVEN = [[0, 1, 1, 1]] * 2
 TARGET_SETS = [TARGETS[:4], TARGETS, *((name,) for name in TARGETS)]
 
 
 @pytest.mark.parametrize("targets", TARGET_SETS, ids="-".join)
-@pytest.mark.parametrize("shape", [{"n_kv_head": 2, "tie_embeddings": False}, {"k_groups": UNEVEN}])
+@pytest.mark.parametrize("shape", [{"tie_embeddings": False}, {"k_groups": [[0, 1, 1, 1]] * 2}])
 def test_outputs_and_gradients_equal_peft(targets, shape):
     from peft import LoraConfig, get_peft_model
 
@@ -147,10 +146,9 @@ def test_a_bfloat16_base_stays_bfloat16_beside_an_adapter_and_after_merging():
 
 
 @pytest.mark.parametrize("shape", [(96, 200), (64, 64), (3, 5), (7, 9), (130, 127)])
-@pytest.mark.parametrize("scale", [0.02, 1.0, 30.0])
-def test_codes_and_round_trip_equal_bitsandbytes(shape, scale):
+def test_codes_and_round_trip_equal_bitsandbytes(shape):
     F4 = pytest.importorskip("bitsandbytes").functional
-    w = scale * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    w = 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
     codes, absmax, scales = quantize(w)
     theirs, state = F4.quantize_4bit(w, blocksize=64, compress_statistics=True, quant_type="nf4")
     assert torch.equal(codes, theirs.flatten())

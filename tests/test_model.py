@@ -67,7 +67,7 @@ def test_greedy_text_with_the_cache_is_the_text_without_it(name):
 
 
 @pytest.mark.parametrize("attention", ["naive", "sdpa", "auto"])
-@pytest.mark.parametrize("name", ["mha", "gqa", "novel uneven", "scaled"])
+@pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("padding", [None, [0, 3, 25]])
 def test_a_prompt_read_in_parts_equals_the_whole(name, attention, padding):
     model, x = sharp_model(**SHAPES[name], attention=attention).double(), tokens_of((3, 50))
@@ -119,15 +119,6 @@ def test_compiled_models_write_their_own_text_and_do_not_compile_anew():
             assert model.generate(prompts[:5], n) == expected[1]
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_later_tokens_do_not_change_earlier_logits(name):
-    model, x = sharp_model(**SHAPES[name]), tokens_of((1, 30))
-    changed = x.clone()
-    changed[0, 20:] = (x[0, 20:] + 1) % TINY["vocab_size"]
-    assert torch.equal(model(x)[:, :20], model(changed)[:, :20])
-    assert not torch.equal(model(x)[:, 20:], model(changed)[:, 20:])
-
-
 def test_sampling_follows_the_temperature_and_top_p_leaves_the_smallest_sufficient_set():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(2000, 1)
     draw = {top_p: set(pick_token(logits, 1.0, top_p).flatten().tolist()) for top_p in (0.4, 0.6, 0.9, 1.0)}
@@ -159,18 +150,16 @@ def test_extra_layers_computed_by_hand(name, parameters):
     angles = rope_angles(plain.config, torch.arange(9))
     heads = attention.head_outputs(x, *angles).unflatten(-1, (4, 8))
     if name == "novel":
-        wide = heads @ ours.novel.weight.T + ours.novel.bias
-        heads = wide / (1 + torch.exp(-wide))
+        heads = F.silu(F.linear(heads, ours.novel.weight, ours.novel.bias))
     else:
-        heads = heads / (1 + torch.exp(-(x @ ours.gate.weight.T)))[..., None]
+        heads = heads * F.linear(x, ours.gate.weight).sigmoid()[..., None]
     assert_close(ours(x, *angles), heads.flatten(2) @ attention.wo.weight.T, 1e-12)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_activation_checkpointing_gives_identical_gradients(dropout):
+def test_activation_checkpointing_gives_identical_gradients():
     grads = []
     for on in (False, True):
-        model = sharp_model(dropout=dropout).train()
+        model = sharp_model(dropout=0.2).train()
         model.checkpoint_activations = on
         torch.manual_seed(3)
         model(tokens_of((2, 30)), tokens_of((2, 30), seed=1)).backward()

@@ -177,10 +177,8 @@ def test_the_predicted_divergence_is_that_of_a_small_error():
 
 
 @pytest.mark.parametrize("refitted, of_keys", [("all", 0.3), ("output", 1), ("none", 1)])
-def test_predictions_are_divergences_of_a_model_with_fewer_groups_in_one_layer(
-    tiny_run, tmp_path, refitted, of_keys
-):
-    """Refitting wq and wk is said to leave three tenths of what keys lose."""
+def test_predictions_are_divergences_of_models(tiny_run, tmp_path, refitted, of_keys):
+    """With fewer groups in one layer. Refitting wq and wk is said to leave three tenths of what keys lose."""
     config = search_groups.SearchConfig(str(tiny_run), str(tmp_path / "x.json"), 0.5, refit=refitted)
     config.calibration_tokens, config.search_tokens = 1024, 512
     search, least = search_groups.Search(config), {}
