@@ -103,15 +103,18 @@ def test_a_choice_is_right_where_the_own_reference_has_the_least_loss(tiny_run, 
     _, tokenizer = build(load(tiny_run))
     model = sharp_model(block_size=max(sum(map(len, encoded(r, tokenizer))) for r in records))
     for sign, share in ((1, 100.0), (-1, 0.0)):
+        asked = []
 
-        def loss(model, batches, dtype, sign=sign):
+        def loss(model, batches, dtype, sign=sign, asked=asked):
             ((x, y),) = batches
             answer = tokenizer.decode([i for i in y[0].tolist() if i != IGNORE][:-1])
             assert x.shape[1] <= model.config.block_size
+            asked.append(answer)
             return sign * float(f"{answer}\n" not in tokenizer.decode(x[0].tolist())), 1
 
         monkeypatch.setattr(score, "mean_loss", loss)
         assert score.choice(model, tokenizer, [*records, {**records[0], "output": "word " * 99}]) == share
+        assert len(asked) == 4 * 10 and len({*asked[:4]}) == 4, "four that differ"
     f1 = [score.word_f1(*pair) for pair in (("The cat sat", "the cat, the dog"), ("?", "?"), ("?", "a"))]
     assert f1 == pytest.approx([2 * 2 / 7, 1, 0])
 
