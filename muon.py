@@ -43,8 +43,10 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             for p in [p for p in group["params"] if p.grad is not None]:
-                average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
-                average.lerp_(p.grad, 1 - momentum)
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p.grad)
+                average = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
                 G = p.grad.lerp(average, momentum)
                 G = G.full_tensor() if hasattr(G, "full_tensor") else G  # gathered once
                 p.mul_(1 - lr * group["weight_decay"])

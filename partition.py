@@ -121,7 +121,9 @@ def slot_costs(model: Llama, stats: list[Statistics], slot: Slot) -> Cost:
 
 def best_partitions(n: int, cost: Cost, wanted: Iterable[int] = ()) -> Partitions:
     """For the wanted numbers of groups, or all."""
-    return (exact_partitions if n <= EXACT else greedy_partitions)(n, cost, wanted or range(1, n + 1))
+    wanted = list(wanted) or range(1, n + 1)
+    assert all(1 <= g <= n for g in wanted), f"{wanted} groups of {n} heads"
+    return exact_partitions(n, cost, wanted) if n <= EXACT else greedy_partitions(n, cost, wanted)
 
 
 def exact_partitions(n: int, cost: Cost, wanted: Iterable[int]) -> Partitions:

@@ -275,7 +275,7 @@ def steps(config: StudyConfig) -> dict[str, str]:
 
 def run(name: str, line: str) -> None:
     """Run a step unless its log is there; the log is written when all went well."""
-    log, words, notes, printed = Path("logs", f"{name}.txt"), shlex.split(line), "", ""
+    log, words, printed = Path("logs", f"{name}.txt"), shlex.split(line), ""
     begun, resumed = Path("logs", f"{name}.begun"), Path(name, "ckpt.pt").exists()
     functions = {"download": download, "first_lines": first_lines}
     for path in [log] + [begun] * resumed:
@@ -304,9 +304,9 @@ def run(name: str, line: str) -> None:
             lines += errors.strip().splitlines() if child.returncode > 0 else []
             error, again = lines[-1], shlex.join(words)
             raise UserError(f"step {name}: {error} | cd {Path.cwd()} && PYTHONPATH={ROOT} python {again}")
-        notes = "".join(f"{said}\n" for said in errors.splitlines() if said.startswith("note:"))
+        printed = "".join(f"{said}\n" for said in errors.splitlines() if said.startswith("note:")) + printed
     with replacing(log, "w") as file:
-        file.write(f"{line}\n{notes}{printed}")
+        file.write(f"{line}\n{printed}")
 
 
 def main() -> None:
