@@ -164,15 +164,15 @@ def picture(c: ModelConfig) -> Iterator[str]:
     """A line for each run of equal layers: every head's K and V group, as letters, or a latent's size."""
     letters, width = string.ascii_uppercase + string.ascii_lowercase, max(c.n_head + 6, 28)
 
-    def drawn(of_head: list[int], latent: int) -> str:
+    def drawn(of_head: list[int], latent: int, told: int) -> str:
         if latent:
-            return f"latent ({latent})"
+            return f"latent ({latent})" + " and tokens" * (told > 0)
         heads = "".join(letters[g] for g in of_head) if max(of_head) < 52 else " ".join(map(str, of_head))
         return f"{heads} ({max(of_head) + 1})"
 
     yield f"  {'layer':8} {'K group of each query head':{width}} V group"
-    sources = zip(c.k_groups, c.v_groups, c.k_latent, c.v_latent)
-    rows = [(drawn(k, 2 * sum(k_ranks)), drawn(v, v_rank)) for k, v, k_ranks, v_rank in sources]
+    sources = zip(c.k_groups, c.v_groups, c.k_latent, c.v_latent, c.t_latent)
+    rows = [(drawn(k, 2 * sum(ranks), t), drawn(v, v_rank, t)) for k, v, ranks, v_rank, t in sources]
     for row, run in groupby(range(c.n_layer), key=rows.__getitem__):
         layers = list(run)
         span = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else f"{layers[0]}"

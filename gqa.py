@@ -16,7 +16,9 @@ Here each group gets the shared head with the smallest squared error over the in
 SVD (Eckart-Young); norm weights and Procrustes alignment (arXiv 2408.08454, 2412.20677) cannot reach a
 smaller one. Neither symmetry asks for groups: `--latent` keeps, for all heads of a layer together, the
 strongest directions of their keys and values, any number of them, and each head its coefficients. Values
-also read the cached keys, so they store only what keys do not tell.
+also read the cached keys, so they store only what keys do not tell. And most of a layer's inputs is a linear
+map of the token's embedding (refit.token_maps): with `--cache_tokens` the cache holds the token, from which
+keys and values are computed as far as it tells them, and latents only the rest.
 """
 
 import json
@@ -28,6 +30,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from checkpoint import build_model, load, picture, save, with_model
 from common import UserError, bounded, exit_cleanly, is_a, parse, pick_device, require, writable
@@ -39,7 +42,7 @@ from partition import (
     TINY, Counts, Groups, Slot, budget, choose, complex_heads, even_counts, head_counts, latent_sizes,
     latent_units, numbered, real_rows, value_heads, weighted_rows,
 )  # fmt: skip
-from refit import STEPS, Statistics, refit, sensitivity, statistics
+from refit import STEPS, Statistics, refit, sensitivity, statistics, token_maps
 
 Directions = dict[Slot, tuple[torch.Tensor, ...]]  # (order, z, mix), see `directions`
 NOISE = 1e-3  # in keys that values read, of their mean square: else rounding or healing breaks values
@@ -149,45 +152,64 @@ def latent_value(attention: Attention, stats: Statistics, keys: torch.Tensor, si
 
 @torch.no_grad()
 def to_latents(model: Llama, stats: list[Statistics], found: Directions, sizes: Counts) -> Llama:
-    """The model with latent keys and values of these sizes, numbers in the cache, in place of heads. Each
-    head's coefficients get unit length for every RoPE pair, or orthonormal columns (where wide enough), and
-    wq or wo (but behind a novel layer) what they lose: `refit` gets further where coefficients are alike."""
+    """The model with latent keys and values of these sizes, numbers in the cache, in place of heads; where a
+    layer has both, beside what the token tells, if `stats` are of the rest. Each head's coefficients get unit
+    length for every RoPE pair, or orthonormal columns (where wide enough), and wq or wo (but behind a novel
+    layer) what they lose: `refit` gets further where coefficients are alike."""
     c, weights, D = model.config, model.state_dict(), model.config.head_dim
-    k_latent, v_latent = list(c.k_latent), list(c.v_latent)
+    k_latent, v_latent, t_latent = list(c.k_latent), list(c.v_latent), list(c.t_latent)
     for (layer, kind), size in sizes.items():
         attention, name = model.layers[layer].attention, f"layers.{layer}.attention."
+        told = stats[layer].told if {(layer, "k"), (layer, "v")} <= sizes.keys() else None
         ranks, z, mix = latent(found[layer, "k"], sizes.get((layer, "k"), 0))
         keys, new = real_rows(z), {}
-        if kind == "k":  # attention divides by the root of the key's width, not of D
-            k_latent[layer], z = ranks, keys
-            mix = math.sqrt(len(keys) / D) * mix.conj()[attention.k_groups.of_head]
-            lengths = torch.stack([x.norm(dim=1) for x in mix.split(ranks, 1)], 1).clamp(min=TINY)  # (H, D/2)
-            mix = torch.view_as_real(mix / lengths.repeat_interleave(torch.tensor(ranks).to(z.device), 1))
+        if kind == "k":
+            k_latent[layer], pairs = ranks, [f for f, r in enumerate(ranks) for _ in range(r)]
+            z, mix = keys, mix.conj()[attention.k_groups.of_head]
+            if told is not None:
+                t_latent[layer] = attention.k_groups.n_group
+                new["wt.weight"] = attention.wk.weight.double() @ told
+                own = F.one_hot(attention.k_groups.of_head)  # each head takes its own
+                mix = torch.cat((mix, own.repeat_interleave(D // 2, 1)), 1)
+                pairs += [*range(D // 2)] * t_latent[layer]
+            mix = math.sqrt(2 * len(pairs) / D) * mix  # attention divides by the root of the key's width
+            lengths, of_pair = mix.real.new_zeros(len(mix), D // 2), torch.tensor(pairs, device=z.device)
+            lengths = lengths.index_add_(1, of_pair, mix.abs().square()).sqrt().clamp(min=TINY)  # (H, D/2)
+            mix = torch.view_as_real(mix / lengths[:, pairs])
             new["wq.weight"] = lengths.repeat_interleave(2, 1).flatten()[:, None] * attention.wq.weight
         else:
             z, mix = latent_value(attention, stats[layer], keys, size)
+            if told is not None:
+                mix = torch.cat((mix, attention.wv.weight.double() @ told), 1)
             v_latent[layer], mix = size, mix.unflatten(0, (-1, D)).mT[attention.v_groups.of_head]
             if attention.novel is None:
                 U, S, Vh = torch.linalg.svd(mix, full_matrices=False)  # (U Vh) (Vh^T S Vh)
                 mix, readers = U @ Vh, attention.wo.weight.double().unflatten(1, (-1, D)).transpose(0, 1)
                 new["wo.weight"] = (readers @ (Vh.mT * S[:, None]) @ Vh).transpose(0, 1).flatten(1)
+        z = z if told is None else torch.cat((z, -z @ told), 1)
         for part, x in (new | {f"w{kind}.weight": z, f"{kind}_mix": mix}).items():
             weights[name + part] = x.contiguous().to(attention.wq.weight.dtype)
-    config = replace(c, k_latent=k_latent, v_latent=v_latent)
+    config = replace(c, k_latent=k_latent, v_latent=v_latent, t_latent=t_latent)
     return build_model({"model": weights, "config": vars(config)}, model.tok_embeddings.weight.device)
 
 
-def size_products(keys: Attention, values: Attention, orders: list, unit: int, args: tuple, g: torch.Tensor):
+def size_products(keys: Attention, values: Attention, orders: list, told, unit: int, args: tuple, g):
     """g . y (B, T, units) for the output y and its gradient g (B, T, C), if only the first 1, 2, ... units of
-    a latent key were kept, or of a latent value: y adds up over its numbers, scores over the key's."""
-    (q, k, _), v = keys.project(*args), values.project(*args)[2]
-    y = naive(q, k, v, keys.k_groups, values.v_groups, None).requires_grad_()
+    a latent key were kept, or of a latent value: y adds up over its numbers, scores over the key's. What the
+    token tells of x, `told` (C, C) times e, is kept."""
+    x, *rope, e = args
+    of_token = torch.zeros_like(x) if told is None else e @ told.type_as(e).T
+    (q, k, _), k_told = keys.project(x, *rope), keys.project(of_token, *rope)[1]
+    v, v_told = (values.project(part, *rope)[2] for part in (x, of_token))
+    how = keys.k_groups, values.v_groups, None
+    y = naive(q, k, v, *how).requires_grad_()
     with torch.enable_grad():
-        (reads,) = torch.autograd.grad(values.wo(values.readout(y, args[0])), y, g)
-    of_values = (reads * y).sum(1)[..., orders[1]].cumsum(-1)[..., unit - 1 :: unit]
-    q, k = (x.unflatten(-1, (-1, 2))[..., orders[0], :].flatten(-2) for x in (q * q.shape[-1] ** -0.5, k))
-    gains, of_keys = reads @ v.mT, []
-    score = torch.full_like(gains, -math.inf).triu(1)
+        (reads,) = torch.autograd.grad(values.wo(values.readout(y, x)), y, g)
+    lost = (reads * naive(q, k, v - v_told, *how)).sum(1)
+    of_values = lost[..., orders[1]].cumsum(-1)[..., unit - 1 :: unit]
+    gains, of_keys, q = reads @ v.mT, [], q * q.shape[-1] ** -0.5
+    score = torch.full_like(gains, -math.inf).triu(1) + q @ k_told.mT
+    q, k = (x.unflatten(-1, (-1, 2))[..., orders[0], :].flatten(-2) for x in (q, k - k_told))
     for q_part, k_part in zip(q.split(unit, -1), k.split(unit, -1)):
         score = score + q_part @ k_part.mT
         of_keys.append((score.softmax(-1) * gains).sum((1, 3)))
@@ -196,13 +218,14 @@ def size_products(keys: Attention, values: Attention, orders: list, unit: int, a
 
 @torch.no_grad()
 def latent_losses(model: Llama, stats: list[Statistics], found: Directions, tokens: torch.Tensor) -> list:
-    """The KL divergence that 1, 2, ... units of each slot alone cause (units,), predicted by one backward
-    pass: `divergence` for all sizes at once, in novel layers to first order."""
+    """The KL divergence that 1, 2, ... units of each slot alone cause (units,), beside what the token tells
+    where `stats` are of the rest; predicted by one backward pass: `divergence` for all sizes at once, in
+    novel layers to first order."""
     (unit, whole), losses = latent_units(model.config), []
     alone = [{slot: unit * n for slot, n in whole.items() if slot[1] == kind} for kind in "kv"]
     layers = zip(*(to_latents(model, stats, found, sizes).layers for sizes in alone))
     for i, (of_layer, (keys, values)) in enumerate(zip(sensitivity(model, tokens), layers)):
-        how = keys.attention, values.attention, [found[i, kind][0] for kind in "kv"], unit
+        how = keys.attention, values.attention, [found[i, kind][0] for kind in "kv"], stats[i].told, unit
         of_batch = [size_products(*how, args, g) for args, _, g in of_layer]
         for products in map(torch.cat, zip(*of_batch)):
             errors = products - products[..., -1:]
@@ -268,6 +291,7 @@ class GroupConfig(MergeConfig):
     groups: str | None = None  # a JSON file with k_groups and v_groups, from search_groups.py
     n_kv_head: int | None = bounded(None, 1)  # or: K and V groups of every layer; it need not divide n_head
     latent: bool = False  # with kv_budget: cache latent keys and values of any width instead of groups
+    cache_tokens: bool = False  # with latent: cache the tokens, too, and else only what they do not tell
     grouping: Literal["best", "neighbour", "random"] = "best"  # which heads: the cheapest; or baselines
     eval_tokens: int = bounded(65536, 1)  # of the val split, for the perplexities before and after
 
@@ -277,6 +301,7 @@ class GroupConfig(MergeConfig):
         which = self.joint or self.grouping != "best"
         wrong = self.latent and (self.kv_budget is None or which or self.merge != "closed")
         require(not wrong, "--latent takes --kv_budget and no other flag of groups")
+        require(self.latent or not self.cache_tokens, "--cache_tokens is of latents: give --latent, too")
         require(not (self.groups and which), f"--groups {self.groups} says which: drop --joint, --grouping")
 
 
@@ -348,7 +373,7 @@ def main() -> None:
     checkpoint, model, blocks, val, name = open_inputs(config)
     maps = read_groups(Path(config.groups), model.config) if config.groups else None
     counts = {} if maps else asked_counts(config, model)  # of latents it checks the budget
-    stats = statistics(model, blocks)
+    stats = statistics(model, blocks, token_maps(model, blocks) if config.cache_tokens else None)
     if config.latent:
         found = all_directions(model, stats)
         losses = latent_losses(model, stats, found, blocks)

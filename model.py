@@ -7,7 +7,8 @@ public checkpoints load by name. What differs from the paper:
              multi-head, grouped-query, multi-query and uneven grouping are one path (`HeadGroups`)
     novel    a small linear layer + SiLU on each head's output, shared by a layer's heads (experimental)
     gated    a sigmoid gate on each head's output (arXiv 2505.06708, head-wise), for comparison
-    latents  low-rank keys and values of all heads of a layer; kv_bits: a cache of integers
+    latents  low-rank keys and values of all heads of a layer, also of what the token alone does not tell
+    kv_bits  a cache of integers
 
 Shapes: B batch, T time (tokens), S cached time, C model width, H query heads, G key/value groups, D head
 width, V vocabulary.
@@ -64,6 +65,8 @@ class ModelConfig:
     # instead of groups (see Attention): [layer][RoPE pair] -> complex numbers cached, [layer] -> numbers
     k_latent: Maps | None = field(default=None, metadata=NO_FLAG)
     v_latent: list[int] | None = field(default=None, metadata=NO_FLAG)
+    # [layer] -> keys, as wide as heads, that are computed from the token alone, beside both latents
+    t_latent: list[int] | None = field(default=None, metadata=NO_FLAG)
 
     def __post_init__(self):
         H, dim = self.n_head, self.dim
@@ -87,11 +90,12 @@ class ModelConfig:
                 dense = len(of_head) == H and set(of_head) == set(range(len(set(of_head))))
                 require(dense, f"{name} has {of_head}: give {H} group numbers that skip none from 0 on")
         self.k_latent = [r if any(r) else [] for r in self.k_latent or [[]] * self.n_layer]
-        self.v_latent = self.v_latent or [0] * self.n_layer
-        wrong = "k_latent or v_latent is of another model"
-        require(len(self.k_latent) == len(self.v_latent) == self.n_layer, wrong)
-        for ranks, v_rank in zip(self.k_latent, self.v_latent):
-            sound = len(ranks) in (0, self.head_dim // 2) and min([*ranks, v_rank]) >= 0
+        self.v_latent, self.t_latent = (x or [0] * self.n_layer for x in (self.v_latent, self.t_latent))
+        wrong = "k_latent, v_latent or t_latent is of another model"
+        require(len(self.k_latent) == len(self.v_latent) == len(self.t_latent) == self.n_layer, wrong)
+        for ranks, v_rank, told in zip(self.k_latent, self.v_latent, self.t_latent):
+            sound = len(ranks) in (0, self.head_dim // 2) and min([*ranks, v_rank, told]) >= 0
+            sound = sound and bool(not told or (ranks and v_rank)) and told * self.head_dim <= WIDEST
             require(sound and max(2 * sum(ranks), v_rank) <= min(H * self.head_dim, WIDEST), wrong)
         require(self.kv_bits > 4 or not any(r % 2 for r in self.v_latent), "v_latent is odd: use --kv_bits 8")
         self.k_groups = [[0] * H if r else groups for r, groups in zip(self.k_latent, self.k_groups)]
@@ -110,11 +114,11 @@ class ModelConfig:
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes that the KV cache takes for one token, its floats being of `itemsize` bytes."""
-        numbers = sum(map(sum, self.kv_widths))
+        numbers, tokens = sum(map(sum, self.kv_widths)), 4 * any(self.t_latent)
         if self.kv_bits == 16:
-            return itemsize * numbers
+            return itemsize * numbers + tokens
         scales = sum(max(groups) + 1 for groups in self.k_groups + self.v_groups)
-        return numbers * self.kv_bits // 8 + 2 * scales  # see pack
+        return numbers * self.kv_bits // 8 + 2 * scales + tokens  # see pack
 
 
 def widen(x: torch.Tensor) -> torch.Tensor:
@@ -233,6 +237,7 @@ class KVCache:
         self.capacity, self.length, self.bits = capacity, 0, config.kv_bits
         self.keys: list[torch.Tensor | None] = [None] * config.n_layer
         self.values: list[torch.Tensor | None] = [None] * config.n_layer
+        self.tokens: torch.Tensor | None = None  # (B, S) int32, with t_latent
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store k (B, G_k, T, D) and v (B, G_v, T, D) behind the past; return all, (B, G, S, D)."""
@@ -302,6 +307,10 @@ class Attention(nn.Module):
     for each RoPE pair f; a head's query repeats its pair for each, times its coefficients `k_mix`. `v_mix`
     turns the attended latent value into a head's output (D,). Beside a latent key, the value also holds that
     key, which the cache keeps as it was before RoPE (like all keys in Slim Attention, arXiv 2503.05840).
+
+    With t_latent the cache keeps the tokens as well: their embeddings e (B, S, C), normed, tell a part of all
+    keys, `wt` e, which stands behind the latent key, and of all values, which hold e, too. Of these nothing
+    is cached, and wk and wv read e beside x, to take from it what e tells.
     """
 
     def __init__(self, config: ModelConfig, layer: int):
@@ -309,17 +318,20 @@ class Attention(nn.Module):
         self.layer, self.head_dim, self.kv_bits = layer, config.head_dim, config.kv_bits
         self.attend = ATTENTION[config.attention]
         H, D, k_ranks, v_rank = config.n_head, self.head_dim, config.k_latent[layer], config.v_latent[layer]
+        told = config.t_latent[layer]
         self.k_groups, self.v_groups = HeadGroups(config.k_groups[layer]), HeadGroups(config.v_groups[layer])
         k_width, v_width = config.kv_widths[layer]
         self.wq = nn.Linear(config.dim, H * D, bias=False)
-        self.wk = nn.Linear(config.dim, k_width, bias=False)
-        self.wv = nn.Linear(config.dim, v_width, bias=False)
+        self.wk = nn.Linear(config.dim * (1 + bool(told)), k_width, bias=False)
+        self.wv = nn.Linear(config.dim * (1 + bool(told)), v_width, bias=False)
         self.wo = nn.Linear(H * D, config.dim, bias=False)
-        self.k_mix = nn.Parameter(torch.randn(H, k_width // 2, 2), False) if k_ranks else None  # fixed
-        self.reads_keys = bool(k_ranks and v_rank)  # whether values hold the latent key
-        width = v_rank + k_width * self.reads_keys
-        self.v_mix = nn.Parameter(torch.randn(H, width, D) * width**-0.5, False) if v_rank else None
+        self.wt = nn.Linear(config.dim, told * D, bias=False) if told else None
         pairs = [f for f, r in enumerate(k_ranks) for _ in range(r)]  # of the numbers of a latent key
+        pairs += [*range(D // 2)] * told
+        self.k_mix = nn.Parameter(torch.randn(H, len(pairs), 2), False) if k_ranks else None  # fixed
+        self.reads_keys = bool(k_ranks and v_rank)  # whether values hold the latent key
+        width = v_rank + k_width * self.reads_keys + config.dim * bool(told)
+        self.v_mix = nn.Parameter(torch.randn(H, width, D) * width**-0.5, False) if v_rank else None
         self.register_buffer("pairs", torch.tensor(pairs, device="cpu", dtype=torch.int64), persistent=False)
         turn = hartley if self.kv_bits < 16 else lambda width: None
         self.register_buffer("k_turn", turn(k_width // self.k_groups.n_group), persistent=False)
@@ -327,14 +339,19 @@ class Attention(nn.Module):
         self.novel = nn.Linear(D, D) if config.novel else None
         self.gate = nn.Linear(config.dim, H, bias=False) if config.gated else None
 
-    def forward(self, x, cos, sin, mask=None, cache: KVCache | None = None) -> torch.Tensor:
+    def forward(self, x, cos, sin, e=None, mask=None, cache: KVCache | None = None) -> torch.Tensor:
         """x (B, T, C) -> (B, T, C). `mask` as for ATTENTION."""
-        return self.wo(self.head_outputs(x, cos, sin, mask, cache))
+        return self.wo(self.head_outputs(x, cos, sin, e, mask, cache))
 
-    def project(self, x, cos, sin) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(self, x, cos, sin, e=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x (B, T, C) -> rotated queries (B, H, T, D) and keys (B, G_k, T, D), and values (B, G_v, T, D)."""
-        q, k, v = self.wq(x), self.wk(x), self.wv(x)
-        return self.queries(q, cos, sin), self.keys(k, cos, sin), self.values(v, k)
+        both = self.beside(x, e)
+        q, k, v = self.wq(x), self.wk(both), self.wv(both)
+        return self.queries(q, cos, sin), self.keys(k, cos, sin, e), self.values(v, k, e)
+
+    def beside(self, x: torch.Tensor, e: torch.Tensor | None) -> torch.Tensor:
+        """What wk and wv read: x (B, T, C), with t_latent e (B, S, C) of the same tokens beside it."""
+        return x if self.wt is None else torch.cat((x, e[:, -x.shape[1] :].type_as(x)), dim=-1)
 
     def queries(self, x: torch.Tensor, cos, sin) -> torch.Tensor:
         """wq's output (B, T, H * D) -> (B, H, T, D), or as wide as a latent key, rotated."""
@@ -345,27 +362,31 @@ class Attention(nn.Module):
             cos, sin = cos[..., self.pairs], sin[..., self.pairs]
         return rotate(q, cos, sin)
 
-    def keys(self, x: torch.Tensor, cos, sin) -> torch.Tensor:
+    def keys(self, x: torch.Tensor, cos, sin, e=None) -> torch.Tensor:
         """wk's output (B, T, G_k * D) -> (B, G_k, T, D), rotated; a latent key is one group."""
+        x = x if self.wt is None else torch.cat((x, self.wt(e).type_as(x)), dim=-1)
         k = x.unflatten(-1, (self.k_groups.n_group, -1)).transpose(1, 2)
         if self.k_mix is not None:
             cos, sin = cos[..., self.pairs], sin[..., self.pairs]
         return rotate(k, cos, sin)
 
-    def values(self, x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        """wv's output (B, T, G_v * D), and wk's -> (B, G_v, T, D), or as wide as both latents."""
+    def values(self, x: torch.Tensor, k: torch.Tensor, e=None) -> torch.Tensor:
+        """wv's output (B, T, G_v * D), and wk's -> (B, G_v, T, D), or as wide as all that it holds."""
         v = torch.cat((x, k), dim=-1) if self.reads_keys else x
+        v = v if self.wt is None else torch.cat((v, e.type_as(v)), dim=-1)
         return v.unflatten(-1, (self.v_groups.n_group, -1)).transpose(1, 2)
 
-    def head_outputs(self, x, cos, sin, mask=None, cache: KVCache | None = None) -> torch.Tensor:
+    def head_outputs(self, x, cos, sin, e=None, mask=None, cache: KVCache | None = None) -> torch.Tensor:
         """x (B, T, C) -> the outputs of all heads, side by side (B, T, H * D), which `wo` adds up. cos, sin
-        are of T tokens, or of all S that the cache will hold, as they must be where values hold the key."""
+        are of T tokens, or of all S that the cache will hold, as they must be where values hold the key, and
+        like e (B, S, C), the embeddings for t_latent."""
         now = cos[-x.shape[1] :], sin[-x.shape[1] :]
-        q, k, v = self.queries(self.wq(x), *now), self.wk(x), self.wv(x)
+        both = self.beside(x, e)
+        q, k, v = self.queries(self.wq(x), *now), self.wk(both), self.wv(both)
         if self.reads_keys:
             k, v = self.stored(k[:, None], v[:, None], cache)
             k, v = turned(k, self.k_turn)[:, 0], turned(v, self.v_turn)[:, 0]
-            k, v = self.keys(k, cos, sin), self.values(v, k)  # which hold k before RoPE
+            k, v = self.keys(k, cos, sin, e), self.values(v, k, e)  # which hold k before RoPE
         else:  # all keys and values stay turned, which takes fewer products
             k, v = self.stored(self.keys(k, *now), self.values(v, k), cache)
             q = turned(q, self.k_turn)
@@ -418,8 +439,8 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cos, sin, mask=None, cache=None) -> torch.Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin, mask, cache))
+    def forward(self, x, cos, sin, e=None, mask=None, cache=None) -> torch.Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin, e, mask, cache))
         return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
 
 
@@ -450,6 +471,13 @@ class Llama(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
+    def embedded(self, tokens: torch.Tensor, padding=None) -> torch.Tensor:
+        """tokens (B, S) -> what latents know of the token alone: its normed embedding (B, S, C), but zeros
+        up to a text's first token, on which heads rest, and which is unlike the same token elsewhere."""
+        e = F.rms_norm(self.tok_embeddings(tokens), (self.config.dim,), eps=self.config.norm_eps)
+        first = 0 if padding is None else padding[:, None]
+        return e * (torch.arange(tokens.shape[1], device=e.device) > first)[..., None]
+
     def hidden(self, tokens, cache: KVCache | None = None, padding=None) -> torch.Tensor:
         """tokens (B, T) int64 -> the normed residual stream behind the last block (B, T, C).
 
@@ -466,12 +494,17 @@ class Llama(nn.Module):
                 mask = mask & ((seen >= padding[:, None, None, None]) | (seen == positions[:, None]))
         unturned = any(layer.attention.reads_keys for layer in self.layers)  # keys are cached before RoPE
         cos, sin = rope_angles(self.config, seen if unturned else positions)
-        x = self.dropout(self.tok_embeddings(tokens))
+        e, x = None, self.dropout(self.tok_embeddings(tokens))
+        if any(self.config.t_latent):
+            if cache is not None:
+                past_tokens = [] if cache.tokens is None else [cache.tokens]
+                tokens = cache.tokens = torch.cat([*past_tokens, tokens.int()], dim=1)
+            e = self.embedded(tokens, padding)
         for layer in self.layers:
             if self.checkpoint_activations and self.training:
-                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, e, mask, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, mask, cache)
+                x = layer(x, cos, sin, e, mask, cache)
         if cache is not None:
             cache.length += T
         return self.norm(x)

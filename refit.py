@@ -14,6 +14,7 @@ Before wo, L-BFGS moves the other three together: queries should attend where th
 it was. Changes are damped, or the weights would learn the quirks of a short text.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,7 @@ QUERIES = 64  # at least, evenly spaced in each row of text, to observe attentio
 STEPS = 20  # of L-BFGS
 MOST_WEIGHTS = 2**28  # attention weights held of a layer, 1 GiB; beyond it fewer rows serve
 SENSED = 4096  # tokens of `sensitivity`
+RIDGE = 1e-3  # of token_maps, of the mean square of e
 TINY = 1e-30  # in float32; partition.TINY is for float64
 
 
@@ -49,49 +51,82 @@ class Statistics:
     mixed: torch.Tensor  # (C, C) E[m m^T], m = sum_s a_s x_s as attention mixes x for an observed query
     energy: torch.Tensor  # (H, D/2) E|q_f|^2 of each RoPE pair f
     gates: torch.Tensor  # (H,) E[gate^2] of each head, 1 without gates
+    told: torch.Tensor | None = None  # (C, C): if given, x above stands for x - told e
+
+
+def watch(model: Llama, tokens: torch.Tensor, observe: Callable) -> None:
+    """Call observe(attention, x, rope, e) for every layer, on slices of tokens (N, T), e their embeddings.
+    Raises UserError for a model that computes inf or nan."""
+
+    def hook(attention: Attention, inputs: tuple) -> None:
+        observe(attention, inputs[0], inputs[1:3], e)
+
+    hooks, finite = [layer.attention.register_forward_pre_hook(hook) for layer in model.layers], []
+    for part in tokens.split(SLICE):
+        e = model.embedded(part)
+        finite.append(model.hidden(part).isfinite().all())
+    for handle in hooks:
+        handle.remove()
+    require(all(finite), "the model computes inf or nan: its weights are damaged, or its training diverged")
 
 
 @torch.no_grad()
-def statistics(model: Llama, tokens: torch.Tensor) -> list[Statistics]:
-    """Of every layer, over tokens (N, T). Raises UserError for a model that computes inf or nan."""
+def token_maps(model: Llama, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """(C, C) of each layer, over tokens (N, T): what ridge regression tells of its attention's inputs from
+    `embedded`."""
+    products, squares = [0] * len(model.layers), []
+
+    def observe(attention: Attention, x: torch.Tensor, rope, e: torch.Tensor) -> None:
+        x, e = x.flatten(0, 1), e.flatten(0, 1)
+        products[attention.layer] += (e.T @ x).double()
+        if attention.layer == 0:
+            squares.append((e.T @ e).double())
+
+    watch(model, tokens, observe)
+    damped = sum(squares)
+    damped.diagonal().add_(RIDGE * damped.diagonal().mean())
+    return [torch.linalg.solve(damped, product).T for product in products]
+
+
+@torch.no_grad()
+def statistics(model: Llama, tokens: torch.Tensor, maps: list | None = None) -> list[Statistics]:
+    """Of every layer, over tokens (N, T); with its `token_maps`, of what these do not tell."""
     stats = [Statistics(0, 0, 0, 0) for _ in model.layers]
     some, seen = observed(tokens.shape[1], tokens.device)
 
-    def observe(attention: Attention, inputs: tuple) -> None:
-        x, *rope = inputs[:3]
+    def observe(attention: Attention, x: torch.Tensor, rope, e: torch.Tensor) -> None:
         q, k, _ = attention.project(x, *rope)
-        m = (scores(q[:, :, some], k, attention.k_groups, seen).softmax(-1) @ x[:, None]).flatten(0, 2)
-        sums, rows = stats[attention.layer], x.flatten(0, 1)
+        left = x - e @ maps[attention.layer].type_as(e).T if maps else x
+        m = (scores(q[:, :, some], k, attention.k_groups, seen).softmax(-1) @ left[:, None]).flatten(0, 2)
+        sums, rows = stats[attention.layer], left.flatten(0, 1)
         sums.inputs += (rows.T @ rows).double()
         sums.mixed += (m.T @ m).double()
         gates = attention.gate(x).sigmoid() if attention.gate else x.new_ones(*x.shape[:2], q.shape[1])
         sums.gates += gates.double().square().sum(dim=(0, 1))
         sums.energy += q.unflatten(-1, (-1, 2)).square().sum(dim=(0, 2, 4), dtype=torch.float64)
 
-    hooks = [layer.attention.register_forward_pre_hook(observe) for layer in model.layers]
-    finite = [model.hidden(part).isfinite().all() for part in tokens.split(SLICE)]
-    for hook in hooks:
-        hook.remove()
-    require(all(finite), "the model computes inf or nan: its weights are damaged, or its training diverged")
+    watch(model, tokens, observe)
     count, observations = tokens.numel(), len(tokens) * len(seen) * model.config.n_head
     counts = (count, observations, count, count)
-    return [Statistics(*(total / n for total, n in zip(vars(s).values(), counts))) for s in stats]
+    means = [[total / n for total, n in zip(vars(s).values(), counts)] for s in stats]
+    return [Statistics(*of_layer, told) for of_layer, told in zip(means, maps or [None] * len(stats))]
 
 
 @torch.enable_grad()
 def sensitivity(model: Llama, tokens: torch.Tensor) -> list[list[tuple]]:
-    """[layer][batch], on the first tokens (N, T): the attention's arguments (x, cos, sin), its output y, and
-    the gradient at y of the log-likelihood of tokens drawn from the model; x, y, gradient are (B, T, C)."""
+    """[layer][batch], on the first tokens (N, T): the attention's arguments (x, cos, sin, e), its output y,
+    and the gradient at y of the log-likelihood of tokens drawn from it; x, e, y and gradient (B, T, C)."""
     tokens = tokens[: max(1, SENSED // tokens.shape[1])]
     found, generator = [[] for _ in model.layers], torch.Generator(tokens.device).manual_seed(0)
 
     def observe(attention: Attention, inputs: tuple, y: torch.Tensor) -> None:
-        args, of_layer = (inputs[0].detach(), *inputs[1:3]), found[attention.layer]
+        args, of_layer = (inputs[0].detach(), *inputs[1:3], e), found[attention.layer]
         y.register_hook(lambda g: of_layer.append((args, y.detach(), g)))
 
     hooks = [layer.attention.register_forward_hook(observe) for layer in model.layers]
     hooks.append(model.tok_embeddings.register_forward_hook(lambda module, inputs, x: x.requires_grad_()))
     for part in tokens.split(2):
+        e = model.embedded(part).detach()
         log_p = widen(model(part)).log_softmax(-1).flatten(0, 1)
         drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
         log_p.gather(1, drawn).sum().backward()
@@ -118,6 +153,7 @@ def refit(model: Llama, original: Llama, tokens: torch.Tensor, steps: int = STEP
     layer first. Layers that do what the original does stay as they are, bit for bit."""
     x = y = original.tok_embeddings(tokens)  # the residual streams of the original and of the model
     rope = rope_angles(original.config, torch.arange(tokens.shape[1], device=tokens.device))
+    e = original.embedded(tokens)
     layers = tqdm(model.layers, "refitting", disable=quiet or None, leave=False)
     for theirs, ours in zip(original.layers, layers):
         a, b = theirs.attention_norm(x), ours.attention_norm(y)
@@ -127,8 +163,9 @@ def refit(model: Llama, original: Llama, tokens: torch.Tensor, steps: int = STEP
         goal, weight = x + output - y, 1 / (x + output).norm(dim=-1).clamp(min=TINY)
         if steps and changed:
             looks = observed_weights(theirs.attention, a, rope)
-            refit_attention(ours.attention, b, rope, looks, goal, weight, steps)
-        heads = torch.cat([ours.attention.head_outputs(part, *rope) for part in b.split(SLICE)])
+            refit_attention(ours.attention, b, rope, looks, e, goal, weight, steps)
+        parts = zip(b.split(SLICE), e.split(SLICE))
+        heads = torch.cat([ours.attention.head_outputs(part, *rope, of) for part, of in parts])
         if changed or not torch.equal(x, y):
             refit_output(ours.attention.wo, heads, goal, weight)
         x, y = x + output, y + ours.attention.wo(heads)
@@ -161,38 +198,43 @@ def observed_weights(attention: Attention, x: torch.Tensor, rope) -> list[torch.
 
 
 @torch.no_grad()
-def refit_attention(ours: Attention, b, rope, looks: list, target, weight, steps: int) -> None:
+def refit_attention(ours: Attention, b, rope, looks: list, e, target, weight, steps: int) -> None:
     """wq, wk and wv that lessen, of observed queries on inputs b (N, T, C), the mean KL divergence of their
     attention weights from `looks`, and refit_output's weighted error, divided by the target's squares."""
     some, seen = observed(b.shape[1], b.device)
-    b, target, weight = (x[: sum(map(len, looks))] for x in (b, target[:, some], weight[:, some, None]))
+    some_rows = b, e, target[:, some], weight[:, some, None]
+    b, e, target, weight = (x[: sum(map(len, looks))] for x in some_rows)
     energy = (weight * target).square().sum().clamp(min=TINY)
     count = sum(of_slice[..., 0].numel() for of_slice in looks)  # queries of all heads
 
-    def attend(part, goal, size, wq, wk, wv) -> tuple[torch.Tensor, torch.Tensor]:
-        q, k, v = ours.queries(part[:, some] @ wq.T, *(x[some] for x in rope)), part @ wk.T, part @ wv.T
-        log_weights = scores(q, ours.keys(k, *rope), ours.k_groups, seen).log_softmax(-1)
-        y = ours.v_groups.scatter(ours.v_groups.gather(log_weights.exp()) @ ours.values(v, k))
+    def attend(part, e, goal, size, wq, wk, wv) -> tuple[torch.Tensor, torch.Tensor]:
+        both = ours.beside(part, e)
+        q, k, v = ours.queries(part[:, some] @ wq.T, *(x[some] for x in rope)), both @ wk.T, both @ wv.T
+        log_weights = scores(q, ours.keys(k, *rope, e), ours.k_groups, seen).log_softmax(-1)
+        y = ours.v_groups.scatter(ours.v_groups.gather(log_weights.exp()) @ ours.values(v, k, e))
         error = size * (ours.wo(ours.readout(y, part[:, some])) - goal) / energy.sqrt()
         return log_weights.masked_fill(~seen, 0), error
 
-    slices = list(zip(b.split(SLICE), looks, target.split(SLICE), weight.split(SLICE)))
+    slices = list(zip(b.split(SLICE), looks, e.split(SLICE), target.split(SLICE), weight.split(SLICE)))
     damping = 2 * b.shape[-1] / weight.numel()
-    minimise(attend, [ours.wq, ours.wk, ours.wv], b, slices, count, steps, damping)
+    of_both = whitening(ours.beside(b, e))
+    roots = [whitening(b) if ours.wt else of_both, of_both, of_both]
+    minimise(attend, [ours.wq, ours.wk, ours.wv], roots, slices, count, steps, damping)
 
 
-def minimise(attend, linears: list[nn.Linear], b, slices: list, count: int, steps: int, damping: float):
-    """By L-BFGS on the weights w of linears: the sum of |error|^2 and KL over slices of b and their targets,
-    and of damping |change of w C^(1/2)|^2 / |w C^(1/2)|^2, C = E[b b^T]. It works on S (change of w) C^(1/2),
-    S the `slopes`: there all directions matter about alike, and it gets far in few steps."""
-    root, inverse = whitening(b)
-    before = [linear.weight.detach() for linear in linears]
-    scales = slopes(attend, before, inverse, slices, count)
-    shares = [damping / (w @ root).square().sum().clamp(min=1e-12) for w in before]
+def minimise(attend, linears: list[nn.Linear], roots, slices: list, count: int, steps: int, damping: float):
+    """By L-BFGS on the weights w of linears: the sum of |error|^2 and KL over slices of text and targets, and
+    of damping |change of w C^(1/2)|^2 / |w C^(1/2)|^2, C = E[b b^T] of w's inputs b, which `whitening` gives.
+    It works on S (change of w) C^(1/2), S the `slopes`: there all directions matter about alike, and it gets
+    far in few steps."""
+    before, inverses = [linear.weight.detach() for linear in linears], [inverse for _, inverse in roots]
+    scales = slopes(attend, before, inverses, slices, count)
+    shares = [damping / (w @ root).square().sum().clamp(min=1e-12) for w, (root, _) in zip(before, roots)]
     changes = [torch.zeros_like(w, requires_grad=True) for w in before]
 
     def weights() -> list[torch.Tensor]:
-        return [w + change / scale @ inverse for w, change, scale in zip(before, changes, scales)]
+        steps = zip(before, changes, scales, inverses)
+        return [w + change / scale @ inverse for w, change, scale, inverse in steps]
 
     def closure() -> torch.Tensor:  # called with gradients on
         optimizer.zero_grad()
@@ -213,11 +255,11 @@ def minimise(attend, linears: list[nn.Linear], b, slices: list, count: int, step
 
 
 @torch.enable_grad()
-def slopes(attend, weights: list[torch.Tensor], inverse, slices: list, count: int) -> list[torch.Tensor]:
+def slopes(attend, weights: list[torch.Tensor], inverses, slices: list, count: int) -> list[torch.Tensor]:
     """(n, 1) for each of weights (n, C): the root mean square derivative by each row of it, over whitened
     inputs, of y whose squared changes are about those of what is minimised. One backward pass with random
     signs estimates it: the diagonal of K-FAC's factor of the outputs (arXiv 1503.05671)."""
-    generator = torch.Generator(inverse.device).manual_seed(0)
+    generator = torch.Generator(weights[0].device).manual_seed(0)
     weights, squares = [w.detach().requires_grad_() for w in weights], [0] * len(weights)
     for part, _, *given in slices:
         log_weights, error = attend(part, *given, *weights)
@@ -225,7 +267,8 @@ def slopes(attend, weights: list[torch.Tensor], inverse, slices: list, count: in
         y = torch.cat((error.flatten(), (2 / count) ** 0.5 * (log_weights / 2).exp().flatten()))
         signs = torch.empty_like(y).bernoulli_(generator=generator) * 2 - 1
         gradients = torch.autograd.grad(y, weights, signs)
-        squares = [old + (g @ inverse).square().mean(1, True) for old, g in zip(squares, gradients)]
+        rows = [(g @ inverse).square().mean(1, True) for g, inverse in zip(gradients, inverses)]
+        squares = [old + new for old, new in zip(squares, rows)]
     return [(square + 1e-3 * square.mean() + TINY).sqrt() for square in squares]
 
 

@@ -172,6 +172,7 @@ def exported(path: Path, each: bool = False) -> tuple[ModelConfig, Weights, list
     c, weights = model_config(checkpoint), dict(checkpoint["model"])
     require(not checkpoint.get("lora"), f"{path} has an adapter: checkpoint.py merge, or export --adapter")
     require(not (c.novel or c.gated), "a --novel or --gated model has layers that no other Llama has")
+    require(not any(c.t_latent), "no other Llama computes keys from tokens: gqa.py without --cache_tokens")
     load_weights(empty_model(c), weights, str(path))
     tokenizer = read_tokenizer(checkpoint["tokenizer"]) if checkpoint["tokenizer"] else None
     size = max(x.itemsize for x in weights.values())

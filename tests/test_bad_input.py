@@ -86,6 +86,7 @@ gqa.py run/ckpt.pt --out new.pt --calibration_tokens 1024
     --n_kv_head 5                            --n_kv_head
     --n_kv_head 2 --latent                   --kv_budget
     --kv_budget 0.5 --latent --merge mean    --latent
+    --kv_budget 0.5 --cache_tokens           --latent
     --kv_budget 0.01 --latent                --kv_budget 0.063 to 1
     --groups tasks.json                      tasks.json
     --kv_budget 0.5 --out run/ckpt.pt/x.pt   cannot write
@@ -100,6 +101,7 @@ search_groups.py run/ckpt.pt --out new.json --calibration_tokens 1024
     export run/ckpt.pt hf                    hf exists
     export run/ckpt.pt new.pt                --adapter
     export novel.pt new                      --novel
+    export latent.pt new                     --cache_tokens
     export five.pt new                       n_head
     export lora.pt new                       checkpoint.py merge
     export run/ckpt.pt new.pt --adapter      --lora_r
@@ -137,7 +139,10 @@ def room(good, tmp_path_factory):
     save(room / "bare.pt", {**saved, "tokenizer": None})
     save(room / "alien.pt", {**saved, "tokenizer": b"{}"})
     save(room / "nan.pt", {**saved, "model": {name: torch.nan * x for name, x in saved["model"].items()}})
-    save(room / "latent.pt", checkpoint_of(sharp_model(k_latent=[[1] * 4] * 2, v_latent=[6, 6])))
+    save(
+        room / "latent.pt",
+        checkpoint_of(sharp_model(k_latent=[[1] * 4] * 2, v_latent=[6, 6], t_latent=[1, 0])),
+    )
     save(room / "novel.pt", checkpoint_of(sharp_model(novel=True)))
     save(room / "five.pt", checkpoint_of(sharp_model(n_head=5, head_dim=6)))
     save(room / "odd.pt", {**saved, "train": {"dataset": 3}})

@@ -31,6 +31,7 @@ gqa.py {run} --kv_budget 0.5 --calibration_tokens 1024 --eval_tokens 200
     --kv_budget 0.75
     --joint
     --latent
+    --latent --cache_tokens
     --grouping neighbour
     --refit none
     --refit output

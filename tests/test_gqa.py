@@ -25,7 +25,7 @@ from gqa import all_directions, merge, to_latents
 from lora import LoRAConfig
 from model import ROPE_SCALING, Llama, ModelConfig, rope_angles, scores
 from partition import Costs, choose, head_counts, slot_costs
-from refit import refit, refit_attention, statistics
+from refit import refit, refit_attention, statistics, token_maps
 from study.plot import similarity
 
 SHAPES = {"mha": {}, "gqa": {"n_kv_head": 2}, "gated": {"gated": True}}
@@ -226,7 +226,7 @@ def test_refitted_outputs_are_ridge_regressions_on_the_streams_of_whole_models(m
     for layer in range(3):
         (x, _, change), (ours, z, _) = seen(model, layer), seen(expected, layer)
         wo = expected.layers[layer].attention.wo
-        _, b, rope, looks, goal, size, _ = calls[layer]
+        _, b, rope, looks, _, goal, size, _ = calls[layer]
         block, weight = model.layers[layer], 1 / (x + change).norm(dim=1, keepdim=True)
         expected_looks = refitting.observed_weights(block.attention, block.attention_norm(x).view_as(b), rope)
         assert_close(looks[0], expected_looks[0], 1e-9)
@@ -242,8 +242,9 @@ def test_refitted_outputs_are_ridge_regressions_on_the_streams_of_whole_models(m
 
 
 def attention_and(x: torch.Tensor, ours, theirs, rope) -> tuple:
-    """What refit_attention gets of a single layer, whose inputs and goal are the original's."""
-    return ours, x, rope, refitting.observed_weights(theirs, x, rope), theirs(x, *rope)
+    """What refit_attention gets of a single layer, whose inputs, token parts and goal are the original's."""
+    e = x.roll(1, 0)  # of some other text
+    return ours, x, rope, refitting.observed_weights(theirs, x, rope), e, theirs(x, *rope)
 
 
 def of_first_layer(model: Llama, tokens: torch.Tensor) -> tuple:
@@ -253,17 +254,18 @@ def of_first_layer(model: Llama, tokens: torch.Tensor) -> tuple:
 
 
 @pytest.mark.parametrize(
-    "queries, sizes, rows", [(48, {}, 6), (16, {"v": 10}, 4), (16, {"k": 12, "v": 6}, 6)]
+    "queries, sizes, rows, tokens",
+    [(48, {}, 6, 0), (16, {"v": 10}, 4, 0), (16, {"k": 12, "v": 6}, 6, 0), (16, {"k": 8, "v": 4}, 4, 1)],
 )
-def test_refitted_attention_has_the_least_errors_of_weights_and_outputs(monkeypatch, queries, sizes, rows):
+def test_refitted_attention_has_the_least_errors_of_outputs(monkeypatch, queries, sizes, rows, tokens):
     """Of observed queries in as many rows as memory allows: KL divergence of attention weights, and errors
     divided by the stream's size; a change of all of wq, wk or wv costs as much as an error at 2 C tokens. The
     gradient of that sum, written by hand, becomes zero."""
     monkeypatch.setattr(refitting, "QUERIES", queries)
     monkeypatch.setattr(refitting, "MOST_WEIGHTS", rows * 4 * queries * 48)
     model = frozen(seed=2, gated=True, attention="naive").double()
-    stats, maps = statistics(model, TOKENS), ([[0, 1, 1, 2]] * 2, [[0, 0, 0, 1]] * 2)
-    small = merge(model, maps, stats)
+    stats = statistics(model, TOKENS, token_maps(model, TOKENS) if tokens else None)
+    small = merge(model, ([[0, 1, 1, 2]] * 2, [[0, 0, 0, 1]] * 2), stats)
     if sizes:
         sizes = {(0, kind): n for kind, n in sizes.items()}
         small = to_latents(model, stats, all_directions(model, stats), sizes)
@@ -271,25 +273,29 @@ def test_refitted_attention_has_the_least_errors_of_weights_and_outputs(monkeypa
     target, weight = theirs(x, *rope), torch.rand(TOKENS.shape).double()
     before = {f"{name}.weight": getattr(ours, name).weight.clone() for name in ("wq", "wk", "wv")}
     seen = (slice(rows), slice(48 // queries - 1, None, 48 // queries))
-    inputs, count = x[:rows].flatten(0, 1), weight[seen].numel()
-    C = inputs.T @ inputs / len(inputs)
+    given, count = attention_and(x, ours, theirs, rope), weight[seen].numel()
+    e, both, C = given[4], ours.beside(x[:rows], given[4][:rows]), {}
+    for name, inputs in (("wq", x[:rows]), ("wk", both), ("wv", both)):
+        inputs = inputs.flatten(0, 1)
+        C[f"{name}.weight"] = inputs.T @ inputs / len(inputs)
 
     def looks(one, wq: torch.Tensor, wk: torch.Tensor) -> torch.Tensor:
-        q, k = one.queries(x[:rows] @ wq.T, *rope), one.keys(x[:rows] @ wk.T, *rope)
+        k = one.beside(x[:rows], e[:rows]) @ wk.T
+        q, k = one.queries(x[:rows] @ wq.T, *rope), one.keys(k, *rope, e[:rows])
         return scores(q, k, one.k_groups).softmax(-1)[:, :, seen[1]]
 
     def total(parts: dict) -> torch.Tensor:
-        y = functional_call(ours, parts, (x, *rope))
+        y = functional_call(ours, parts, (x, *rope, e))
         squares = (weight[..., None] * (y - target))[seen].square().sum()
         p = looks(theirs, theirs.wq.weight, theirs.wk.weight)
         q = looks(ours, parts["wq.weight"], parts["wk.weight"])
         kl = (p * ((p + 1e-30).log() - (q + 1e-30).log())).sum(-1).mean()
-        changes = sum(((w - before[n]) @ C * (w - before[n])).sum() / (before[n] @ C * before[n]).sum()
+        changes = sum(((w - before[n]) @ C[n] * (w - before[n])).sum() / (before[n] @ C[n] * before[n]).sum()
                       for n, w in parts.items())  # fmt: skip
         return squares / (weight[..., None] * target)[seen].square().sum() + kl + 2 * 32 / count * changes
 
     monkeypatch.setattr(torch.optim, "LBFGS", partial(torch.optim.LBFGS, tolerance_change=0))
-    refit_attention(*attention_and(x, ours, theirs, rope), weight, 400)
+    refit_attention(*given, weight, 400)
     after = {name: ours.state_dict()[name].clone() for name in before}
     slopes = [nn.utils.get_total_norm([*grad(total)(parts).values()]) for parts in (before, after)]
     assert total(after) < 0.9 * total(before) and slopes[1] < 1e-3 * slopes[0], slopes

@@ -16,12 +16,21 @@ from gqa import NOISE, all_directions, latent, latent_losses, to_latents
 from lora import LoRAConfig, adapt
 from model import KVCache, hartley, pack, unpack
 from partition import Costs, beside_keys, exact_partitions, latent_sizes, latent_units, weighted_rows
-from refit import divergence, refit, sensitivity, statistics
+from refit import RIDGE, divergence, refit, sensitivity, statistics, token_maps
 from sample import compile_step
 
 
-def half(model):
-    stats = statistics(model, TOKENS)
+def of_tokens(model):
+    """Statistics of what the token does not tell."""
+    return statistics(model, TOKENS, token_maps(model, TOKENS))
+
+
+def of_all(model):
+    return statistics(model, TOKENS)
+
+
+def half(model, observe=of_all):
+    stats = observe(model)
     found = all_directions(model, stats)
     sizes = latent_sizes(model, stats, found, latent_losses(model, stats, found, TOKENS), 0.5)
     return to_latents(model, stats, found, sizes)
@@ -44,6 +53,42 @@ def test_full_rank_changes_nothing(shape):
         products = attention.v_mix.mT @ attention.v_mix
         assert_close(products, torch.eye(attention.head_dim).double().expand_as(products), 1e-9)
     assert latent_sizes(model, stats, found, latent_losses(model, stats, found, TOKENS), 1.0) == {}
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, "novel", "gated"])
+def test_full_rank_beside_tokens_changes_nothing(shape):
+    """The cache holds as many numbers, and the token. Fewer numbers of keys cost what was predicted."""
+    model = frozen(**SHAPES.get(shape, {shape: True})).double()
+    stats, widths = of_tokens(model), enumerate(model.config.kv_widths)
+    found = all_directions(model, stats)
+    sizes = {(i, kind): n for i, both in widths for kind, n in zip("kv", both)}
+    small = to_latents(model, stats, found, sizes)
+    assert small.config.kv_bytes_per_token(1) == model.config.kv_bytes_per_token(1) + 4
+    assert_close(small(TOKENS), model(TOKENS), 1e-7)
+    unit, predicted = latent_units(model.config)[0], latent_losses(model, stats, found, TOKENS)[::2]
+    for layer, losses in enumerate(predicted if shape != "novel" else ()):  # which are of first order
+        own = {(layer, "v"): sizes[layer, "v"]}
+        few = to_latents(model, stats, found, own | {(layer, "k"): unit}).layers[layer].attention
+        assert losses[0] == pytest.approx(divergence(few, sensitivity(model, TOKENS)[layer]), rel=1e-4)
+
+
+def test_what_tokens_tell_is_what_regression_on_their_embeddings_tells():
+    """Of each layer's attention inputs behind the first token, by numpy's least squares, the ridge in rows"""
+    model, seen = frozen(seed=3).double(), []
+    hooks = [layer.attention.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+             for layer in model.layers]  # fmt: skip
+    model(TOKENS)
+    for hook in hooks:
+        hook.remove()
+    e = F.normalize(model.tok_embeddings(TOKENS), dim=-1)[:, 1:].flatten(0, 1) * model.config.dim**0.5
+    ridge = (RIDGE * e.square().sum(0).mean()).sqrt() * torch.eye(e.shape[1]).double()
+    for x, told, left in zip(seen, token_maps(model, TOKENS), of_tokens(model)):
+        goal = torch.cat((x[:, 1:].flatten(0, 1), 0 * ridge))
+        rows = [part.detach().numpy() for part in (torch.cat((e, ridge)), goal)]
+        right = torch.from_numpy(np.linalg.lstsq(*rows, rcond=None)[0])
+        assert_close(told, right.T, 1e-3)  # norms differ by norm_eps
+        rest = torch.cat((x[:, 0], x[:, 1:].flatten(0, 1) - e @ right))
+        assert_close(left.inputs, rest.T @ rest / len(rest), 1e-3)
 
 
 @pytest.mark.parametrize("kind", ["k", "v"])
@@ -149,8 +194,9 @@ def test_sizes_spend_the_budget_where_the_sum_of_losses_is_least(monkeypatch):
     assert found == {slot: unit * n for slot, n in zip(whole, best + 1)}
 
 
-def test_latents_learn_but_for_their_coefficients():
-    small = half(frozen(kv_bits=8))  # rounding lets gradients through
+@pytest.mark.parametrize("observe", [of_all, of_tokens])
+def test_latents_learn_but_for_their_coefficients(observe):
+    small = half(frozen(kv_bits=8), observe)  # rounding lets gradients through
     model = build_model({"model": small.state_dict(), "config": vars(small.config)}).train()
     adapted = adapt(copy.deepcopy(model), LoRAConfig(2))
     for part, names in ((model, {"w1", "wq", "wk", "wv", "wo"}), (adapted, {"lora_A", "lora_B"})):
@@ -158,14 +204,21 @@ def test_latents_learn_but_for_their_coefficients():
         learned = {x for n, p in part.named_parameters() if p.grad is not None for x in n.split(".")}
         assert names <= learned and not learned & {"k_mix", "v_mix"}
     assert model.layers[0].attention.wk.weight.grad.any()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.checkpoint_activations = True
+    model(TOKENS[:, :-1], TOKENS[:, 1:]).backward()
+    for name, gradient in expected.items():
+        assert_close(model.get_parameter(name).grad, gradient, 1e-5, name)
 
 
 def test_the_command_halves_the_cache_and_all_else_reads_it(tiny_run, tmp_path):
     flags = ["--latent", "--kv_budget", 0.5, "--calibration_tokens", 1024, "--eval_tokens", 512]
-    for how in ("none", "output", "all"):
-        out = tmp_path / f"{how}.pt"
-        printed = run("gqa.py", tiny_run, "--out", out, *flags, "--refit", how).stdout
-        assert "(50.0%)" in printed and "| 512 tokens of" in printed
+    for how, tokens in (("none", False), ("output", False), ("all", True), ("all", False)):
+        out = tmp_path / f"{how}{tokens}.pt"
+        how = "--refit", how, *["--cache_tokens"] * tokens
+        printed = run("gqa.py", tiny_run, "--out", out, *flags, *how).stdout
+        assert f"({50 + 0.8 * tokens:.1f}%)" in printed and "| 512 tokens of" in printed
     assert build_model(load(out)).config.kv_bytes_per_token(1) == 64
     healed = ["--init_from", out, "--teacher", tiny_run, "--max_steps", 2, "--eval_tokens", 0]
     run("train.py", *healed, "--out_dir", tmp_path, "--kv_bits", 8)
@@ -214,16 +267,18 @@ def test_outliers_of_keys_are_spread_before_rounding(monkeypatch):
 
 
 @pytest.mark.parametrize("attention, bits", [("naive", 16), ("sdpa", 16), ("auto", 8), ("auto", 4)])
-@pytest.mark.parametrize("latents", [False, True])
+@pytest.mark.parametrize("latents", [None, of_all, of_tokens])
 def test_a_cache_changes_nothing_and_one_of_integers_little(attention, bits, latents, uncompiled):
     model = frozen(**SHAPES["uneven"], attention=attention, kv_bits=bits)
-    model = half(model) if latents else model
+    model = half(model, latents) if latents else model
     plain = build_model({"model": model.state_dict(), "config": vars(model.config)}, kv_bits=16)
     cache, texts = KVCache(model.config, 48), [TOKENS[0, :20].tolist(), TOKENS[1, :9].tolist()]
     if bits == 16:  # padding on the left shifts positions
         assert model.generate(texts, 8) == [model.generate([text], 8)[0] for text in texts]
     steps = [model(part, cache=cache) for part in TOKENS.split([30, 10, *[1] * 8], dim=1)]
-    assert model.config.kv_bytes_per_token(4) == sum(x[0, :, 0].nbytes for x in cache.keys + cache.values)
+    held = sum(x[0, :, 0].nbytes for x in cache.keys + cache.values)
+    held += cache.tokens[0, 0].nbytes if latents is of_tokens else 0
+    assert model.config.kv_bytes_per_token(4) == held
     assert_close(torch.cat(steps[2:], 1), model(TOKENS)[:, 40:], 1e-4)
     change = (model(TOKENS) - plain(TOKENS)).norm() / plain(TOKENS).norm()
     assert {16: -1, 8: 0, 4: 0.02}[bits] < change < {16: 1e-9, 8: 0.02, 4: 0.3}[bits]
