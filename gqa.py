@@ -18,7 +18,7 @@ smaller one. Neither symmetry asks for groups: `--latent` keeps, for all heads o
 strongest directions of their keys and values, any number of them, and each head its coefficients. Values
 also read the cached keys, so they store only what keys do not tell. And most of a layer's inputs is a linear
 map of the token's embedding (refit.token_maps): with `--cache_tokens` the cache holds the token, from which
-keys and values are computed as far as it tells them, and latents only the rest.
+keys and values are computed as far as it tells them, and latents the rest.
 """
 
 import json
@@ -30,14 +30,13 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from checkpoint import build_model, load, picture, save, with_model
 from common import UserError, bounded, exit_cleanly, is_a, parse, pick_device, require, writable
 from data.tokenizer import read_tokenizer
 from eval_ppl import mean_nll, perplexity, split_tokens, window_nll
 from lora import plain
-from model import Attention, Llama, Maps, ModelConfig, naive
+from model import Attention, Llama, Maps, ModelConfig, scores
 from partition import (
     TINY, Counts, Groups, Slot, budget, choose, complex_heads, even_counts, head_counts, latent_sizes,
     latent_units, numbered, real_rows, value_heads, weighted_rows,
@@ -169,7 +168,7 @@ def to_latents(model: Llama, stats: list[Statistics], found: Directions, sizes: 
             if told is not None:
                 t_latent[layer] = attention.k_groups.n_group
                 new["wt.weight"] = attention.wk.weight.double() @ told
-                own = F.one_hot(attention.k_groups.of_head)  # each head takes its own
+                own = torch.eye(t_latent[layer]).to(mix)[attention.k_groups.of_head]  # own
                 mix = torch.cat((mix, own.repeat_interleave(D // 2, 1)), 1)
                 pairs += [*range(D // 2)] * t_latent[layer]
             mix = math.sqrt(2 * len(pairs) / D) * mix  # attention divides by the root of the key's width
@@ -201,11 +200,11 @@ def size_products(keys: Attention, values: Attention, orders: list, told, unit: 
     of_token = torch.zeros_like(x) if told is None else e @ told.type_as(e).T
     (q, k, _), k_told = keys.project(x, *rope), keys.project(of_token, *rope)[1]
     v, v_told = (values.project(part, *rope)[2] for part in (x, of_token))
-    how = keys.k_groups, values.v_groups, None
-    y = naive(q, k, v, *how).requires_grad_()
+    groups, p = values.v_groups, scores(q, k, keys.k_groups).softmax(-1)
+    y = groups.scatter(groups.gather(p) @ v).requires_grad_()
     with torch.enable_grad():
         (reads,) = torch.autograd.grad(values.wo(values.readout(y, x)), y, g)
-    lost = (reads * naive(q, k, v - v_told, *how)).sum(1)
+    lost = (reads * groups.scatter(groups.gather(p) @ (v - v_told))).sum(1)
     of_values = lost[..., orders[1]].cumsum(-1)[..., unit - 1 :: unit]
     gains, of_keys, q = reads @ v.mT, [], q * q.shape[-1] ** -0.5
     score = torch.full_like(gains, -math.inf).triu(1) + q @ k_told.mT

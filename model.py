@@ -7,7 +7,7 @@ public checkpoints load by name. What differs from the paper:
              multi-head, grouped-query, multi-query and uneven grouping are one path (`HeadGroups`)
     novel    a small linear layer + SiLU on each head's output, shared by a layer's heads (experimental)
     gated    a sigmoid gate on each head's output (arXiv 2505.06708, head-wise), for comparison
-    latents  low-rank keys and values of all heads of a layer, also of what the token alone does not tell
+    latents  low-rank keys and values of all heads of a layer, or of what the token does not tell
     kv_bits  a cache of integers
 
 Shapes: B batch, T time (tokens), S cached time, C model width, H query heads, G key/value groups, D head
@@ -95,7 +95,7 @@ class ModelConfig:
         require(len(self.k_latent) == len(self.v_latent) == len(self.t_latent) == self.n_layer, wrong)
         for ranks, v_rank, told in zip(self.k_latent, self.v_latent, self.t_latent):
             sound = len(ranks) in (0, self.head_dim // 2) and min([*ranks, v_rank, told]) >= 0
-            sound = sound and bool(not told or (ranks and v_rank)) and told * self.head_dim <= WIDEST
+            sound = sound and (not told or (ranks and v_rank)) and told * self.head_dim <= WIDEST
             require(sound and max(2 * sum(ranks), v_rank) <= min(H * self.head_dim, WIDEST), wrong)
         require(self.kv_bits > 4 or not any(r % 2 for r in self.v_latent), "v_latent is odd: use --kv_bits 8")
         self.k_groups = [[0] * H if r else groups for r, groups in zip(self.k_latent, self.k_groups)]
@@ -310,7 +310,7 @@ class Attention(nn.Module):
 
     With t_latent the cache keeps the tokens as well: their embeddings e (B, S, C), normed, tell a part of all
     keys, `wt` e, which stands behind the latent key, and of all values, which hold e, too. Of these nothing
-    is cached, and wk and wv read e beside x, to take from it what e tells.
+    is cached; wk and wv read e beside x, to take away what e tells.
     """
 
     def __init__(self, config: ModelConfig, layer: int):
@@ -473,7 +473,7 @@ class Llama(nn.Module):
 
     def embedded(self, tokens: torch.Tensor, padding=None) -> torch.Tensor:
         """tokens (B, S) -> what latents know of the token alone: its normed embedding (B, S, C), but zeros
-        up to a text's first token, on which heads rest, and which is unlike the same token elsewhere."""
+        up to a text's first token, on which heads rest, unlike on the same token elsewhere."""
         e = F.rms_norm(self.tok_embeddings(tokens), (self.config.dim,), eps=self.config.norm_eps)
         first = 0 if padding is None else padding[:, None]
         return e * (torch.arange(tokens.shape[1], device=e.device) > first)[..., None]

@@ -72,7 +72,7 @@ def watch(model: Llama, tokens: torch.Tensor, observe: Callable) -> None:
 
 @torch.no_grad()
 def token_maps(model: Llama, tokens: torch.Tensor) -> list[torch.Tensor]:
-    """(C, C) of each layer, over tokens (N, T): what ridge regression tells of its attention's inputs from
+    """(C, C) of each layer, over tokens (N, T): what ridge regression tells of its inputs from
     `embedded`."""
     products, squares = [0] * len(model.layers), []
 

@@ -257,7 +257,7 @@ def of_first_layer(model: Llama, tokens: torch.Tensor) -> tuple:
     "queries, sizes, rows, tokens",
     [(48, {}, 6, 0), (16, {"v": 10}, 4, 0), (16, {"k": 12, "v": 6}, 6, 0), (16, {"k": 8, "v": 4}, 4, 1)],
 )
-def test_refitted_attention_has_the_least_errors_of_outputs(monkeypatch, queries, sizes, rows, tokens):
+def test_refitted_attention_has_the_least_errors(monkeypatch, queries, sizes, rows, tokens):
     """Of observed queries in as many rows as memory allows: KL divergence of attention weights, and errors
     divided by the stream's size; a change of all of wq, wk or wv costs as much as an error at 2 C tokens. The
     gradient of that sum, written by hand, becomes zero."""

@@ -73,7 +73,7 @@ def test_full_rank_beside_tokens_changes_nothing(shape):
 
 
 def test_what_tokens_tell_is_what_regression_on_their_embeddings_tells():
-    """Of each layer's attention inputs behind the first token, by numpy's least squares, the ridge in rows"""
+    """Of each layer's attention inputs behind the first token, by numpy's least squares, ridge as rows."""
     model, seen = frozen(seed=3).double(), []
     hooks = [layer.attention.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
              for layer in model.layers]  # fmt: skip
