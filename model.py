@@ -159,10 +159,12 @@ def rope_angles(c: ModelConfig, positions: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Multiply each interleaved pair (2f, 2f+1) of x (B, H or G, T, D), as a complex number, by cos + i sin:
-    RoPE's turn by the angle of its position, or a latent's coefficient (`k_mix`)."""
-    a, b = x[..., 0::2], x[..., 1::2]
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).type_as(x)
+    """Multiply each pair (2f, 2f+1) of x (B, H or G, T, D), as a complex number, by cos + i sin."""
+    if torch.compiler.is_compiling():  # which fuses this, but nothing complex
+        a, b = x[..., 0::2], x[..., 1::2]
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).type_as(x)
+    z = torch.view_as_complex(widen(x).unflatten(-1, (-1, 2)))  # one pass over x, not eight
+    return torch.view_as_real(z * torch.complex(widen(cos), widen(sin))).flatten(-2).type_as(x)
 
 
 # ---- attention over head groups ----
@@ -357,9 +359,9 @@ class Attention(nn.Module):
         """wq's output (B, T, H * D) -> (B, H, T, D), or as wide as a latent key, rotated."""
         q = x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         if self.k_mix is not None:
-            q = q.unflatten(-1, (-1, 2))[..., self.pairs, :].flatten(-2)
+            q = q.unflatten(-1, (-1, 2)).index_select(-2, self.pairs).flatten(-2)
             q = rotate(q, *self.k_mix[:, None].unbind(-1))
-            cos, sin = cos[..., self.pairs], sin[..., self.pairs]
+            cos, sin = (x.index_select(-1, self.pairs) for x in (cos, sin))
         return rotate(q, cos, sin)
 
     def keys(self, x: torch.Tensor, cos, sin, e=None) -> torch.Tensor:
@@ -367,7 +369,7 @@ class Attention(nn.Module):
         x = x if self.wt is None else torch.cat((x, self.wt(e).type_as(x)), dim=-1)
         k = x.unflatten(-1, (self.k_groups.n_group, -1)).transpose(1, 2)
         if self.k_mix is not None:
-            cos, sin = cos[..., self.pairs], sin[..., self.pairs]
+            cos, sin = (x.index_select(-1, self.pairs) for x in (cos, sin))
         return rotate(k, cos, sin)
 
     def values(self, x: torch.Tensor, k: torch.Tensor, e=None) -> torch.Tensor:
