@@ -15,7 +15,7 @@ from common import bounded, parse, require
 from data.tokenizer import read_tokenizer
 from eval_ppl import split_tokens
 from partition import budget, choose, even_counts, head_counts, latent_sizes
-from refit import STEPS, refit, statistics
+from refit import STEPS, refit, statistics, token_maps
 from study.bench import table
 
 ROWS = {  # one map for K and V?, which heads share, how they are merged, steps of refit (None: none at all)
@@ -30,6 +30,9 @@ ROWS = {  # one map for K and V?, which heads share, how they are merged, steps 
     "latents": (False, None, "latent", None),
     "latents + wo refitted": (False, None, "latent", 0),
     "latents + wq, wk and wv refitted": (False, None, "latent", STEPS),
+    "latents and tokens": (False, None, "tokens", None),
+    "latents and tokens + wo refitted": (False, None, "tokens", 0),
+    "latents and tokens + wq, wk and wv refitted": (False, None, "tokens", STEPS),
 }
 
 
@@ -64,16 +67,17 @@ def main() -> None:
     base, cells = gqa.perplexity_on(test, model), {(name, total): [] for name in ROWS for total in totals}
     print(f"perplexity {base:.4f} | {len(test) - 1:,} tokens of {source}", flush=True)
     for seed in tqdm(range(config.seeds), desc="comparing", disable=None, leave=False):
-        blocks, known = gqa.calibration_blocks(text, model, config.calibration_tokens, seed), {}
-        stats = statistics(model, blocks)
-        found = gqa.all_directions(model, stats)
-        losses = gqa.latent_losses(model, stats, found, blocks)
+        blocks, known, latents = gqa.calibration_blocks(text, model, config.calibration_tokens, seed), {}, {}
+        for how, maps in (("tokens", token_maps(model, blocks)), ("latent", None)):
+            stats = statistics(model, blocks, maps)
+            found = gqa.all_directions(model, stats)
+            latents[how] = stats, found, gqa.latent_losses(model, stats, found, blocks)
         for name, total in cells:
             joint, grouping, how, steps = ROWS[name]
-            if how == "latent":
-                sizes = latent_sizes(model, stats, found, losses, total / whole)
-                small = gqa.to_latents(model, stats, found, sizes)
-            else:
+            if how in latents:
+                sizes = latent_sizes(model, *latents[how], total / whole)
+                small = gqa.to_latents(model, *latents[how][:2], sizes)
+            else:  # `stats` are those of whole inputs, which came last
                 counts = even_counts(heads[joint], total * (2 - joint))  # a joint group is two: equal caches
                 small = gqa.merge(model, choose(model, stats, counts, grouping, seed, known), stats, how)
             if steps is not None:
