@@ -263,7 +263,8 @@ def decode_main() -> None:
         step = partial(model.compiled_step or model, prompt[:, :1], cache=caches[name])
         runs[name] = lambda step=step: step().sum().item()  # waits for a GPU
     for name, times in compared(runs, config.steps).items():
-        size = sum(x.nbytes for x in (*caches[name].keys, *caches[name].values))
+        stored = *caches[name].keys, *caches[name].values, caches[name].tokens
+        size = sum(x.nbytes for x in stored if x is not None)
         rows.append({"model": name, "cache_bytes": size, **times})
     show(config, rows)
 
