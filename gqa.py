@@ -8,8 +8,8 @@
 An attention layer has two symmetries, under which its weights change and its function does not:
 
     values  W_v^h may be multiplied by any invertible S, if W_o^h is multiplied by its inverse
-    keys    each RoPE pair of a head, a complex number, may be multiplied by any complex z, if the same pair
-            of the query is divided by conj(z); a more general map would not commute with RoPE
+    keys    each RoPE pair of a head, a complex number, may be multiplied by any complex z but 0, if the same
+            pair of the query is divided by conj(z); a more general map would not commute with RoPE
 
 Averaging heads that differ only by such a symmetry destroys them (`--merge mean`; GQA, arXiv 2305.13245).
 Here each group gets the shared head with the smallest squared error over the inputs of a text, by a truncated
@@ -24,7 +24,6 @@ keys and values are computed as far as it tells them, and latents the rest.
 import json
 import math
 from dataclasses import asdict, dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -51,19 +50,19 @@ MOST_CONTEXT = 1024  # longest calibration block, tokens; longer ones change few
 def directions(rows: torch.Tensor, weighted: torch.Tensor, C: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Order, z (..., n, C) and mix (..., n, n), of n `rows` and the same `weighted`: the last r of z, and the
     last r columns of mix, restore the rows with the least squared error of the weighted ones over inputs x,
-    the sum of all other e (Eckart-Young). `order` has the places of all e, those of large ones first.
+    the sum of all other energies (Eckart-Young). `order` has the places of all, those of large ones first.
 
-    With N the weighted rows, C = E[x x^H] and N C N^H = U diag(e) U^H, e ascending, the best approximation of
-    rank r of N C^(1/2) lies in the last r columns of U: z = U^H N, and least squares restores a row w from
-    U^H N x as w C N^H U / e. z is scaled to E|z x|^2 ~ sqrt(e), which loses least if all z x are rounded
-    alike, and to the length of `rows`.
+    With N the weighted rows, C = E[x x^H] and N C N^H = U diag(s) U^H, the energies s ascending, the best
+    approximation of rank r of N C^(1/2) lies in the last r columns of U: z = U^H N, and least squares
+    restores a row w from U^H N x as w C N^H U / s. z is scaled to E|z x|^2 ~ sqrt(s), which loses least if
+    all z x are rounded alike, and to the length of `rows`.
     """
-    e, U = torch.linalg.eigh(weighted @ C @ weighted.mH)
-    strength = e.clamp(min=max(1e-12 * e.max().item(), TINY))
+    energies, U = torch.linalg.eigh(weighted @ C @ weighted.mH)
+    strength = energies.clamp(min=max(1e-12 * energies.max().item(), TINY))
     z = strength[..., None] ** -0.25 * (U.mH @ weighted)
     size = (rows.abs().square().sum() / z.abs().square().sum()).sqrt().nan_to_num(1)  # all zero: any size
     mix = rows @ C @ weighted.mH @ U / (size * strength**0.75)[..., None, :]
-    return e.flatten().argsort(descending=True), size * z, mix
+    return energies.flatten().argsort(descending=True), size * z, mix
 
 
 # ---- groups ----
@@ -74,7 +73,7 @@ def merge_keys(attention: Attention, groups: Groups, stats: Statistics) -> tuple
 
     For a RoPE pair f one key row p' replaces the rows p_h of all heads h of the group: p_h ~ c_h p', c_h
     complex, and wq takes the factor conj(c_h). If pairs, queries and keys were independent (what this misses,
-    refit.py corrects), the error of the scores would be
+    refit.py corrects), the squared error of the scores would be in proportion to
 
         sum_h E|q_h,f|^2 E|(p_h - c_h p') x|^2
     """
@@ -98,7 +97,8 @@ def merge_values(attention: Attention, groups: Groups, stats: Statistics) -> tup
     as attention mixes them, averaged over all heads; the heads' errors are taken to be independent. A novel
     layer behind wv leaves no symmetry: its heads share the mean, weighted by |W_o^h|^2.
     """
-    values, readers, _, sizes = value_heads(attention, stats)
+    values, outputs, _, sizes = value_heads(attention, stats)
+    outputs = outputs.clone()
     _, rows, C = weighted_rows(attention, "v", stats)
     rows, D, shared = rows.reshape(values.shape), attention.head_dim, []
     for group in groups:
@@ -110,10 +110,9 @@ def merge_values(attention: Attention, groups: Groups, stats: Statistics) -> tup
         else:
             _, z, mix = directions(values[group].flatten(0, 1), rows[group].flatten(0, 1), C)
             for head, part in zip(group, mix[:, -D:].split(D)):
-                readers[head] = readers[head] @ part
+                outputs[attention.v_groups.of_head == head] @= part
             shared.append(z[-D:])
-    places = attention.v_groups.of_head.argsort(stable=True).argsort()  # of query heads in `readers`
-    return torch.cat(shared), torch.cat(readers)[places].transpose(0, 1).flatten(1)
+    return torch.cat(shared), outputs.transpose(0, 1).flatten(1)
 
 
 # ---- latents ----
@@ -121,8 +120,7 @@ def merge_values(attention: Attention, groups: Groups, stats: Statistics) -> tup
 
 def all_directions(model: Llama, stats: list[Statistics]) -> Directions:
     """`directions` of each layer's K, and of its V without a latent key."""
-    layers = [layer.attention for layer in model.layers]
-    slots = product(range(len(layers)), "kv")
+    layers, slots = [layer.attention for layer in model.layers], latent_units(model.config)[1]
     return {(i, kind): directions(*weighted_rows(layers[i], kind, stats[i])) for i, kind in slots}
 
 
@@ -142,11 +140,11 @@ def latent_value(attention: Attention, stats: Statistics, keys: torch.Tensor, si
     rows, weighted, C = weighted_rows(attention, "v", stats)
     squares = keys @ C @ keys.T
     squares.diagonal().add_(NOISE * squares.diagonal().mean())
-    told = C @ keys.T @ torch.linalg.pinv(squares, hermitian=True)
-    _, z, mix = latent(directions(rows, weighted, C - told @ keys @ C), size)
+    by_keys = C @ keys.T @ torch.linalg.pinv(squares, hermitian=True)
+    _, z, mix = latent(directions(rows, weighted, C - by_keys @ keys @ C), size)
     like = keys if keys.any() else rows[0]  # as large as these, or healing would diverge
     scale = ((like.square().mean() + TINY) / (z.square().mean() + TINY)).sqrt()
-    return scale * z, torch.cat((mix / scale, (rows[0] - mix @ z) @ told), 1)
+    return scale * z, torch.cat((mix / scale, (rows[0] - mix @ z) @ by_keys), 1)
 
 
 @torch.no_grad()
@@ -193,9 +191,9 @@ def to_latents(model: Llama, stats: list[Statistics], found: Directions, sizes: 
 
 
 def size_products(keys: Attention, values: Attention, orders: list, told, unit: int, args: tuple, g):
-    """g . y (B, T, units) for the output y and its gradient g (B, T, C), if only the first 1, 2, ... units of
-    a latent key were kept, or of a latent value: y adds up over its numbers, scores over the key's. What the
-    token tells of x, `told` (C, C) times e, is kept."""
+    """Twice g . y (B, T, units), of the output y and its gradient g (B, T, C): if a latent key, then if a
+    latent value, had only its first 1, 2, ... units. y adds up over a value's numbers, scores over a key's.
+    What the token tells of x, `told` (C, C) times e, is kept."""
     x, *rope, e = args
     of_token = torch.zeros_like(x) if told is None else e @ told.type_as(e).T
     (q, k, _), k_told = keys.project(x, *rope), keys.project(of_token, *rope)[1]

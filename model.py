@@ -65,7 +65,7 @@ class ModelConfig:
     # instead of groups (see Attention): [layer][RoPE pair] -> complex numbers cached, [layer] -> numbers
     k_latent: Maps | None = field(default=None, metadata=NO_FLAG)
     v_latent: list[int] | None = field(default=None, metadata=NO_FLAG)
-    # [layer] -> keys, as wide as heads, that are computed from the token alone, beside both latents
+    # [layer] -> how many key heads are computed from the token alone, beside both latents
     t_latent: list[int] | None = field(default=None, metadata=NO_FLAG)
 
     def __post_init__(self):
@@ -184,7 +184,7 @@ class HeadGroups(nn.Module):
         self.of_list, self.n_group, self.size = list(of_head), len(members), max(map(len, members))
         rows = [head for heads in members for head in heads + heads[:1] * (self.size - len(heads))]
         slots = [rows.index(head) for head in range(len(of_head))]
-        self.in_order = slots == list(range(len(rows)))  # MHA, GQA, MQA: gather and scatter are views
+        self.in_order = slots == list(range(len(rows)))  # MHA, GQA, MQA: no head moves or repeats
         for name, index in (("of_head", of_head), ("rows", rows), ("slots", slots)):
             # on the CPU even inside `with torch.device("meta")`: a checkpoint does not hold these
             self.register_buffer(name, torch.tensor(index, device="cpu"), persistent=False)
@@ -207,9 +207,9 @@ def hartley(n: int) -> torch.Tensor:
     return fourier.real - fourier.imag
 
 
-def turned(x: torch.Tensor, turn: torch.Tensor | None) -> torch.Tensor:
+def spread(x: torch.Tensor, matrix: torch.Tensor | None) -> torch.Tensor:
     """x in Hartley's basis, or back."""
-    return x if turn is None else x @ turn.type_as(x)
+    return x if matrix is None else x @ matrix.type_as(x)
 
 
 def pack(x: torch.Tensor, bits: int) -> torch.Tensor:
@@ -320,24 +320,24 @@ class Attention(nn.Module):
         self.layer, self.head_dim, self.kv_bits = layer, config.head_dim, config.kv_bits
         self.attend = ATTENTION[config.attention]
         H, D, k_ranks, v_rank = config.n_head, self.head_dim, config.k_latent[layer], config.v_latent[layer]
-        told = config.t_latent[layer]
+        t_heads = config.t_latent[layer]
         self.k_groups, self.v_groups = HeadGroups(config.k_groups[layer]), HeadGroups(config.v_groups[layer])
         k_width, v_width = config.kv_widths[layer]
         self.wq = nn.Linear(config.dim, H * D, bias=False)
-        self.wk = nn.Linear(config.dim * (1 + bool(told)), k_width, bias=False)
-        self.wv = nn.Linear(config.dim * (1 + bool(told)), v_width, bias=False)
+        self.wk = nn.Linear(config.dim * (1 + bool(t_heads)), k_width, bias=False)
+        self.wv = nn.Linear(config.dim * (1 + bool(t_heads)), v_width, bias=False)
         self.wo = nn.Linear(H * D, config.dim, bias=False)
-        self.wt = nn.Linear(config.dim, told * D, bias=False) if told else None
+        self.wt = nn.Linear(config.dim, t_heads * D, bias=False) if t_heads else None
         pairs = [f for f, r in enumerate(k_ranks) for _ in range(r)]  # of the numbers of a latent key
-        pairs += [*range(D // 2)] * told
+        pairs += [*range(D // 2)] * t_heads
         self.k_mix = nn.Parameter(torch.randn(H, len(pairs), 2), False) if k_ranks else None  # fixed
         self.reads_keys = bool(k_ranks and v_rank)  # whether values hold the latent key
-        width = v_rank + k_width * self.reads_keys + config.dim * bool(told)
+        width = v_rank + k_width * self.reads_keys + config.dim * bool(t_heads)
         self.v_mix = nn.Parameter(torch.randn(H, width, D) * width**-0.5, False) if v_rank else None
         self.register_buffer("pairs", torch.tensor(pairs, device="cpu", dtype=torch.int64), persistent=False)
-        turn = hartley if self.kv_bits < 16 else lambda width: None
-        self.register_buffer("k_turn", turn(k_width // self.k_groups.n_group), persistent=False)
-        self.register_buffer("v_turn", turn(v_width // self.v_groups.n_group), persistent=False)
+        matrix = hartley if self.kv_bits < 16 else lambda width: None
+        self.register_buffer("k_hartley", matrix(k_width // self.k_groups.n_group), persistent=False)
+        self.register_buffer("v_hartley", matrix(v_width // self.v_groups.n_group), persistent=False)
         self.novel = nn.Linear(D, D) if config.novel else None
         self.gate = nn.Linear(config.dim, H, bias=False) if config.gated else None
 
@@ -380,24 +380,24 @@ class Attention(nn.Module):
 
     def head_outputs(self, x, cos, sin, e=None, mask=None, cache: KVCache | None = None) -> torch.Tensor:
         """x (B, T, C) -> the outputs of all heads, side by side (B, T, H * D), which `wo` adds up. cos, sin
-        are of T tokens, or of all S that the cache will hold, as they must be where values hold the key, and
-        like e (B, S, C), the embeddings for t_latent."""
+        are of the T tokens; where values hold the key, of all S that the cache will hold, as is e (B, S, C),
+        the embeddings for t_latent."""
         now = cos[-x.shape[1] :], sin[-x.shape[1] :]
         both = self.beside(x, e)
         q, k, v = self.queries(self.wq(x), *now), self.wk(both), self.wv(both)
         if self.reads_keys:
             k, v = self.stored(k[:, None], v[:, None], cache)
-            k, v = turned(k, self.k_turn)[:, 0], turned(v, self.v_turn)[:, 0]
+            k, v = spread(k, self.k_hartley)[:, 0], spread(v, self.v_hartley)[:, 0]
             k, v = self.keys(k, cos, sin, e), self.values(v, k, e)  # which hold k before RoPE
         else:  # all keys and values stay turned, which takes fewer products
             k, v = self.stored(self.keys(k, *now), self.values(v, k), cache)
-            q = turned(q, self.k_turn)
+            q = spread(q, self.k_hartley)
         y = self.attend(q, k, v, self.k_groups, self.v_groups, mask)
-        return self.readout(y if self.reads_keys else turned(y, self.v_turn), x)
+        return self.readout(y if self.reads_keys else spread(y, self.v_hartley), x)
 
     def stored(self, k, v, cache: KVCache | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values (B, G, T, D) -> all, as a cache returns them (B, G, S, D); gradients pass."""
-        k, v, bits = turned(k, self.k_turn), turned(v, self.v_turn), self.kv_bits
+        """Keys and values (B, G, T, D) -> all, in Hartley's basis and rounded to kv_bits (B, G, S, D)."""
+        k, v, bits = spread(k, self.k_hartley), spread(v, self.v_hartley), self.kv_bits
         if cache is not None:
             return cache.append(self.layer, k, v)
         if bits == 16:
@@ -475,7 +475,7 @@ class Llama(nn.Module):
 
     def embedded(self, tokens: torch.Tensor, padding=None) -> torch.Tensor:
         """tokens (B, S) -> what latents know of the token alone: its normed embedding (B, S, C), but zeros
-        up to a text's first token, on which heads rest, unlike on the same token elsewhere."""
+        for padding and a text's first token, on which heads rest, unlike on the same token elsewhere."""
         e = F.rms_norm(self.tok_embeddings(tokens), (self.config.dim,), eps=self.config.norm_eps)
         first = 0 if padding is None else padding[:, None]
         return e * (torch.arange(tokens.shape[1], device=e.device) > first)[..., None]
@@ -494,8 +494,8 @@ class Llama(nn.Module):
             mask = seen <= positions[:, None]  # (T, S)
             if padding is not None:  # (B, 1, T, S); a padded query sees itself: with nothing to see it is NaN
                 mask = mask & ((seen >= padding[:, None, None, None]) | (seen == positions[:, None]))
-        unturned = any(layer.attention.reads_keys for layer in self.layers)  # keys are cached before RoPE
-        cos, sin = rope_angles(self.config, seen if unturned else positions)
+        before_rope = any(layer.attention.reads_keys for layer in self.layers)  # keys are cached so
+        cos, sin = rope_angles(self.config, seen if before_rope else positions)
         e, x = None, self.dropout(self.tok_embeddings(tokens))
         if any(self.config.t_latent):
             if cache is not None:
@@ -607,5 +607,5 @@ def pick_token(logits: torch.Tensor, temperature: float, top_p: float, generator
     if top_p < 1:  # sorting may take as long as a forward
         ranked, order = p.sort(descending=True)
         before = ranked.cumsum(-1) - ranked  # mass of the likelier tokens; the first always stays
-        p = p.scatter(-1, order, ranked.masked_fill(before >= top_p, 0))
+        p = p.scatter(-1, order, ranked.masked_fill(before >= max(top_p, 1e-9), 0))
     return torch.multinomial(p, 1, generator=generator)

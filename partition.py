@@ -39,14 +39,13 @@ def real_rows(z: torch.Tensor) -> torch.Tensor:
 
 
 def value_heads(attention: Attention, stats: Statistics) -> tuple:
-    """Of each value head wv (G, D, C), wo of the s query heads that read it (s, C, D), and the sum over these
-    of E[gate^2] wo^T wo (G, D, D), with its trace (G,)."""
+    """Of each value head wv (G, D, C), of each query head wo (H, C, D), and for each value head the sum over
+    its readers of E[gate^2] wo^T wo (G, D, D), with its trace (G,)."""
     values = attention.wv.weight.double().unflatten(0, (-1, attention.head_dim))
     outputs = attention.wo.weight.double().unflatten(1, (-1, attention.head_dim)).transpose(0, 1)
     squares = stats.gates[:, None, None] * (outputs.mT @ outputs)
-    own = [attention.v_groups.of_head == head for head in range(len(values))]
-    grams = torch.stack([squares[of].sum(0) for of in own])
-    return values, [outputs[of] for of in own], grams, grams.diagonal(dim1=1, dim2=2).sum(1)
+    grams = torch.zeros_like(squares[: len(values)]).index_add_(0, attention.v_groups.of_head, squares)
+    return values, outputs, grams, grams.diagonal(dim1=1, dim2=2).sum(1)
 
 
 def weighted_rows(attention: Attention, kind: str, stats: Statistics) -> tuple[torch.Tensor, ...]:
@@ -62,8 +61,8 @@ def weighted_rows(attention: Attention, kind: str, stats: Statistics) -> tuple[t
         return rows, energy.sqrt().T[..., None] * rows, stats.inputs.to(rows.dtype)
     values, _, grams, sizes = value_heads(attention, stats)
     if attention.novel is None:
-        e, U = torch.linalg.eigh(grams)
-        weighted = e.clamp(min=0).sqrt()[..., None] * (U.mT @ values)
+        energies, U = torch.linalg.eigh(grams)
+        weighted = energies.clamp(min=0).sqrt()[..., None] * (U.mT @ values)
     else:
         weighted = sizes.clamp(min=TINY).sqrt()[:, None, None] * values
     return values.flatten(0, 1)[None], weighted.flatten(0, 1)[None], stats.mixed
@@ -275,14 +274,14 @@ def latent_units(c: ModelConfig) -> tuple[int, Counts]:
 
 
 def beside_keys(keys: torch.Tensor, values: torch.Tensor, C: torch.Tensor, unit: int, alone: np.ndarray):
-    """What 1, 2, ... units of a layer's latent value lose beside 1, 2, ... units of a latent key (units of K,
-    units of V): as much as `alone`, without a key, where as much energy of the values is lost. keys (n, C),
-    the strongest first, and values (m, C) are all directions of the two, C = E[m m^T]."""
+    """(units of K, units of V): the loss of a latent value of 1, 2, ... units beside a latent key of as many
+    or others, looked up in `alone`, the losses without a key, where as much energy of the values is dropped.
+    keys and values (n, C) are all directions of the two, the strongest keys first, C = E[m m^T]."""
     values = values * ((values @ C) * values).sum(1, keepdim=True).sqrt()  # to |values m|^2 their energy
     squares, energies = keys @ C @ keys.T, [values @ C @ values.T]
     squares.diagonal().add_(1e-9 * squares.diagonal().mean() + TINY)
-    told = torch.linalg.solve_triangular(torch.linalg.cholesky(squares), keys @ C @ values.T, upper=False)
-    for of_unit in told.split(unit):  # each unit tells more
+    by_keys = torch.linalg.solve_triangular(torch.linalg.cholesky(squares), keys @ C @ values.T, upper=False)
+    for of_unit in by_keys.split(unit):  # each unit tells more
         energies.append(energies[-1] - of_unit.T @ of_unit)
     dropped = [torch.linalg.eigvalsh(left).clamp(min=0).cumsum(0).flip(0)[unit::unit] for left in energies]
     lost = np.pad(torch.stack(dropped).cpu().numpy(), ((0, 0), (0, 1)))  # units of all values lose nothing

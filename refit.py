@@ -89,33 +89,31 @@ def token_maps(model: Llama, tokens: torch.Tensor) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def statistics(model: Llama, tokens: torch.Tensor, maps: list | None = None) -> list[Statistics]:
+def statistics(model: Llama, tokens: torch.Tensor, told: list | None = None) -> list[Statistics]:
     """Of every layer, over tokens (N, T); with its `token_maps`, of what these do not tell."""
-    stats = [Statistics(0, 0, 0, 0) for _ in model.layers]
+    stats = [Statistics(0, 0, 0, 0, of_layer) for of_layer in told or [None] * len(model.layers)]
     some, seen = observed(tokens.shape[1], tokens.device)
+    count, observations = tokens.numel(), len(tokens) * len(seen) * model.config.n_head
 
     def observe(attention: Attention, x: torch.Tensor, rope, e: torch.Tensor) -> None:
-        q, k, _ = attention.project(x, *rope)
-        left = x - e @ maps[attention.layer].type_as(e).T if maps else x
+        (q, k, _), means = attention.project(x, *rope), stats[attention.layer]
+        left = x if means.told is None else x - e @ means.told.type_as(e).T
         m = (scores(q[:, :, some], k, attention.k_groups, seen).softmax(-1) @ left[:, None]).flatten(0, 2)
-        sums, rows = stats[attention.layer], left.flatten(0, 1)
-        sums.inputs += (rows.T @ rows).double()
-        sums.mixed += (m.T @ m).double()
+        rows = left.flatten(0, 1)
+        means.inputs += (rows.T @ rows).double() / count
+        means.mixed += (m.T @ m).double() / observations
         gates = attention.gate(x).sigmoid() if attention.gate else x.new_ones(*x.shape[:2], q.shape[1])
-        sums.gates += gates.double().square().sum(dim=(0, 1))
-        sums.energy += q.unflatten(-1, (-1, 2)).square().sum(dim=(0, 2, 4), dtype=torch.float64)
+        means.gates += gates.double().square().sum(dim=(0, 1)) / count
+        means.energy += q.unflatten(-1, (-1, 2)).square().sum(dim=(0, 2, 4), dtype=torch.float64) / count
 
     watch(model, tokens, observe)
-    count, observations = tokens.numel(), len(tokens) * len(seen) * model.config.n_head
-    counts = (count, observations, count, count)
-    means = [[total / n for total, n in zip(vars(s).values(), counts)] for s in stats]
-    return [Statistics(*of_layer, told) for of_layer, told in zip(means, maps or [None] * len(stats))]
+    return stats
 
 
 @torch.enable_grad()
 def sensitivity(model: Llama, tokens: torch.Tensor) -> list[list[tuple]]:
     """[layer][batch], on the first tokens (N, T): the attention's arguments (x, cos, sin, e), its output y,
-    and the gradient at y of the log-likelihood of tokens drawn from it; x, e, y and gradient (B, T, C)."""
+    and the gradient at y of the log-likelihood of tokens that the model draws; all but angles (B, T, C)."""
     tokens = tokens[: max(1, SENSED // tokens.shape[1])]
     found, generator = [[] for _ in model.layers], torch.Generator(tokens.device).manual_seed(0)
 
@@ -150,7 +148,8 @@ def divergence(attention: Attention, found: list[tuple]) -> float:
 @torch.no_grad()
 def refit(model: Llama, original: Llama, tokens: torch.Tensor, steps: int = STEPS, quiet=True) -> Llama:
     """Give a merged model new wo and, in `steps` of L-BFGS, new wq, wk and wv, over tokens (N, T), bottom
-    layer first. Layers that do what the original does stay as they are, bit for bit."""
+    layer first. Layers below the first merged one stay as they are, bit for bit; one that was not merged, but
+    stands above it, gets only a new wo."""
     x = y = original.tok_embeddings(tokens)  # the residual streams of the original and of the model
     rope = rope_angles(original.config, torch.arange(tokens.shape[1], device=tokens.device))
     e = original.embedded(tokens)
@@ -158,7 +157,7 @@ def refit(model: Llama, original: Llama, tokens: torch.Tensor, steps: int = STEP
     for theirs, ours in zip(original.layers, layers):
         a, b = theirs.attention_norm(x), ours.attention_norm(y)
         old, new = theirs.attention.state_dict(), ours.attention.state_dict()
-        changed = [name for name in new if name not in old or not torch.equal(old[name], new[name])]
+        changed = any(name not in old or not torch.equal(old[name], new[name]) for name in new)
         output = torch.cat([theirs.attention(part, *rope) for part in a.split(SLICE)])
         goal, weight = x + output - y, 1 / (x + output).norm(dim=-1).clamp(min=TINY)
         if steps and changed:
@@ -168,7 +167,7 @@ def refit(model: Llama, original: Llama, tokens: torch.Tensor, steps: int = STEP
         heads = torch.cat([ours.attention.head_outputs(part, *rope, of) for part, of in parts])
         if changed or not torch.equal(x, y):
             refit_output(ours.attention.wo, heads, goal, weight)
-        x, y = x + output, y + ours.attention.wo(heads)
+        x, y = x + output, y + torch.cat([ours.attention.wo(part) for part in heads.split(SLICE)])
         x = torch.cat([part + theirs.feed_forward(theirs.ffn_norm(part)) for part in x.split(SLICE)])
         y = torch.cat([part + ours.feed_forward(ours.ffn_norm(part)) for part in y.split(SLICE)])
     return model
@@ -244,7 +243,7 @@ def minimise(attend, linears: list[nn.Linear], roots, slices: list, count: int, 
         for part, p, *given in slices:
             log_weights, error = attend(part, *given, *weights())
             of_slice = error.square().sum() - (p * log_weights).sum() / count  # KL but for a constant
-            of_slice.backward(inputs=changes)  # not of v_mix and wo
+            of_slice.backward(inputs=changes)  # not of wo, novel and gate
             total += of_slice.detach()
         return total
 
@@ -256,9 +255,9 @@ def minimise(attend, linears: list[nn.Linear], roots, slices: list, count: int, 
 
 @torch.enable_grad()
 def slopes(attend, weights: list[torch.Tensor], inverses, slices: list, count: int) -> list[torch.Tensor]:
-    """(n, 1) for each of weights (n, C): the root mean square derivative by each row of it, over whitened
-    inputs, of y whose squared changes are about those of what is minimised. One backward pass with random
-    signs estimates it: the diagonal of K-FAC's factor of the outputs (arXiv 1503.05671)."""
+    """For each of weights (n, C) its rows' slopes (n, 1): root mean square derivatives, over whitened inputs,
+    of a vector y whose squared changes are about those of what is minimised. One backward pass with random
+    signs estimates them: the diagonal of K-FAC's factor of the outputs (arXiv 1503.05671)."""
     generator = torch.Generator(weights[0].device).manual_seed(0)
     weights, squares = [w.detach().requires_grad_() for w in weights], [0] * len(weights)
     for part, _, *given in slices:

@@ -105,12 +105,13 @@ def draw_loss(runs: list[str], x: str, train: bool) -> Figure:
 @torch.no_grad()
 def attention_weights(model: Llama, ids: list[int]) -> torch.Tensor:
     """(layers, H, T, T): how much of its attention each query gives to each token."""
-    x, found = model.tok_embeddings(torch.tensor([ids])), []
+    tokens, found = torch.tensor([ids]), []
+    x, e = model.tok_embeddings(tokens), model.embedded(tokens)
     rope = rope_angles(model.config, torch.arange(len(ids)))
     for layer in model.layers:
-        q, k, _ = layer.attention.project(layer.attention_norm(x), *rope)
+        q, k, _ = layer.attention.project(layer.attention_norm(x), *rope, e)
         found.append(scores(q, k, layer.attention.k_groups).softmax(-1)[0].float())
-        x = layer(x, *rope)
+        x = layer(x, *rope, e)
     return torch.stack(found)
 
 

@@ -18,6 +18,7 @@ from model import KVCache, hartley, pack, unpack
 from partition import Costs, beside_keys, exact_partitions, latent_sizes, latent_units, weighted_rows
 from refit import RIDGE, divergence, refit, sensitivity, statistics, token_maps
 from sample import compile_step
+from study.plot import attention_weights
 
 
 def of_tokens(model):
@@ -65,6 +66,7 @@ def test_full_rank_beside_tokens_changes_nothing(shape):
     small = to_latents(model, stats, found, sizes)
     assert small.config.kv_bytes_per_token(1) == model.config.kv_bytes_per_token(1) + 4
     assert_close(small(TOKENS), model(TOKENS), 1e-7)
+    assert_close(*(attention_weights(m, TOKENS[0].tolist()) for m in (small, model)), 1e-7)
     unit, predicted = latent_units(model.config)[0], latent_losses(model, stats, found, TOKENS)[::2]
     for layer, losses in enumerate(predicted if shape != "novel" else ()):  # which are of first order
         own = {(layer, "v"): sizes[layer, "v"]}

@@ -121,8 +121,8 @@ def test_compiled_models_write_their_own_text_and_do_not_compile_anew():
 
 def test_sampling_follows_the_temperature_and_top_p_leaves_the_smallest_sufficient_set():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(2000, 1)
-    draw = {top_p: set(pick_token(logits, 1.0, top_p).flatten().tolist()) for top_p in (0.4, 0.6, 0.9, 1.0)}
-    assert draw == {0.4: {0}, 0.6: {0, 1}, 0.9: {0, 1, 2}, 1.0: {0, 1, 2, 3}}
+    draw = {p: set(pick_token(logits, 1.0, p).flatten().tolist()) for p in (0, 0.4, 0.6, 0.9, 1.0)}
+    assert draw == {0: {0}, 0.4: {0}, 0.6: {0, 1}, 0.9: {0, 1, 2}, 1.0: {0, 1, 2, 3}}
     logits, generator = torch.tensor([[2.0, 1.0, 0.0]]).repeat(20000, 1), torch.Generator().manual_seed(0)
     for top_p, left in ((1.0, 3), (0.7, 2)):
         share = torch.bincount(pick_token(logits, 2.0, top_p, generator).flatten(), minlength=left) / 20000
