@@ -99,7 +99,7 @@ class Parser(argparse.ArgumentParser):
 
 def add_flags(parser: Parser, cls: type) -> None:
     """Give the parser one argument for each field of `cls`."""
-    source = "".join(inspect.getsource(c) for c in cls.__mro__ if dataclasses.is_dataclass(c))
+    source = "".join(inspect.getsource(c) for c in reversed(cls.__mro__) if dataclasses.is_dataclass(c))
     comments = dict(re.findall(r"^    (\w+): [^#\n]*# (.+)$", source, re.MULTILINE))
     kinds, group = typing.get_type_hints(cls), parser.add_argument_group(cls.__doc__)
     for field in [field for field in dataclasses.fields(cls) if field.metadata != NO_FLAG]:

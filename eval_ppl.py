@@ -172,7 +172,8 @@ def main() -> None:
         return
     print(f"{config.ckpt} on {source}, {str(dtype).removeprefix('torch.')} products")
     protocol = f"{record['tokens']:,} tokens, context {config.context}, {record['tokenizer']}"
-    more = {"blocks": "", "sliding": f", stride {config.stride}", "block_mean": ", whole blocks only"}
+    cut = ", whole blocks only" * (record["tokens"] >= config.context)
+    more = {"blocks": "", "sliding": f", stride {config.stride}", "block_mean": cut}
     for method in METHODS:
         if record[method] is not None:
             print(f"perplexity {record[method]:.4f} | {method} | {protocol}{more[method]}")

@@ -93,7 +93,7 @@ def adapters(model: nn.Module) -> list[LoRALinear]:
 
 
 def plain(model: Llama) -> Llama:
-    """An ordinary Llama: adapters merged, quantized layers dequantized, the wrappers gone."""
+    """The model, in place an ordinary Llama: adapters merged, 4 bits dequantized, the wrappers gone."""
     if isinstance(model.output, LoRALinear):  # an adapted output is no longer the embeddings
         model.config.tie_embeddings = False
     replace(model, TARGETS, (LoRALinear, NF4Linear), lambda layer: layer.to_linear())

@@ -65,8 +65,8 @@ def dequantize(codes: torch.Tensor, absmax: torch.Tensor, scales: torch.Tensor, 
 
 
 class FrozenProduct(torch.autograd.Function):
-    """product(x, W) = x W^T; W, which gets no gradient, is dequantized in the forward, and again in the
-    backward, so that it need not be kept in between."""
+    """product(x, W) = x W^T, computed in one piece or in study/attention.py's slices. W, which gets no
+    gradient, is dequantized in the forward, and again in the backward, so that it need not be kept."""
 
     @staticmethod
     def forward(ctx, x, codes, absmax, scales, shape, product):

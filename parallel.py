@@ -130,7 +130,7 @@ def whole(state, seen: dict | None = None):
 
 
 def shard(x: torch.Tensor, like: nn.Parameter) -> torch.Tensor:
-    """This rank's shard of what each rank has whole, if its parameter is sharded."""
+    """This rank's shard of x, which each rank has whole; x itself, if its parameter is not sharded."""
     if not hasattr(like, "full_tensor") or x.shape != like.shape:
         return x
     from torch.distributed.tensor import distribute_tensor

@@ -10,8 +10,8 @@ from one backward pass the KL divergence that fewer groups in one slot (a layer'
 spends the budget so that the sum is smallest. Then it moves one group from a slot to another, in any grouping
 measured so far, the best predicted move first. `random` draws each head's group.
 
-The val split is cut in three: the search reads the first part, the second ranks its best three beside even
-groups, the third reports. The evaluations are lines of a JSONL file: an interrupted search goes on from
+The search reads the first --search_tokens of the val split, the next as many rank its best three beside even
+groups, and the next report. The evaluations are lines of a JSONL file: an interrupted search goes on from
 there, and one for another budget, given the same --log, measures none of them again.
 """
 
@@ -39,7 +39,7 @@ from partition import (
 )  # fmt: skip
 from refit import STEPS, divergence, refit, sensitivity, statistics
 
-LEFT = {"k": 0.3}  # of what merged keys lose, about, once wq and wk are refitted
+LEFT = {"k": 0.3}  # of what merged keys lose, about, once wq and wk are refitted (not with --joint)
 
 
 @dataclass
@@ -151,7 +151,7 @@ class Search:
         return {"groups": heads / 2, "kv_bytes": kv_bytes, "k_groups": maps[0], "v_groups": maps[1]}
 
     def grouped(self, maps: tuple[Maps, Maps], part: int = 1) -> Llama:
-        """What gqa.py makes of these groups, refitted with 1 / `part` of blocks and, at most, of steps."""
+        """What gqa.py makes of these groups with this --refit, on 1 / `part` of blocks, in as few steps."""
         small = merge(self.model, maps, self.stats, self.config.merge)
         if self.config.refit == "none":
             return small
@@ -200,25 +200,24 @@ def knapsack_search(search: Search) -> None:
     one slot to another, is predicted to have their loss plus the change of the two slots' divergence."""
     kl_of, original_loss = predict(search), search.judge(search.model)[0]
     best_of = knapsack(list(kl_of.values()))
-    predicted, measured, moves = {}, set(), set()  # {numbers of groups in all slots: value}
+    predicted, measured = {}, set()  # {numbers of groups in all slots: (value, note)}
     for kl, counts in [best_of[search.total]] if search.total else best_of.values():
         sizes = search.described(search.maps(dict(zip(search.heads, counts))))
-        predicted[tuple(counts)] = search.value({**sizes, "loss": original_loss + kl})
+        predicted[tuple(counts)] = search.value({**sizes, "loss": original_loss + kl}), "knapsack"
     while predicted and search.evals < search.config.max_evals:
         best = min(predicted, key=predicted.get)
-        del predicted[best]
+        _, how = predicted.pop(best)
         measured.add(best)
         now = dict(zip(search.heads, best))
-        record = search.measure(search.maps(now), "move" if best in moves else "knapsack")
+        record = search.measure(search.maps(now), how)
         for giver, taker in permutations(now, 2):
             there = {**now, giver: now[giver] - 1, taker: now[taker] + 1}
             near = tuple(there.values())
             if there[giver] and there[taker] <= search.heads[taker] and near not in measured:
                 change = sum(kl_of[s][there[s] - 1] - kl_of[s][now[s] - 1] for s in (giver, taker))
                 value = search.value({**record, "loss": record["loss"] + change})
-                if value < predicted.get(near, math.inf):
-                    predicted[near] = value
-                    moves.add(near)
+                if value < predicted.get(near, (math.inf,))[0]:
+                    predicted[near] = value, "move"
 
 
 def random_search(search: Search) -> None:
@@ -281,7 +280,7 @@ def main() -> None:
         print(f"  {ratio} | {cache}{value} | {row['name']}")
     print(f"{search.evals} groupings looked at; all measurements are in {config.log}")
     how, small = f" --dataset {config.dataset}" if config.dataset else "", Path(config.out).with_suffix("")
-    how += " --merge mean" * (config.merge == "mean") + " --refit none" * (config.refit == "none")
+    how += " --merge mean" * (config.merge == "mean") + f" --refit {config.refit}" * (config.refit != "all")
     how += f" --seed {config.seed} --calibration_tokens {config.calibration_tokens}"
     print(f"--- next:\npython gqa.py {config.ckpt} --groups {config.out} --out {small}-grouped.pt{how}")
 

@@ -64,7 +64,7 @@ class TrainConfig:
     batch_size: int = bounded(16, 1, 2**20)  # sequences of one micro-batch, divided among the processes
     grad_accum: int = bounded(1, 1, 2**20)  # micro-batches of one step
     max_steps: int = bounded(500, 1)  # optimizer steps
-    epochs: float | None = bounded(None, 0, 1e6)  # passes over the train split, in place of max_steps
+    epochs: float | None = bounded(None, 1e-9, 1e6)  # passes over the train split, in place of max_steps
     lr: float = bounded(0.01, 0, 1e9)  # peak; unless given, with adamw .002, tuning .001, LoRA .005
     min_lr: float = bounded(0.0, 0, 1e9)  # learning rate one step after the last
     warmup_steps: int = bounded(10, 0)  # steps over which the learning rate rises from 0
@@ -370,7 +370,7 @@ def describe(model: Llama, config: TrainConfig, lora: LoRAConfig, data: Text | E
         on = f"LoRA of rank {lora.lora_r} on {' '.join(lora.lora_targets)}"
         on += f", base in {lora.quantize}" * (lora.quantize != "none")
         print(f"trainable: {trainable:,} of {params:,} parameters ({100 * trainable / params:.2f}%) | {on}")
-    epochs = config.max_steps * config.grad_accum / data.batches(config.batch_size)
+    epochs = config.max_steps / data.steps_per_epoch(config.batch_size * config.grad_accum)
     batch = f"{config.grad_accum} x {config.batch_size} sequences of up to {c.block_size} tokens"
     print(f"batch: {batch}; {config.max_steps:,} steps = {epochs:.3f} epochs of {config.dataset}")
     settings = {"model": asdict(c), "lora": asdict(lora), "train": asdict(config)}
@@ -477,7 +477,7 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
     kind = Examples if meta["kind"] == "instructions" else Text
     data, val_data = (kind(folder, meta, split, c.block_size) for split in ("train", "val"))
     if "epochs" in flags:
-        steps = config.epochs * data.batches(config.batch_size) / config.grad_accum
+        steps = config.epochs * data.steps_per_epoch(config.batch_size * config.grad_accum)
         config.max_steps = max(1, math.ceil(round(steps, 6)))  # 9 / 7 * 21 > 27
     last = config.max_steps
 

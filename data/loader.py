@@ -83,14 +83,14 @@ class Text:
         data = torch.from_numpy(np.stack([self.tokens[s : s + T + 1] for s in starts]).astype(np.int64))
         return [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in data.split(batch_size)]
 
-    def batches(self, batch_size: int) -> float:
-        """Micro-batches of an epoch."""
-        return len(self.tokens) / self.block_size / batch_size
+    def steps_per_epoch(self, rows: int) -> float:
+        """Steps of `rows` blocks in an epoch."""
+        return (len(self.tokens) - self.block_size) // self.block_size / rows
 
-    def some(self, most: int) -> list[tuple]:
-        """Blocks of some `most` tokens, evenly spread, each as a prompt of one token and an answer."""
+    def some(self, about: int) -> list[tuple]:
+        """Blocks of about so many tokens, evenly spread, each as a prompt of one token and an answer."""
         T, size = self.block_size, len(self.tokens)
-        starts = range(0, size - 1, max(T, T * size // most))
+        starts = range(0, size - 1, max(T, T * size // about))
         return [(self.tokens[at : at + 1], self.tokens[at + 1 : at + T + 1]) for at in starts]
 
 
@@ -126,28 +126,30 @@ class Examples:
         start, answer, end = self.spans[row]
         return self.tokens[start:answer], self.tokens[answer:end]
 
-    def batches(self, batch_size: int) -> int:
-        """Micro-batches of an epoch; one may be shorter."""
-        return -(-len(self.spans) // batch_size)
+    def steps_per_epoch(self, rows: int) -> int:
+        """Steps of up to `rows` examples in an epoch; one may be shorter."""
+        return -(-len(self.spans) // rows)
 
-    def some(self, most: int) -> list[tuple]:
-        """Prompts and answers of some `most` tokens, evenly spread, then sorted by length: little padding."""
-        rows = range(0, len(self.spans), max(1, int(self.lengths.sum()) // most))
+    def some(self, about: int) -> list[tuple]:
+        """Prompts and answers of about so many tokens, evenly spread; then by length, for little padding."""
+        n = len(self.spans)
+        count = max(1, min(n, round(n * about / int(self.lengths.sum()))))
+        rows = (n * i // count for i in range(count))
         return [self.parts(row) for row in sorted(rows, key=self.lengths.__getitem__)]
 
     @lru_cache(maxsize=2)  # noqa: B019
-    def epoch(self, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-        """The rows of each micro-batch: shuffle, sort pools of 64 batches by length, cut, shuffle."""
-        rng, batches = np.random.default_rng((seed, epoch)), []
-        order, size = rng.permutation(len(self.spans)), 64 * batch_size
+    def epoch(self, rows: int, seed: int, epoch: int) -> list[np.ndarray]:
+        """The rows of each step: shuffle, sort pools of 64 steps by length, cut, shuffle."""
+        rng, steps = np.random.default_rng((seed, epoch)), []
+        order, size = rng.permutation(len(self.spans)), 64 * rows
         for pool in np.split(order, range(size, len(order), size)):
             pool = pool[np.argsort(self.lengths[pool], kind="stable")]
-            batches += np.split(pool, range(batch_size, len(pool), batch_size))
-        return [batches[i] for i in rng.permutation(len(batches))]
+            steps += np.split(pool, range(rows, len(pool), rows))
+        return [steps[i] for i in rng.permutation(len(steps))]
 
     def step_batches(self, batch_size: int, grad_accum: int, seed: int, step: int) -> list[Batch]:
-        """The `grad_accum` micro-batches of a step, each of up to `batch_size` examples."""
-        count = self.batches(batch_size)
-        numbers = range(step * grad_accum, (step + 1) * grad_accum)
-        batches = (self.epoch(batch_size, seed, n // count)[n % count] for n in numbers)
-        return [padded([self.parts(row) for row in rows]) for rows in batches]
+        """The micro-batches of a step, at most `grad_accum`, each of up to `batch_size` examples."""
+        rows = batch_size * grad_accum
+        epoch, place = divmod(step, self.steps_per_epoch(rows))
+        examples = [self.parts(row) for row in self.epoch(rows, seed, epoch)[place]]
+        return [padded(examples[i : i + batch_size]) for i in range(0, len(examples), batch_size)]

@@ -1,7 +1,7 @@
 """Text to token ids and back: SentencePiece BPE with byte fallback, exact on any UTF-8 text.
 
 A checkpoint carries its tokenizer as bytes: a SentencePiece model, a tokenizer.json of Hugging Face, or a
-JSON object of one of them and other special tokens than its own (formats/tokenizers.py makes it).
+JSON object of either and special tokens that replace its own (formats/tokenizers.py makes it).
 """
 
 import base64
@@ -73,7 +73,7 @@ class Tokenizer:
         self.vocab_size = max(self.text_size, 1 + max(self.stop, default=0))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text, without BOS and EOS; of a U+2581, which would come back as a space, its bytes'."""
+        """Ids of the text, without BOS and EOS; U+2581, which would decode to a space, becomes its bytes."""
         if self.dummy_prefix:
             return self.sp.encode(text)
         first, *rest = (self.sp.encode(part) for part in text.split(SPACE))

@@ -29,6 +29,7 @@ from data.loader import SPLITS, Examples, open_split, padded, prepared, read_met
 from data.prepare import PrepareConfig, learned, prepare
 from data.tokenizer import Tokenizer, prompt_text, read_tokenizer
 from eval_ppl import bits_per_byte
+from model import pack
 from formats.tokenizers import with_special
 
 
@@ -282,10 +283,12 @@ def test_an_epoch_has_every_example_once_in_batches_of_like_length(data):
     epochs = [[batch.tolist() for batch in examples.epoch(4, *key)] for key in ((0, 0), (0, 1), (1, 0))]
     assert all(sorted(chain(*of)) == list(range(rows)) and len(of) == count for of in epochs)
     assert len(set(map(str, epochs))) == 3
-    batches = [batch for step in range(count) for batch in examples.step_batches(4, 2, 0, step)]
-    again, real = examples.step_batches(4, 2, 0, 5), examples.lengths.sum()
-    assert all(torch.equal(a, b) for a, b in zip(chain(*batches[10:12]), chain(*again)))
-    assert 2 * real <= sum(x.numel() for x, _ in batches) < 1.3 * 2 * real, "much padding"
+    steps, real = examples.steps_per_epoch(8), examples.lengths.sum()
+    batches = [batch for step in range(2 * steps) for batch in examples.step_batches(4, 2, 0, step)]
+    assert len(batches) == 2 * count and 2 * real <= sum(x.numel() for x, _ in batches) < 1.3 * 2 * real
+    ((whole, _),), parts = examples.step_batches(8, 1, 0, 5), examples.step_batches(4, 2, 0, 5)
+    parts = torch.cat([torch.nn.functional.pad(x, (0, whole.shape[1] - x.shape[1])) for x, _ in parts])
+    assert torch.equal(parts, whole), "accumulation trains on other examples"
     lengths = [x.shape[1] for x, _ in batches[:count]]
     assert lengths != sorted(lengths) and len(set(lengths)) > 2, "short examples always come first"
 
@@ -326,3 +329,6 @@ def test_a_task_is_answered_from_the_command_line(tiny_data, tmp_path):
     answer = model.generate([tokenizer.prompt(prompt_text(task))], 9, stop=tokenizer.stop)[0]
     flags = ["--instruction", "Add", "--input", 1, "--temperature", 0, "--max_new_tokens", 9]
     assert quick("sample.py", tmp_path / "x.pt", *flags).stdout.strip() == tokenizer.decode(answer).strip()
+    with mock.patch("model.pack", wraps=pack) as packed:
+        quick("sample.py", tmp_path / "x.pt", *flags, "--kv_bits", 4)
+    assert {bits for _, bits in (call.args for call in packed.call_args_list)} == {4}

@@ -16,7 +16,6 @@ sample.py {run} --num_samples 5
     --prompt x
     --max_new_tokens 9
     --top_p 0.3
-    --kv_bits 4
     = --temperature 0.8 --top_p 0.95 --max_new_tokens 200
 eval_ppl.py {run} --max_tokens 300 --method all --json
     --split test
