@@ -29,8 +29,8 @@ from data.loader import SPLITS, Examples, open_split, padded, prepared, read_met
 from data.prepare import PrepareConfig, learned, prepare
 from data.tokenizer import Tokenizer, prompt_text, read_tokenizer
 from eval_ppl import bits_per_byte
-from model import pack
 from formats.tokenizers import with_special
+from model import pack
 
 
 def made(out: Path, *args, **how) -> tuple[dict, Tokenizer, dict[str, np.ndarray]]:
