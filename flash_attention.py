@@ -35,7 +35,7 @@ from common import compiler_missing, note
 from model import HeadGroups, Llama, sdpa
 
 HEAD_DIMS = range(16, 129)  # a tensor core takes no less, the registers of a program hold no more
-FUSED = 64  # the widest head whose K and V gradients fit into one program's registers together
+BOTH = 64  # the widest head whose K and V gradients fit into one program's registers together
 LOG2_E = constexpr(1.4426950408889634)  # the hardware has 2^x: scores and lse are logarithms in base 2
 SIZES = ["T", "S", "H", "G_K", "G_V", "PART"]  # Triton would compile anew for sizes that 16 divides
 INTERPRETED = constexpr(triton.knobs.runtime.interpret)
@@ -261,8 +261,8 @@ def flash_attention_backward(
     views, rest = (q, k, v, out, grad_out, grad_q), (k_groups, v_groups, lse, delta, T)
     launch(grad_q_kernel, T, "M", (H, B), views, *rest)
     views = (q, k, v, grad_out, grad_k, grad_v)
-    fuse = k_groups.data_ptr() == v_groups.data_ptr() and D <= FUSED  # one tensor, though two Python objects
-    for x, dk, dv in [(k, True, True)] if fuse else [(k, True, False), (v, False, True)]:
+    both = k_groups.data_ptr() == v_groups.data_ptr() and D <= BOTH  # one tensor, though two Python objects
+    for x, dk, dv in [(k, True, True)] if both else [(k, True, False), (v, False, True)]:
         launch(grad_kv_kernel, T, "N", (x.shape[1], B), views, *rest, H, KEYS=dk, VALUES=dv)
     return grad_q, grad_k, grad_v
 

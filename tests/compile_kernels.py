@@ -91,7 +91,7 @@ def main() -> None:
     first = sys.argv[1:] == ["--first"]
     jobs = [(target, D, name, first) for target in SHARED for D in WIDTHS for name in KERNELS]
     jobs = [job for job in jobs if not first or job[1] == 128 or job[:2] == (90, 48)]
-    jobs = [job for job in jobs if job[2] != "grad k, v" or job[1] <= flash_attention.FUSED]
+    jobs = [job for job in jobs if job[2] != "grad k, v" or job[1] <= flash_attention.BOTH]
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(os.cpu_count()) as pool:
         os.environ["TRITON_CACHE_DIR"] = folder
         rows = list(pool.map(resources, *zip(*jobs)))
