@@ -93,9 +93,9 @@ class ModelConfig:
         self.v_latent, self.t_latent = (x or [0] * self.n_layer for x in (self.v_latent, self.t_latent))
         wrong = "k_latent, v_latent or t_latent is of another model"
         require(len(self.k_latent) == len(self.v_latent) == len(self.t_latent) == self.n_layer, wrong)
-        for ranks, v_rank, told in zip(self.k_latent, self.v_latent, self.t_latent):
-            sound = len(ranks) in (0, self.head_dim // 2) and min([*ranks, v_rank, told]) >= 0
-            sound = sound and (not told or (ranks and v_rank)) and told * self.head_dim <= WIDEST
+        for ranks, v_rank, t_heads in zip(self.k_latent, self.v_latent, self.t_latent):
+            sound = len(ranks) in (0, self.head_dim // 2) and min([*ranks, v_rank, t_heads]) >= 0
+            sound = sound and (not t_heads or (ranks and v_rank)) and t_heads * self.head_dim <= WIDEST
             require(sound and max(2 * sum(ranks), v_rank) <= min(H * self.head_dim, WIDEST), wrong)
         require(self.kv_bits > 4 or not any(r % 2 for r in self.v_latent), "v_latent is odd: use --kv_bits 8")
         self.k_groups = [[0] * H if r else groups for r, groups in zip(self.k_latent, self.k_groups)]
@@ -389,7 +389,7 @@ class Attention(nn.Module):
             k, v = self.stored(k[:, None], v[:, None], cache)
             k, v = spread(k, self.k_hartley)[:, 0], spread(v, self.v_hartley)[:, 0]
             k, v = self.keys(k, cos, sin, e), self.values(v, k, e)  # which hold k before RoPE
-        else:  # all keys and values stay turned, which takes fewer products
+        else:  # all stay in Hartley's basis, which takes fewer products
             k, v = self.stored(self.keys(k, *now), self.values(v, k), cache)
             q = spread(q, self.k_hartley)
         y = self.attend(q, k, v, self.k_groups, self.v_groups, mask)

@@ -72,8 +72,7 @@ def watch(model: Llama, tokens: torch.Tensor, observe: Callable) -> None:
 
 @torch.no_grad()
 def token_maps(model: Llama, tokens: torch.Tensor) -> list[torch.Tensor]:
-    """(C, C) of each layer, over tokens (N, T): what ridge regression tells of its inputs from
-    `embedded`."""
+    """(C, C) of each layer, over tokens (N, T): ridge regression of its inputs on `embedded`."""
     products, squares = [0] * len(model.layers), []
 
     def observe(attention: Attention, x: torch.Tensor, rope, e: torch.Tensor) -> None:

@@ -206,10 +206,10 @@ def knapsack_search(search: Search) -> None:
         predicted[tuple(counts)] = search.value({**sizes, "loss": original_loss + kl}), "knapsack"
     while predicted and search.evals < search.config.max_evals:
         best = min(predicted, key=predicted.get)
-        _, how = predicted.pop(best)
+        _, note = predicted.pop(best)
         measured.add(best)
         now = dict(zip(search.heads, best))
-        record = search.measure(search.maps(now), how)
+        record = search.measure(search.maps(now), note)
         for giver, taker in permutations(now, 2):
             there = {**now, giver: now[giver] - 1, taker: now[taker] + 1}
             near = tuple(there.values())

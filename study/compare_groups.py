@@ -68,8 +68,8 @@ def main() -> None:
     print(f"perplexity {base:.4f} | {len(test) - 1:,} tokens of {source}", flush=True)
     for seed in tqdm(range(config.seeds), desc="comparing", disable=None, leave=False):
         blocks, known, latents = gqa.calibration_blocks(text, model, config.calibration_tokens, seed), {}, {}
-        for how, maps in (("tokens", token_maps(model, blocks)), ("latent", None)):
-            stats = statistics(model, blocks, maps)
+        plain, beside = (statistics(model, blocks, maps) for maps in (None, token_maps(model, blocks)))
+        for how, stats in (("latent", plain), ("tokens", beside)):
             found = gqa.all_directions(model, stats)
             latents[how] = stats, found, gqa.latent_losses(model, stats, found, blocks)
         for name, total in cells:
@@ -77,9 +77,9 @@ def main() -> None:
             if how in latents:
                 sizes = latent_sizes(model, *latents[how], total / whole)
                 small = gqa.to_latents(model, *latents[how][:2], sizes)
-            else:  # `stats` are those of whole inputs, which came last
+            else:
                 counts = even_counts(heads[joint], total * (2 - joint))  # a joint group is two: equal caches
-                small = gqa.merge(model, choose(model, stats, counts, grouping, seed, known), stats, how)
+                small = gqa.merge(model, choose(model, plain, counts, grouping, seed, known), plain, how)
             if steps is not None:
                 small = refit(small, model, blocks, steps)
             cells[name, total].append(gqa.perplexity_on(test, small) / base)

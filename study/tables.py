@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +118,7 @@ def draw_ratios(panels: dict[str, tuple[list[float], dict[str, list[float]]]]) -
     """{title: (shares of the cache, {label: perplexity ratios})}, a panel for each title."""
     drawn, [axes] = plot.grid(1, len(panels), 8, 5)
     for place, (title, (x, lines)) in zip(axes, panels.items()):
-        for (label, y), marker in zip(lines.items(), "os^vDPX*+xd<>ph"):
+        for (label, y), marker in zip(lines.items(), cycle("os^vDPX*+xd<>ph")):
             place.semilogy(x, y, marker=marker, markersize=5, label=label)
         place.set(xlabel="share of the KV cache", ylabel="perplexity, ratio to the original's", title=title)
         most, marks = max(map(max, lines.values())), (1, 1.02, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 40)

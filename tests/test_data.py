@@ -285,7 +285,7 @@ def test_an_epoch_has_every_example_once_in_batches_of_like_length(data):
     assert len(set(map(str, epochs))) == 3
     steps, real = examples.steps_per_epoch(8), examples.lengths.sum()
     batches = [batch for step in range(2 * steps) for batch in examples.step_batches(4, 2, 0, step)]
-    assert len(batches) == 2 * count and 2 * real <= sum(x.numel() for x, _ in batches) < 1.3 * 2 * real
+    assert 2 * real <= sum(x.numel() for x, _ in batches) < 1.3 * 2 * real, "much padding"
     ((whole, _),), parts = examples.step_batches(8, 1, 0, 5), examples.step_batches(4, 2, 0, 5)
     parts = torch.cat([torch.nn.functional.pad(x, (0, whole.shape[1] - x.shape[1])) for x, _ in parts])
     assert torch.equal(parts, whole), "accumulation trains on other examples"
