@@ -164,9 +164,10 @@ def exit_cleanly(main: typing.Callable[[], None]) -> None:
         full = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if full or "DefaultCPUAllocator: can't allocate memory" in message:
             message = f"out of memory: try a smaller batch, context or model ({message[:160]})"
-        elif not isinstance(error, UserError | OSError):
+        elif not isinstance(error, UserError | OSError | ModuleNotFoundError):
             raise  # a bug keeps its traceback
-        print(f"{sys.argv[0]}: error: {message}", file=sys.stderr)
+        how = " (pip install it)" * isinstance(error, ModuleNotFoundError)
+        print(f"{sys.argv[0]}: error: {message}{how}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -538,7 +538,7 @@ class Llama(nn.Module):
         prompt, one that leaves no room, and a model that computes inf or nan.
         """
         assert not self.training, "call model.eval() first: dropout would change the text"
-        require(prompts and all(prompts), "an empty prompt: give a token, such as the tokenizer's BOS")
+        require(prompts and all(prompts), "an empty prompt: give a text, or BOS")
         longest, room = max(map(len, prompts)), self.config.block_size
         require(longest < room, f"the prompt has {longest} tokens, the context {room}: shorten the prompt")
         device = self.tok_embeddings.weight.device

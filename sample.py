@@ -98,7 +98,6 @@ def main() -> None:
     device = pick_device(config.device)
     model, tokenizer = build(load(config.ckpt), device, config.kv_bits)
     prompt = tokenizer.prompt(prompt_text(task) if any(task.values()) else config.prompt)
-    require(prompt, "this tokenizer has no BOS: give a --prompt")
     if config.compile:
         compile_step(model)
     how = {"temperature": config.temperature, "top_p": config.top_p, "stop": tokenizer.stop}
@@ -114,7 +113,7 @@ def main() -> None:
             print(piece, end="", flush=True)
         print()
         if len(ids) == model.config.block_size < len(prompt) + config.max_new_tokens:
-            print(f"(stopped: the model's context of {len(ids)} tokens is full)", file=sys.stderr)
+            print(f"(the context of {len(ids)} tokens is full)", file=sys.stderr)
 
 
 if __name__ == "__main__":

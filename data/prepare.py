@@ -183,7 +183,7 @@ def prepare(config: PrepareConfig) -> Path:
     bad = not folder.name or folder.is_file() or folder.is_mount() or folder == Path.cwd()  # irreplaceable
     require(not bad, f"--out {config.out} must be a folder for this data only: name a new one in it")
     partial = folder.with_name(folder.name + ".partial")
-    ours = {"meta.json", "tokenizer.model", "old", *(f"{n}{end}" for n in SPLITS for end in FILES)}
+    ours = {"meta.json", "tokenizer.model", ".old", *(f"{n}{end}" for n in SPLITS for end in FILES)}
     with held(partial):
         done, there = (folder / "meta.json").exists(), [*folder.glob("*")]
         require(config.overwrite or not done, f"{folder} is prepared: use it, or --overwrite")
@@ -193,9 +193,9 @@ def prepare(config: PrepareConfig) -> Path:
         try:
             write_folder(config, partial)  # over what a preparation that was killed has left there
             if folder.exists():
-                folder.rename(partial / "old")  # and back again, as a part of the new one
+                folder.rename(partial / ".old")  # and back again, as a part of the new one
             partial.rename(folder)
-            rmtree(folder / "old", ignore_errors=True)
+            rmtree(folder / ".old", ignore_errors=True)
         finally:
             rmtree(partial, ignore_errors=True)
     return folder

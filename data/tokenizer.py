@@ -28,14 +28,11 @@ def read_tokenizer(data: bytes | None) -> "Tokenizer":
     require(data is not None, "this checkpoint has no tokenizer: import it again, with --tokenizer FILE")
     try:
         fields = json.loads(data) if data.startswith(b"{") else {}
-        if not fields or "sentencepiece" in fields:
-            tokenizer = Tokenizer(base64.b64decode(fields["sentencepiece"]) if fields else data)
-        else:
-            tokenizer = JsonTokenizer(json.dumps(fields.get("tokenizer_json", fields)).encode())
+        file = json.dumps(fields["tokenizer_json"]).encode() if "tokenizer_json" in fields else data
+        file = base64.b64decode(fields["sentencepiece"]) if "sentencepiece" in fields else file
+        tokenizer = JsonTokenizer(file) if file.startswith(b"{") else Tokenizer(file)
         tokenizer.set_special(**fields.get("special", tokenizer.special))
-    except ImportError:
-        raise UserError("a tokenizer.json needs a library: pip install tokenizers") from None
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, ModuleNotFoundError):
         raise
     except BaseException as error:  # plain Exceptions of both libraries, and panics of Rust, which are none
         raise UserError(f"no tokenizer, or a damaged one: {error!r:.120}") from None
@@ -122,7 +119,8 @@ class JsonTokenizer(Tokenizer):
         self.pieces = {token: piece for piece, token in self.backend.get_vocab().items()}
         added = self.backend.get_added_tokens_decoder()
         self.silent = {token for token in added if added[token].special}
-        self.text_size = 1 + max(self.pieces.keys() - self.silent)
+        unk = self.backend.token_to_id(fields["model"].get("unk_token") or "")  # it may be special
+        self.text_size = 1 + max(self.pieces.keys() - self.silent | {unk or 0})
         if '"ByteLevel"' in json.dumps([fields["pre_tokenizer"], fields["decoder"]]):
             self.byte_level = self.pieces.keys() - added.keys()
         plain, framed = self.backend.encode("a", add_special_tokens=False), self.backend.encode("a").ids

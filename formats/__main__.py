@@ -18,7 +18,7 @@ import torch
 from checkpoint import empty_model, load, load_weights, model_config, save, show
 from common import UserError, bounded, exit_cleanly, parse, require, writable
 from formats import adapters, gguf, models
-from formats.files import check_finite
+from formats.files import check_finite, reading
 from formats.tokenizers import find_tokenizer
 
 
@@ -39,17 +39,18 @@ class FormatsConfig:
 def import_model(source: Path, tokenizer: str | None, block_size: int | None) -> dict:
     """A checkpoint made of `source`. Raises UserError when it is damaged, or a model that ours cannot be."""
     fields: dict = {}
-    if source.is_file() and source.suffix == ".gguf":
-        settings, weights, fields = gguf.read_gguf(source)
-    elif source.is_file() and source.suffix == ".bin":
-        settings, weights = models.read_llama2c(source)
-    elif (source / "config.json").exists():
-        settings, weights = models.read_hugging_face(source)
-    elif (source / "params.json").exists():
-        settings, weights = models.read_meta(source)
-    else:
-        kinds = "a folder with config.json (Hugging Face) or params.json (Meta), a .gguf, or llama2.c's .bin"
-        raise UserError(f"{source}: no such file or model: name {kinds}; an adapter needs --base BASE.pt")
+    with reading(source, "Llama of such a format"):
+        if source.is_file() and source.suffix == ".gguf":
+            settings, weights, fields = gguf.read_gguf(source)
+        elif source.is_file() and source.suffix == ".bin":
+            settings, weights = models.read_llama2c(source)
+        elif (source / "config.json").exists():
+            settings, weights = models.read_hugging_face(source)
+        elif (source / "params.json").exists():
+            settings, weights = models.read_meta(source)
+        else:
+            kinds = "a folder with config.json or params.json, a .gguf, or llama2.c's .bin"
+            raise UserError(f"no such file or model: name {kinds}; an adapter needs --base BASE.pt")
     settings |= {"block_size": block_size} if block_size else {}
     ends = [weights[name] for name in ("tok_embeddings.weight", "output.weight") if name in weights]
     settings["tie_embeddings"] |= len({x.data_ptr() for x in ends}) < len(ends)  # one matrix
@@ -61,10 +62,13 @@ def import_model(source: Path, tokenizer: str | None, block_size: int | None) ->
     if c.tie_embeddings and not torch.equal(weights["output.weight"], weights["tok_embeddings.weight"]):
         raise UserError(f"{source} contradicts itself: its embeddings are tied, and its output differs")
     if fields and not tokenizer:
-        data = gguf.tokenizer_of(source, fields, c.vocab_size)
+        found = gguf.tokenizer_of(source, fields)
     else:
-        data = find_tokenizer(source, tokenizer, c.vocab_size)
-    return {"model": weights, "config": settings, "tokenizer": data, "source": str(source)}
+        found = find_tokenizer(source, tokenizer, c.vocab_size)
+    if found and found.vocab_size > c.vocab_size:
+        counts = f"tokens, BOS and EOS need a vocabulary of {found.vocab_size}, the model's is {c.vocab_size}"
+        raise UserError(f"{source}: {counts}; give its own, --tokenizer FILE, or correct eos_token_id")
+    return {"model": weights, "config": settings, "tokenizer": found and found.data, "source": str(source)}
 
 
 def main() -> None:

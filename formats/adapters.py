@@ -8,22 +8,19 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
-from checkpoint import build_model, check_tensors, empty_model, load, lora_config, map_file, save
-from common import UserError, checked, note, require, writable
+from checkpoint import (
+    build_model, check_tensors, empty_model, load, load_weights, lora_config, map_file, save,
+)  # fmt: skip
+from common import checked, note, require, writable
 from formats.files import Weights, check_finite, read_json, read_tensors, reading, write_folder
 from formats.models import permute_rows, their_name
 from lora import TARGETS, LoRAConfig, adapt
-from model import Llama, ModelConfig
+from model import ModelConfig
 
 PEFT = "base_model.model.{}.weight"  # a tensor's name there: ...model.layers.3.self_attn.q_proj.lora_A.weight
-# an ordinary LoRA's settings; others would make another function of the same tensors
-PLAIN = {"peft_type": ["LORA"], "bias": [None, "none"]}
-PLAIN["init_lora_weights"] = [None, True, False, "gaussian", "eva", "orthogonal"]  # not changing the base
-EMPTY = ("lora_bias", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern")
-EMPTY += ("trainable_token_indices", "alora_invocation_tokens", "layer_replication", "layers_to_transform")
-HARMLESS = ("use_rslora", "eva_config")  # other use_... and ..._config are variants of LoRA
+# settings that would make another function of the same tensors; other variants of LoRA have other tensors
+PLAIN = {"peft_type": ["LORA"], "init_lora_weights": [None, True, False, "gaussian", "eva", "orthogonal"]}
+UNLIKE = "alpha_pattern|alora_.+|(?!use_rslora|eva_)(use_.+|.+_config)"
 
 
 def check_order(c: ModelConfig) -> None:
@@ -36,17 +33,14 @@ def with_adapter(base: dict, source: Path) -> dict:
     """A checkpoint of the base, in NF4 if the adapter was trained so, with the adapter in `source`. Raises
     UserError when the adapter is damaged, or of another model than the base."""
     require(not base.get("lora"), "the base has an adapter: merge it, python checkpoint.py merge CKPT")
-    model, peft = build_model(base), source.is_dir()
-    settings, tensors = read_peft(source, model) if peft else read_own(source)
-    wanted = empty_model(model.config, settings).state_dict()
-    wanted = {name: x.shape for name, x in wanted.items() if ".lora_" in name}
-    found = {name: x.shape for name, x in tensors.items()}
-    if wanted != found or not found:
-        unlike = min(dict(wanted.items() ^ found.items()), default="all")
-        shapes = f"{unlike} is {found.get(unlike)}, and this base needs {wanted.get(unlike)}"
-        raise UserError(f"{source} is an adapter of another model: {shapes}")
+    model = build_model(base)
+    with reading(source, "adapter"):
+        settings, tensors = read_peft(source, model.config) if source.is_dir() else read_own(source)
+    empty = empty_model(model.config, settings)
+    others = {name: x for name, x in empty.state_dict().items() if ".lora_" not in name}
+    load_weights(empty, others | tensors, f"{source} is of another model, or")
     check_finite(tensors, source)
-    if peft:
+    if source.is_dir():  # whose rows stand in Hugging Face's order
         permute_rows(tensors, model.config.head_dim, to_pairs=True)
     adapt(model, settings).load_state_dict(tensors, strict=False, assign=True)
     kept = {key: x for key, x in base.items() if key in ("config", "tokenizer", "data", "train", "grouped")}
@@ -55,38 +49,30 @@ def with_adapter(base: dict, source: Path) -> dict:
 
 def read_own(path: Path) -> tuple[LoRAConfig, Weights]:
     """Settings and tensors of an adapter .pt."""
-    with reading(path, "adapter"):
-        found = map_file(path)
-        check_tensors(found["adapter"], path.stat().st_size)
-        return checked(LoRAConfig, found["lora"]), found["adapter"]
+    found = map_file(path)
+    check_tensors(found["adapter"], path.stat().st_size)
+    return checked(LoRAConfig, found["lora"]), found["adapter"]
 
 
-def read_peft(folder: Path, base: Llama) -> tuple[LoRAConfig, Weights]:
-    """Settings and tensors of PEFT's folder, under our names, with rows in its order."""
-    check_order(base.config)
+def read_peft(folder: Path, c: ModelConfig) -> tuple[LoRAConfig, Weights]:
+    """Settings and tensors of PEFT's folder, under our names."""
+    check_order(c)
     config = read_json(folder / "adapter_config.json")
-    unlike = [name for name, accepted in PLAIN.items() if config.get(name) not in accepted]
-    present = [name for name, value in config.items() if value and name not in HARMLESS]
-    unlike += [name for name in present if name in EMPTY or re.match("use_|.+_config$", name)]
-    if unlike:
-        given = f"{unlike[0]} {str(config.get(unlike[0]))[:60]}"
-        raise UserError(f"{folder} is not supported, it has {given}: plain LoRA is")
+    for name, value in config.items():
+        plain = not value or not re.fullmatch(UNLIKE, name)
+        require(plain and value in PLAIN.get(name, [value]), f"{name} {str(value)[:60]} is no plain LoRA")
     kinds = [folder / f"adapter_model.{kind}" for kind in ("safetensors", "bin")]
     tensors = read_tensors(next((path for path in kinds if path.exists()), kinds[0]))
-    with reading(folder, "LoRA of PEFT's"):
-        # PEFT adds a copy of the base's where lm_head has an adapter
-        copy = tensors.pop("base_model.model.lm_head.base_layer.weight", None)
-        if copy is not None and not torch.equal(copy, base.output.weight.to(copy.dtype)):
-            raise UserError("an adapter of another model: its copy of lm_head differs from the base's")
-        names = empty_model(base.config, LoRAConfig(1, lora_targets=list(TARGETS))).state_dict()
-        ours = {PEFT.format(their_name(name)): name for name in names if ".lora_" in name}
-        tensors = {ours.get(name, name): x for name, x in tensors.items()}
-        targets = [target for target in TARGETS if target in {name.split(".")[-2] for name in tensors}]
-        fields = {"lora_r": config["r"], "lora_alpha": config["lora_alpha"], "lora_targets": targets}
-        settings = checked(LoRAConfig, {**fields, "lora_dropout": config.get("lora_dropout", 0.0)})
-        if config.get("use_rslora"):  # scales by alpha / sqrt(r)
-            settings.lora_alpha *= math.sqrt(settings.lora_r)
-        return settings, tensors
+    tensors.pop("base_model.model.lm_head.base_layer.weight", None)  # a copy of the base's
+    names = empty_model(c, LoRAConfig(1, lora_targets=list(TARGETS))).state_dict()
+    ours = {PEFT.format(their_name(name)): name for name in names if ".lora_" in name}
+    tensors = {ours.get(name, name): x for name, x in tensors.items()}
+    targets = [target for target in TARGETS if target in {name.split(".")[-2] for name in tensors}]
+    fields = {"lora_r": config["r"], "lora_alpha": config["lora_alpha"], "lora_targets": targets}
+    settings = checked(LoRAConfig, {**fields, "lora_dropout": config.get("lora_dropout", 0.0)})
+    if config.get("use_rslora"):  # scales by alpha / sqrt(r)
+        settings.lora_alpha *= math.sqrt(settings.lora_r)
+    return settings, tensors
 
 
 def export(source: Path, out: Path, overwrite: bool) -> None:

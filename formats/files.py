@@ -25,10 +25,8 @@ def reading(path: Path, what: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{'' if str(path) in str(error) else f'{path}: '}{error}") from None
-    except (FileNotFoundError, IsADirectoryError, PermissionError, MemoryError):  # which say enough
+    except (FileNotFoundError, IsADirectoryError, PermissionError, MemoryError, ImportError):  # say enough
         raise
-    except ImportError as error:
-        raise UserError(f"{path} needs a library to be read: pip install {error.name}") from None
     except Exception as error:  # whatever the bytes make the libraries stumble over
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).strip()
         reason = (reason or type(error).__name__).split("\n")[0][:160]
@@ -78,6 +76,8 @@ def write_folder(folder: Path, files: dict[str, Weights | bytes | dict]) -> None
             for name, content in files.items():
                 path = partial / name
                 if path.suffix == ".safetensors":
+                    one = {x.data_ptr(): name for name, x in content.items()}  # layers may share tensors
+                    content = {n: x if one[x.data_ptr()] == n else x.clone() for n, x in content.items()}
                     save_file(content, path, {"format": "pt"})
                     path.chmod(0o666 & partial.stat().st_mode)  # the library lets only the owner read it
                 elif isinstance(content, bytes):
@@ -85,7 +85,5 @@ def write_folder(folder: Path, files: dict[str, Weights | bytes | dict]) -> None
                 else:
                     path.write_text(json.dumps(content, indent=2) + "\n")
             partial.rename(folder)
-    except ImportError as error:
-        raise UserError(f"cannot write {folder} without a library: pip install {error.name}") from None
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {folder}: {error}") from None

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from checkpoint import empty_model
-from common import UserError, checked, replacing, require
+from common import checked, replacing, require
 from data.tokenizer import JsonTokenizer, Tokenizer, read_tokenizer
 from formats.files import Settings, Weights, reading
 from formats.models import exported
-from formats.tokenizers import ADDED, Kind, check_fits, merges_of, sentencepiece_model, with_special
+from formats.tokenizers import ADDED, Kind, merges_of, sentencepiece_model, with_special
 from model import ModelConfig
 
 LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -32,28 +32,25 @@ PARTED = {  # llama.cpp's name: the pre-tokenizers, and ignore_merges (a part th
 
 
 def read_gguf(path: Path) -> tuple[Settings, Weights, dict]:
-    """Settings, weights, and all fields of a file. Raises UserError if it is damaged, or no Llama of ours."""
-    with reading(path, "GGUF file"):
-        from gguf import MODEL_ARCH, GGUFReader, dequantize, get_tensor_name_map
+    """Settings, weights, and all fields of a file. Raises UserError if it is no Llama of ours."""
+    from gguf import MODEL_ARCH, GGUFReader, dequantize, get_tensor_name_map
 
-        file, weights = GGUFReader(path, "c"), {}  # mapped; what writes to a tensor changes only the memory
-        fields = {name: field.contents() for name, field in file.fields.items()}
-        settings = settings_of(fields, {tensor.name for tensor in file.tensors})
-        c = checked(ModelConfig, settings)
-        theirs = get_tensor_name_map(MODEL_ARCH.LLAMA, c.n_layer)  # it has Meta's names, too, which are ours
-        ours = {theirs.get_name(name, [".weight"]): name for name in empty_model(c).state_dict()}
-        for tensor in file.tensors:
-            plain = tensor.data.dtype.kind == "f"  # float32 and float16
-            x = tensor.data if plain else dequantize(tensor.data, tensor.tensor_type)
-            weights[ours.get(tensor.name, tensor.name)] = torch.from_numpy(x)
-        return settings, weights, fields
+    file, weights = GGUFReader(path, "c"), {}  # mapped; what writes to a tensor changes only the memory
+    fields = {name: field.contents() for name, field in file.fields.items()}
+    settings = settings_of(fields, {tensor.name for tensor in file.tensors})
+    c = checked(ModelConfig, settings)
+    theirs = get_tensor_name_map(MODEL_ARCH.LLAMA, c.n_layer)  # it has Meta's names, too, which are ours
+    ours = {theirs.get_name(name, [".weight"]): name for name in empty_model(c).state_dict()}
+    for tensor in file.tensors:
+        plain = tensor.data.dtype.kind == "f"  # float32 and float16
+        x = tensor.data if plain else dequantize(tensor.data, tensor.tensor_type)
+        weights[ours.get(tensor.name, tensor.name)] = torch.from_numpy(x)
+    return settings, weights, fields
 
 
 def one(value: int | list[int]) -> int:
-    """The number of a field that may have one for each layer, where all layers have the same."""
-    numbers = set(value) if isinstance(value, list) else {value}
-    require(len(numbers) == 1, "its layers differ in more than their K/V heads")
-    return numbers.pop()
+    """The number of a field that may have one for each layer; if they differ, the shapes do not fit."""
+    return value[0] if isinstance(value, list) else value
 
 
 def settings_of(fields: dict, tensors: set[str]) -> Settings:
@@ -71,7 +68,8 @@ def settings_of(fields: dict, tensors: set[str]) -> Settings:
     if not isinstance(heads, list) or len(set(heads)) == 1:
         groups = {"n_kv_head": one(heads)}
     else:
-        require(not any(n_head % n for n in heads), f"its K/V heads {heads} do not divide {n_head}"[:160])
+        divide = all(n and n_head % n == 0 for n in heads)
+        require(divide, f"its K/V heads {heads} do not divide {n_head}"[:160])
         maps = [[head * n // n_head for head in range(n_head)] for n in heads]
         groups = {"k_groups": maps, "v_groups": maps}
     head_dim = own.get("attention.key_length", dim // n_head)
@@ -85,8 +83,8 @@ def settings_of(fields: dict, tensors: set[str]) -> Settings:
     }  # fmt: skip
 
 
-def tokenizer_of(path: Path, fields: dict, vocab_size: int) -> bytes:
-    """The tokenizer in a file's fields, as bytes for the checkpoint. Raises UserError for an unknown kind."""
+def tokenizer_of(path: Path, fields: dict) -> Tokenizer:
+    """The tokenizer in a file's fields. Raises UserError for an unknown kind."""
     own = {name.removeprefix("tokenizer.ggml."): value for name, value in fields.items()}
     with reading(path, "tokenizer"):
         kind, pre = own.get("model", "missing"), own.get("pre", "default")
@@ -101,9 +99,7 @@ def tokenizer_of(path: Path, fields: dict, vocab_size: int) -> bytes:
         bos, ends = own.get("bos_token_id", tokenizer.bos), ("eos_token_id", "eot_token_id", "eom_token_id")
         eos = list(dict.fromkeys(own[end] for end in ends if end in own)) or tokenizer.special["eos"]
         add_bos = own.get("add_bos_token", kind == "llama" or pre == "llama-bpe")
-        tokenizer = with_special(tokenizer, bos, add_bos, eos)
-    check_fits(path, tokenizer, vocab_size)
-    return tokenizer.data
+        return with_special(tokenizer, bos, add_bos, eos)
 
 
 def byte_level_of(own: dict, parted: list[dict], whole: bool) -> bytes:
@@ -124,10 +120,8 @@ def write_gguf(path: Path, out: Path) -> None:
     c, weights, heads, tokenizer = exported(path, each=True)
     require(not c.rope_scaling, "RoPE is scaled: export a folder, and use llama.cpp's convert_hf_to_gguf.py")
     require(tokenizer is not None, f"{path} has no tokenizer, which llama.cpp needs: import with --tokenizer")
-    try:
-        import gguf
-    except ImportError as error:
-        raise UserError(f"cannot write {out} without a library: pip install {error.name}") from None
+    import gguf
+
     uneven = len(set(heads)) > 1
     with replacing(out, "wb") as file:
         writer = gguf.GGUFWriter(file.name, "deci" if uneven else "llama")

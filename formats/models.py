@@ -20,9 +20,9 @@ import torch
 from checkpoint import empty_model, load, load_weights, model_config
 from common import UserError, checked, note, require
 from data.tokenizer import Tokenizer, read_tokenizer
-from formats.files import Settings, Weights, read_json, read_tensors, reading, write_folder
+from formats.files import Settings, Weights, read_json, read_tensors, write_folder
 from formats.tokenizers import tokenizer_files
-from model import ROPE_SCALING, ModelConfig, rope_angles
+from model import ROPE_SCALING, ModelConfig
 
 NAMES = {  # ours: Hugging Face's; within a layer, and outside
     "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
@@ -55,7 +55,6 @@ LLAMA2C_ORDER += ("norm", "cos", "sin", "output")
 def their_name(ours: str) -> str:
     """layers.3.attention.wq.weight -> model.layers.3.self_attn.q_proj.weight; lora_A stays so."""
     layer, part, kind = re.fullmatch(r"(layers\.\d+\.)?(.+)\.(\w+)", ours).groups()
-    require(part in NAMES, f"no other Llama has {part}: a model with it can be merged, not exported")
     return f"{'model.' + layer if layer else ''}{NAMES[part]}.{kind}"
 
 
@@ -63,38 +62,35 @@ def permute_rows(weights: Weights, head_dim: int, to_pairs: bool) -> None:
     """Put rows f, f + D/2 of each head of wq and wk (H*D, C) and their lora_B at 2f, 2f + 1, or back. In
     place: a mapped file's pages become private ones, and nothing is held twice."""
     split = (2, head_dim // 2) if to_pairs else (head_dim // 2, 2)
-    for name, x in weights.items():
-        if name.endswith(("wq.weight", "wk.weight", "wq.lora_B", "wk.lora_B")):
-            x.copy_(x.unflatten(0, (-1, *split)).transpose(1, 2).flatten(0, 2))
+    ends = ("wq.weight", "wk.weight", "wq.lora_B", "wk.lora_B")
+    once = {x.data_ptr(): x for name, x in weights.items() if name.endswith(ends)}  # layers may share tensors
+    for x in once.values():
+        x.copy_(x.unflatten(0, (-1, *split)).transpose(1, 2).flatten(0, 2))
 
 
 def read_hugging_face(folder: Path) -> tuple[Settings, Weights]:
     """config.json, and model.safetensors or pytorch_model.bin, whole or sharded."""
-    path = folder / "config.json"
-    with reading(path, "LlamaForCausalLM"):
-        settings = settings_of(read_json(path))
-        c = checked(ModelConfig, settings)
+    settings = settings_of(read_json(folder / "config.json"))
+    c = checked(ModelConfig, settings)
     ours = {their_name(name): name for name in empty_model(c).state_dict()}
     weights = {ours.get(n, n): x for n, x in read_shards(folder).items() if ".rotary_emb." not in n}
-    with reading(folder, "LlamaForCausalLM"):
-        permute_rows(weights, c.head_dim, to_pairs=True)
+    permute_rows(weights, c.head_dim, to_pairs=True)
     return settings, weights
 
 
 def settings_of(config: dict) -> Settings:
     """config.json as fields of ModelConfig. Raises UserError for what our Llama cannot represent."""
-    # transformers 5 writes rope_parameters; older releases wrote rope_scaling, with rope_theta outside
-    new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
-    rope = new or old
-    twice = [name for name, value in rope.items() if config.get(name) not in (None, value)]
-    if twice or (new and not old.items() <= new.items()):
-        raise UserError("rope_parameters and rope_scaling, or other settings of RoPE, contradict each other")
-    config = {**config, **rope, "rope_type": rope.get("rope_type", rope.get("type", "default"))}
+    config = {name: value for name, value in config.items() if value is not None}
+    for place in ("rope_parameters", "rope_scaling"):  # of transformers 5, and of older releases
+        for name, value in config.get(place, {}).items():
+            name = "rope_type" if name == "type" else name
+            first = config.setdefault(name, value)
+            require(first == value, f"{name} {first} and {value} contradict each other"[:160])
     for name, accepted in ACCEPTED.items():
-        if config.get(name) not in (None, *accepted):
-            raise UserError(f"{name} {str(config[name])[:60]} is not supported")
+        given = config.get(name)
+        require(given in (None, *accepted), f"{name} {str(given)[:60]} is not supported")
     settings = {o: config.get(t, *default) if default else config[t] for o, (t, *default) in FIELDS.items()}
-    if config["rope_type"] == "llama3":
+    if config.get("rope_type") == "llama3":
         *names, context = ROPE_SCALING
         settings["rope_scaling"] = {name: config[name] for name in names}
         settings["rope_scaling"][context] = config.get(context) or settings["block_size"]
@@ -102,15 +98,10 @@ def settings_of(config: dict) -> Settings:
 
 
 def read_shards(folder: Path) -> Weights:
-    """All tensors of a Hugging Face folder."""
-    for whole in (folder / "model.safetensors", folder / "pytorch_model.bin"):
-        index = folder / (whole.name + ".index.json")
-        if whole.exists():
-            return read_tensors(whole)
-        if index.exists():
-            with reading(index, "index of weight files"):
-                names = sorted({Path(name).name for name in read_json(index)["weight_map"].values()})
-            return {name: x for shard in names for name, x in read_tensors(folder / shard).items()}
+    """All tensors of a Hugging Face folder; the index of shards is not needed."""
+    for kind in ("model{}.safetensors", "pytorch_model{}.bin"):
+        if paths := sorted(folder.glob(kind.format(""))) or sorted(folder.glob(kind.format("-*-of-*"))):
+            return {name: x for path in paths for name, x in read_tensors(path).items()}
     raise UserError(f"{folder} has no model.safetensors and no pytorch_model.bin: is the download complete?")
 
 
@@ -121,48 +112,42 @@ def read_meta(folder: Path) -> tuple[Settings, Weights]:
         raise UserError(f"{folder} is split for several GPUs: import the model's Hugging Face folder instead")
     weights = read_tensors(folder / "consolidated.00.pth")
     weights.pop("rope.freqs", None)
-    with reading(folder, "Llama of Meta's"):
-        if unknown := set(params) - PARAMS:
-            raise UserError(f"params.json has {min(unknown)}, which this Llama does not have")
-        settings: Settings = {
-            "n_layer": params["n_layers"], "n_head": params["n_heads"], "n_kv_head": params.get("n_kv_heads"),
-            "dim": params["dim"], "hidden_dim": len(weights["layers.0.feed_forward.w1.weight"]),
-            "norm_eps": params["norm_eps"], "rope_theta": params.get("rope_theta", 10000.0),
-            "vocab_size": len(weights["tok_embeddings.weight"]),  # theirs may be -1: the tokenizer's
-            "block_size": params.get("max_seq_len", 2048), "tie_embeddings": "output.weight" not in weights,
-        }  # fmt: skip
-        if params.get("use_scaled_rope"):
-            require("rope_scaling_factor" in params, "add rope_scaling_factor: 8 for Llama 3.1, 32 for 3.2")
-            values = (params["rope_scaling_factor"], 1, params.get("rope_high_freq_factor", 4), 8192)
-            settings["rope_scaling"] = dict(zip(ROPE_SCALING, values))
-        return settings, weights
+    if unknown := set(params) - PARAMS:
+        raise UserError(f"params.json has {min(unknown)}, which this Llama does not have")
+    settings: Settings = {
+        "n_layer": params["n_layers"], "n_head": params["n_heads"], "n_kv_head": params.get("n_kv_heads"),
+        "dim": params["dim"], "hidden_dim": len(weights["layers.0.feed_forward.w1.weight"]),
+        "norm_eps": params["norm_eps"], "rope_theta": params.get("rope_theta", 10000.0),
+        "vocab_size": len(weights["tok_embeddings.weight"]),  # theirs may be -1: the tokenizer's
+        "block_size": params.get("max_seq_len", 2048), "tie_embeddings": "output.weight" not in weights,
+    }  # fmt: skip
+    if params.get("use_scaled_rope"):
+        require("rope_scaling_factor" in params, "add rope_scaling_factor: 8 for Llama 3.1, 32 for 3.2")
+        values = (params["rope_scaling_factor"], 1, params.get("rope_high_freq_factor", 4), 8192)
+        settings["rope_scaling"] = dict(zip(ROPE_SCALING, values))
+    return settings, weights
 
 
 def read_llama2c(path: Path) -> tuple[Settings, Weights]:
     """Seven int32, then float32 weights, each kind for all layers. A negative vocabulary size: not tied."""
-    with reading(path, "legacy .bin of llama2.c"):
-        with open(path, "rb") as file:
-            header = file.read(28)
-        if header.startswith(b"24ka"):
-            raise UserError("a later version of llama2.c's format: export it there with --version 0")
-        settings: Settings = dict(zip(LLAMA2C_SIZES, struct.unpack("<7i", header)))
-        tied = settings["vocab_size"] > 0
-        settings |= {"vocab_size": abs(settings["vocab_size"]), "tie_embeddings": tied, "norm_eps": 1e-5}
-        c = checked(ModelConfig, settings)
-        shapes = {name.removesuffix(".weight"): x.shape for name, x in empty_model(c).state_dict().items()}
-        shapes |= dict.fromkeys(("cos", "sin"), (c.block_size, c.head_dim // 2))
-        order = [name for part in LLAMA2C_ORDER for name in shapes if name.split(".")[-1] == part]
-        order = order[:-1] if tied else order
-        counts, size = [math.prod(shapes[name]) for name in order], path.stat().st_size
-        wanted = 28 + 4 * sum(counts)
-        require(size == wanted, f"it has {size:,} bytes, and its header asks for {wanted:,}")
-        flat = torch.from_file(str(path), shared=False, size=size // 4, dtype=torch.float32)
-        weights = {f"{name}.weight": x.view(shapes[name]) for name, x in zip(order, flat[7:].split(counts))}
-        # tables that llama2.c itself no longer reads show whether the base is the one that it assumes
-        for name, angles in zip(("cos.weight", "sin.weight"), rope_angles(c, torch.arange(c.block_size))):
-            same = torch.allclose(weights.pop(name), angles, atol=1e-3)
-            require(same, f"its rotary tables are not those of rope_theta {c.rope_theta:g}")
-        return settings, weights
+    with open(path, "rb") as file:
+        header = file.read(28)
+    later = header.startswith((b"24ka", b"PK"))  # of llama2.c's format, or torch's
+    require(not later, "no legacy .bin of llama2.c: export it there with --version 0, or name its folder")
+    settings: Settings = dict(zip(LLAMA2C_SIZES, struct.unpack("<7i", header)))
+    tied = settings["vocab_size"] > 0
+    settings |= {"vocab_size": abs(settings["vocab_size"]), "tie_embeddings": tied, "norm_eps": 1e-5}
+    c = checked(ModelConfig, settings)
+    shapes = {name.removesuffix(".weight"): x.shape for name, x in empty_model(c).state_dict().items()}
+    shapes |= dict.fromkeys(("cos", "sin"), (c.block_size, c.head_dim // 2))
+    order = [name for part in LLAMA2C_ORDER for name in shapes if name.split(".")[-1] == part]
+    order = order[:-1] if tied else order
+    counts, size = [math.prod(shapes[name]) for name in order], path.stat().st_size
+    wanted = 28 + 4 * sum(counts)
+    require(size == wanted, f"it has {size:,} bytes, and its header asks for {wanted:,}")
+    flat = torch.from_file(str(path), shared=False, size=size // 4, dtype=torch.float32)
+    parts = zip(order, flat[7:].split(counts))  # llama2.c itself no longer reads the rotary tables
+    return settings, {f"{n}.weight": x.view(shapes[n]) for n, x in parts if n not in ("cos", "sin")}
 
 
 def exported(path: Path, each: bool = False) -> tuple[ModelConfig, Weights, list[int], Tokenizer | None]:

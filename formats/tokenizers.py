@@ -20,9 +20,8 @@ ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": F
 Kind = IntEnum("Kind", ["NORMAL", "UNKNOWN", "CONTROL", "USER_DEFINED", "UNUSED", "BYTE"])
 
 
-def find_tokenizer(source: Path, given: str | None, vocab_size: int) -> bytes | None:
-    """The tokenizer in the file `given`, or else in the source's folder, as bytes for the checkpoint. Raises
-    UserError when it is damaged, or does not fit the model's vocabulary."""
+def find_tokenizer(source: Path, given: str | None, vocab_size: int) -> Tokenizer | None:
+    """The tokenizer in the file `given`, or else in the folder. Raises UserError for a damaged one."""
     paths = [source / name for name in ("tokenizer.model", "tokenizer.json") if (source / name).exists()]
     # Llama 3's tokenizer.model is not SentencePiece's: it has lines of a piece in base64 and its rank
     paths = [path for path in paths if not re.match(rb"[A-Za-z0-9+/=]+ \d+\n", path.read_bytes())]
@@ -33,27 +32,17 @@ def find_tokenizer(source: Path, given: str | None, vocab_size: int) -> bytes | 
     llama2c = path.suffix == ".bin"
     with reading(path, "tokenizer"):
         data = path.read_bytes()
-        tokenizer = read_tokenizer(sentencepiece_of_llama2c(data) if llama2c else data)
-    folder = source if (source / "config.json").exists() else path.parent
-    with reading(folder, "folder of a tokenizer"):
-        if not llama2c:
+        tokenizer = read_tokenizer(sentencepiece_of_llama2c(data, vocab_size) if llama2c else data)
+        if not llama2c and tokenizer.data == tokenizer.file:  # it does not hold special tokens of its own
+            folder = source if (source / "config.json").exists() else path.parent
             tokenizer = with_special(tokenizer, *special_tokens(tokenizer, folder))
         beside = read_json(paths[1]) if len(paths) == 2 and not given else {}
         lost = {added["content"] for added in beside.get("added_tokens") or []} - {*tokenizer.pieces.values()}
-    # llama2.c's file does not hold the number of its tokens, and may have been cut
-    check_fits(path, tokenizer, vocab_size, vocab_size if llama2c else 0)
     if lost:
         note(f"{path} lacks {len(lost)} tokens of {paths[1]}: to have them, import with that --tokenizer")
     if tokenizer.eos < 0:
         note("no token that ends a text is known: samples go on to the end of the context")
-    return tokenizer.data
-
-
-def check_fits(path: Path, tokenizer: Tokenizer, most: int, least: int = 0) -> None:
-    """Raise UserError unless the model's vocabulary, `most`, holds the tokenizer's, of `least` or more."""
-    counts = f"its tokens, BOS and EOS need a vocabulary of {tokenizer.vocab_size}, the model's is {most}"
-    remedy = "give the model's own, --tokenizer FILE, or correct eos_token_id"
-    require(least <= tokenizer.vocab_size <= most, f"{path}: {counts}; {remedy}")
+    return tokenizer
 
 
 def with_special(tokenizer: Tokenizer, bos: int, add_bos: bool, eos: list[int]) -> Tokenizer:
@@ -92,7 +81,7 @@ def special_tokens(tokenizer: Tokenizer, folder: Path) -> tuple[int, bool, list[
     return bos, add_bos, [token for token in eos if token != bos] or eos  # one may be both, as in SmolLM
 
 
-def sentencepiece_of_llama2c(data: bytes) -> bytes:
+def sentencepiece_of_llama2c(data: bytes, count: int) -> bytes:
     """llama2.c's tokenizer.bin (an int32, then float32 score, int32 length and bytes of each piece) as a
     SentencePiece model, a protocol buffer: the same scores give the same tokens."""
     pieces, place = [], 4
@@ -102,7 +91,7 @@ def sentencepiece_of_llama2c(data: bytes) -> bytes:
         require(0 < length == len(piece), f"piece {len(pieces)} at byte {place} has length {length}")
         pieces.append((score, piece.decode().replace(" ", SPACE)))
         place += 8 + length
-    require(len(pieces) >= 259, f"it has {len(pieces)} pieces, below the 3 + 256 of control tokens and bytes")
+    require(259 <= len(pieces) == count, f"it has {len(pieces)} pieces, the vocabulary {count}; least is 259")
     pieces[:3] = [(0.0, "<unk>"), (0.0, "<s>"), (0.0, "</s>")]
     kinds = [Kind.UNKNOWN, Kind.CONTROL, Kind.CONTROL] + [Kind.BYTE] * 256 + [Kind.NORMAL] * len(pieces)
     return sentencepiece_model([(*piece, kind) for piece, kind in zip(pieces, kinds)])

@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from common import UserError, exit_cleanly, require
+from common import exit_cleanly, require
 
 COMMANDS = {  # name: module and function, what it does
     "run": ("run.main", "every experiment of docs/results.md, to tables and figures"),
@@ -32,14 +32,7 @@ def main() -> None:
         return
     require(name in COMMANDS, f"{name} is none of the commands: {' '.join(COMMANDS)}")
     module, function = COMMANDS[name][0].split(".")
-    try:
-        getattr(importlib.import_module(f"study.{module}"), function)()
-    except ModuleNotFoundError as error:
-        extra = ["llama_cpp", "matplotlib", "rapidfuzz", "rouge_score", "sacrebleu", "transformers"]
-        if error.name not in extra:
-            raise
-        name = error.name.replace("_", "-").replace("llama-cpp", "llama-cpp-python")
-        raise UserError(f"{error}: pip install {name}") from None
+    getattr(importlib.import_module(f"study.{module}"), function)()
 
 
 if __name__ == "__main__":  # benchmarks start processes, which import this file again

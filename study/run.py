@@ -145,6 +145,7 @@ LOOPS = {
         "random-1": "--groups published-random-1.json <mean>",
         "neighbour": "<2of3> --joint --grouping neighbour <mean>",
         "ours": "--groups published-ours.json --refit output", "latent": "<2of3> --latent --refit output",
+        "tokens": "<2of3> --latent --cache_tokens --refit output",
         "mqa-mean": "--n_kv_head 1 <mean>", "mqa-ours": "--n_kv_head 1 --refit output",
     },
     # the mean over blocks of exp(loss); then by a window that moves by half
