@@ -441,7 +441,7 @@ def report(model: Llama, tokenizer: Tokenizer, data, config: TrainConfig, dtype,
 
 @processes()
 def main(change: Callable[[Llama], None] | None = None) -> None:
-    """The command. `change` is what an experiment does to the model before it trains."""
+    """The command. `change` is what an experiment does to a new model first."""
     flags = parse(__doc__, ModelConfig, LoRAConfig, TrainConfig)
     resume, named = flags.get("resume", False), flags.get("out_dir")
     require(not (resume and flags.get("overwrite")), "--resume and --overwrite: give one of them")
@@ -488,8 +488,8 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
     teacher = open_teacher(config.teacher, c, tokenizer, device) if config.teacher else None
     if not checkpoint:
         begin_embeddings(model, data.tokens)
-    if change:
-        change(model)
+        if change:
+            change(model)
     with_kernels(model)
     # examples come in many shapes, each of which would be compiled
     planned = last * config.batch_size * config.grad_accum * c.block_size if isinstance(data, Text) else 0

@@ -18,9 +18,8 @@ COMMANDS = {  # name: module and function, what it does
     "latency": ("bench.latency_main", "milliseconds of a text, checkpoints in turns (--ckpts)"),
     "compare-groups": ("compare_groups.main", "what each step of merging heads contributes"),
     "compare-speed": ("compare_speed.main", "speed beside transformers, llama2.c, nanoGPT, llama.cpp"),
-    "begin": ("variants.begin_main", "train.py, from other first weights: scaled or torch"),
+    "begin": ("variants.begin_main", "train.py from other first weights, or with another project's model"),
     "pace": ("bench.pace_main", "milliseconds of a training step, variants in turns"),
-    "time-to-loss": ("compare_speed.loss_main", "another project's model trained on the same batches"),
 }
 
 

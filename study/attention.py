@@ -58,8 +58,8 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, slices: int, columns: bool) 
 def forward(layer: nn.Module, slices: int, columns: bool, x: torch.Tensor) -> torch.Tensor:
     """What a linear layer, in NF4 or not, or its adapter computes, in slices."""
     if isinstance(layer, NF4Linear):
-        product = partial(multiply, slices=slices, columns=columns)
-        return FrozenProduct.apply(x, layer.codes, layer.absmax, layer.scales, layer.shape, product)
+        sliced = partial(multiply, slices=slices, columns=columns)
+        return FrozenProduct.apply(x, layer.codes, layer.absmax, layer.scales, layer.shape, sliced)
     if isinstance(layer, nn.Linear):
         return multiply(x, layer.weight, slices, columns)
     # a rank holds the columns of A or the rows of B that belong to its slice of W, and all of the other

@@ -97,7 +97,7 @@ def alone(name: str, function: Callable, *args):
         try:
             return process.submit(function, *args).result()
         except BrokenExecutor:
-            raise UserError(f"out of memory in {name!r}: give a smaller --batch_size or model") from None
+            raise UserError(f"{name!r} died (no memory?): give a smaller --batch_size or model") from None
 
 
 def records(path: Path) -> list[dict]:

@@ -66,13 +66,13 @@ def main() -> None:
     totals = dict.fromkeys(budget(heads[True], share) for share in shares)  # what rounding leaves of them
     base, cells = gqa.perplexity_on(test, model), {(name, total): [] for name in ROWS for total in totals}
     print(f"perplexity {base:.4f} | {len(test) - 1:,} tokens of {source}", flush=True)
-    for seed in tqdm(range(config.seeds), desc="comparing", disable=None, leave=False):
+    for seed in range(config.seeds):
         blocks, known, latents = gqa.calibration_blocks(text, model, config.calibration_tokens, seed), {}, {}
         plain, beside = (statistics(model, blocks, maps) for maps in (None, token_maps(model, blocks)))
         for how, stats in (("latent", plain), ("tokens", beside)):
             found = gqa.all_directions(model, stats)
             latents[how] = stats, found, gqa.latent_losses(model, stats, found, blocks)
-        for name, total in cells:
+        for name, total in tqdm(cells, desc="comparing", disable=None, leave=False):
             joint, grouping, how, steps = ROWS[name]
             if how in latents:
                 sizes = latent_sizes(model, *latents[how], total / whole)

@@ -3,16 +3,11 @@
     python -m study compare-speed speed.jsonl --n_layer 6 --dim 288 --n_head 6 --hidden_dim 768 \\
         --llama2c llama2.c/model.py --nanogpt nanoGPT/model.py \\
         --run_c "llama2.c/run model.bin -z tokenizer.bin" "llama2.c/runq int8.bin -z tokenizer.bin"
-    python -m study time-to-loss llama2.c llama2.c/model.py --out_dir out/llama2c --n_layer 6 --dim 288 \\
-        --n_head 6 --hidden_dim 768 --optimizer adamw --compile --max_steps 330 --eval_every 25
 
 llama2.c's programs (gcc -Ofast -fopenmp -march=native run.c -lm -o run) and llama.cpp (llama-cpp-python) need
 a model of this shape, of few steps, so that no text ends early, exported with formats; llama2.c's export.py
 --hf (runq: --version 2) converts it. Training is compiled, AdamW, bfloat16, on random tokens. Each row is a
 process of its own; rows take turns.
-
-time-to-loss is train.py with another project's model (transformers takes - for a file), for `plot loss`. Its
-checkpoint holds that model: neither --resume nor any other command can read it.
 """
 
 import importlib.util
@@ -31,7 +26,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import train
 from common import IGNORE, bounded, require, writable
 from formats.models import config_of
 from model import Llama, ModelConfig
@@ -58,6 +52,7 @@ class Peer(nn.Module):
     def __init__(self, name: str, path: str, c: ModelConfig):
         super().__init__()
         self.name, self.config = name, c
+        require(not (c.novel or c.gated), f"{name} has no such layers: drop --novel and --gated")
         if name == "transformers":
             from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -137,25 +132,3 @@ def main() -> None:
                 print(json.dumps({"row": name, **found[name][-1]}), file=file)
     medians = {name: {key: median(one[key] for one in of) for key in of[0]} for name, of in found.items()}
     show(how, [{"medians of the rounds": name, **row} for name, row in medians.items()])
-
-
-def loss_main() -> None:
-    """train.py, with the peer's model in place of the blocks of the Llama that it has made."""
-    name, path, *_ = [*sys.argv[1:3], "", ""]
-    if name in ("-h", "--help"):
-        return print(__doc__)
-    known = (name, path) == ("transformers", "-")
-    known = known or (name in ("llama2.c", "nanoGPT") and path.endswith(".py"))
-    require(known, "give llama2.c, nanoGPT or transformers, its model.py or -, and flags of train.py")
-    del sys.argv[1:3]
-
-    def change(model: Llama) -> None:
-        peer = Peer(name, path, model.config).to(model.tok_embeddings.weight.device)
-        model.layers = nn.ModuleList([peer])
-        # the weights of ours that are left would count as parameters
-        model.tok_embeddings = next(m for m in peer.modules() if isinstance(m, nn.Embedding))
-        model.norm = model.output = nn.Identity()
-        model.forward = lambda *batch: peer(*batch)
-        model.generate = lambda *_, **__: [[]]
-
-    train.main(change)

@@ -1,6 +1,6 @@
 """Every experiment of docs/results.md, from nothing to tables and figures; needs requirements-dev.txt.
 
-    python -m study run                          # all of it: four to six hours on 2 cores, half `depth`
+    python -m study run                          # all of it: four hours to half a day on 2 cores
     python -m study run --fast                   # a quarter of an hour: tiny models, meaningless numbers
     python -m study run --parts groups tuning    # some of it; --only 1of2 takes the steps of that name
     python -m study run --parts tuning --ckpt smol.pt --dataset wiki --out out/smol    # of another base

@@ -14,8 +14,8 @@
     exact_match  % of answers equal to the reference, surrounding spaces aside; ended: % that the model ended
     latency      seconds until the whole batch of an answer is there: mean and percentiles
 
-All but loss and latency go from 0 to 100. Answers are greedy. CKPT-answers-DATASET-SPLIT.jsonl keeps the
-settings, the references and the answers.
+All but loss and latency go from 0 to 100. Answers are greedy. CKPT-answers-DATASET-SPLIT[-firstN].jsonl keeps
+the settings, the references and the answers of the last time.
 """
 
 import json
@@ -150,4 +150,4 @@ def main() -> None:
         print(summary, file=file)
         for record, *each in zip(kept, *answers):
             line = {**record, "answers": dict(zip(results, each))}
-            print(json.dumps(line, ensure_ascii=False), file=file)
+            print(json.dumps(line), file=file)

@@ -49,14 +49,16 @@ def main() -> None:
         require(len(ids) > size, f"{name} has {len(ids)} tokens: give --dataset of {size + 1} or more")
     generator = torch.Generator(device).manual_seed(config.seed)
     how = {"temperature": 1.0, "stop": tokenizer.stop, "generator": generator}
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("[0-9]" * 10 + ".txt"):  # of another length or seed
-        old.unlink()
     with tqdm(total=config.tokens, unit="token", disable=None) as bar:
         while written < config.tokens:
             if config.dataset:
                 begins = [ids[at : at + size].tolist() for at in rng.integers(len(ids) - size, size=B)]
-            for begin, new in zip(begins, model.generate(begins, length - len(begins[0]), **how)):
+            texts = model.generate(begins, length - len(begins[0]), **how)
+            if not written:  # only now, for the model may be damaged
+                folder.mkdir(parents=True, exist_ok=True)
+                for old in folder.glob("[0-9]" * 10 + ".txt"):  # of another length or seed
+                    old.unlink()
+            for begin, new in zip(begins, texts):
                 (folder / f"{written:010}.txt").write_text(tokenizer.decode(begin + new), "utf-8", newline="")
                 written += len(begin) + len(new)
                 bar.update(len(begin) + len(new))

@@ -129,8 +129,8 @@ def test_comparisons_measure_what_their_rows_say(tiny_run, tiny_data, tmp_path):
     assert list(cells) == list(ROWS) and {whole for _, whole in cells.values()} == {"1.000"}
     halves = [float(half) for half, _ in cells.values()]
     assert halves[0] > halves[3] > halves[6] > halves[10], "means, closed form, refitted, latents"
-    how = "transformers", "-", *small_run(tiny_data, tmp_path / "run"), "--max_steps", 2
-    assert "val perplexity" in run("study", "time-to-loss", *how).stdout
+    how = "transformers", *small_run(tiny_data, tmp_path / "run"), "--max_steps", 2
+    assert "val perplexity" in run("study", "begin", *how).stdout
     assert records(tmp_path / "run/log.jsonl")[1]["loss"] == pytest.approx(math.log(400), rel=0.01)  # a guess
     assert "layers.0.model.model.embed_tokens.weight" in load(tmp_path / "run/ckpt.pt")["model"]
 
