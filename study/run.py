@@ -13,6 +13,7 @@ continues. Tables go to OUT/tables.md, figures to OUT/figures. `foreign` and `tu
 import os
 import re
 import shlex
+import signal
 import sys
 from dataclasses import dataclass
 from itertools import product
@@ -297,7 +298,8 @@ def run(name: str, line: str) -> None:
         child = Popen([sys.executable, *words], stdout=PIPE, stderr=PIPE, text=True, env=path)
         try:
             printed, errors = child.communicate()
-        except KeyboardInterrupt:  # which the child gets, too: train.py then saves
+        except KeyboardInterrupt:  # the terminal's Ctrl-C reaches the child as well, SIGTERM does not
+            child.terminate()  # train.py then saves
             child.communicate()
             raise
         if child.returncode:
@@ -320,6 +322,7 @@ def main() -> None:
         raise UserError(f"--only {config.only}: no regular expression ({error})") from None
     named = any(re.search(config.only, name) for name in todo)  # `base` is there unasked
     require(named, f"--only {config.only}: no step of these parts has it in its name")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with held(out):
         os.chdir(out)
         try:
