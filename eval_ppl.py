@@ -110,7 +110,7 @@ def split_tokens(checkpoint: dict, tokenizer: Tokenizer, dataset, split: str) ->
 
 def bits_per_byte(nats: float, tokens: np.ndarray, tokenizer: Tokenizer) -> float:
     """Bits for each UTF-8 byte of the text that the predicted tokens, all but the first, stand for."""
-    predicted = tokens if tokens[0] == tokenizer.bos else tokens[1:]  # a BOS has no bytes, or cancels one
+    predicted = tokens if tokens[0] == tokenizer.bos else tokens[1:]  # a BOS counts 0 bytes, or -1
     text_bytes = tokenizer.token_bytes()[predicted].sum().item()
     return nats / math.log(2) * (len(tokens) - 1) / max(1, text_bytes)
 

@@ -36,7 +36,7 @@ from model import HeadGroups, Llama, sdpa
 
 HEAD_DIMS = range(16, 129)  # a tensor core takes no less, the registers of a program hold no more
 BOTH = 64  # the widest head whose K and V gradients fit into one program's registers together
-LOG2_E = constexpr(1.4426950408889634)  # the hardware has 2^x: scores and lse are logarithms in base 2
+LOG2_E = constexpr(1.4426950408889634)  # the hardware has 2^x: below, scores and lse are in base 2, not e
 SIZES = ["T", "S", "H", "G_K", "G_V", "PART"]  # Triton would compile anew for sizes that 16 divides
 INTERPRETED = constexpr(triton.knobs.runtime.interpret)
 
@@ -104,7 +104,7 @@ def forward_kernel(q, k, v, out, k_groups, v_groups, lse, T, D: constexpr,
     top, total = tl.full((M,), -float("inf"), tl.float32), tl.zeros((M,), tl.float32)
     acc = tl.zeros(queries.shape, tl.float32)
     for start in range(0, tl.minimum(first + M, T), N):
-        columns = start + tl.arange(0, N)  # below, < T goes without saying, but spares registers
+        columns = start + tl.arange(0, N)  # the < T below is implied, but spares registers
         keys = load(k, b, k_group, columns, T, D)
         scores = tl.dot(queries, tl.trans(keys), None, PRECISION) * (D**-0.5 * LOG2_E)
         scores = tl.where((columns[None, :] < T) & (columns[None, :] <= rows[:, None]), scores, -float("inf"))

@@ -16,9 +16,9 @@ Here each group gets the shared head with the smallest squared error over the in
 SVD (Eckart-Young); norm weights and Procrustes alignment (arXiv 2408.08454, 2412.20677) cannot reach a
 smaller one. Neither symmetry asks for groups: `--latent` keeps, for all heads of a layer together, the
 strongest directions of their keys and values, any number of them, and each head its coefficients. Values
-also read the cached keys, so they store only what keys do not tell. And most of a layer's inputs is a linear
-map of the token's embedding (refit.token_maps): with `--cache_tokens` the cache holds the token, from which
-keys and values are computed as far as it tells them, and latents the rest.
+also read the cached keys, so they store only what keys do not tell. And most of a layer's inputs x is a
+linear map `told` of the token's embedding e (refit.token_maps): with `--cache_tokens` the cache holds the
+token, which gives the part of keys and values that told e makes, and latents hold that of x - told e.
 """
 
 import json
@@ -37,13 +37,13 @@ from eval_ppl import mean_nll, perplexity, split_tokens, window_nll
 from lora import plain
 from model import Attention, Llama, Maps, ModelConfig, scores
 from partition import (
-    TINY, Counts, Groups, Slot, budget, choose, complex_heads, even_counts, head_counts, latent_sizes,
-    latent_units, numbered, real_rows, value_heads, weighted_rows,
+    TINY, Counts, Groups, Slot, budget, choose, complex_heads, even_counts, head_counts, knapsack, numbered,
+    real_rows, value_heads, weighted_rows,
 )  # fmt: skip
 from refit import STEPS, Statistics, refit, sensitivity, statistics, token_maps
 
 Directions = dict[Slot, tuple[torch.Tensor, ...]]  # (order, z, mix), see `directions`
-NOISE = 1e-3  # in keys that values read, of their mean square: else rounding or healing breaks values
+NOISE = 1e-3  # added to E[k k^T], of its mean diagonal, where values read keys: or small errors break them
 MOST_CONTEXT = 1024  # longest calibration block, tokens; longer ones change few choices
 
 
@@ -118,6 +118,12 @@ def merge_values(attention: Attention, groups: Groups, stats: Statistics) -> tup
 # ---- latents ----
 
 
+def latent_units(c: ModelConfig) -> tuple[int, Counts]:
+    """The unit of latent sizes, in numbers, and how many units each layer's K and V take in the cache."""
+    unit = c.head_dim // 4 if c.head_dim % 8 == 0 else 2
+    return unit, {(i, kind): n // unit for i, both in enumerate(c.kv_widths) for kind, n in zip("kv", both)}
+
+
 def all_directions(model: Llama, stats: list[Statistics]) -> Directions:
     """`directions` of each layer's K, and of its V without a latent key."""
     layers, slots = [layer.attention for layer in model.layers], latent_units(model.config)[1]
@@ -135,8 +141,8 @@ def latent(found: tuple[torch.Tensor, ...], size: int) -> tuple[list[int], torch
 
 def latent_value(attention: Attention, stats: Statistics, keys: torch.Tensor, size: int) -> tuple:
     """wv (R, C) of a latent value beside a latent key of wk `keys` (n, C), and coefficients (G D, R + n) that
-    restore all heads' values from both: the strongest directions of what the key, with NOISE, does not tell
-    of m, then least squares."""
+    restore all heads' values from both: of m less its least-squares estimate from the key (with NOISE), the
+    strongest directions; the key's coefficients follow."""
     rows, weighted, C = weighted_rows(attention, "v", stats)
     squares = keys @ C @ keys.T
     squares.diagonal().add_(NOISE * squares.diagonal().mean())
@@ -149,10 +155,10 @@ def latent_value(attention: Attention, stats: Statistics, keys: torch.Tensor, si
 
 @torch.no_grad()
 def to_latents(model: Llama, stats: list[Statistics], found: Directions, sizes: Counts) -> Llama:
-    """The model with latent keys and values of these sizes, numbers in the cache, in place of heads; where a
-    layer has both, beside what the token tells, if `stats` are of the rest. Each head's coefficients get unit
-    length for every RoPE pair, or orthonormal columns (where wide enough), and wq or wo (but behind a novel
-    layer) what they lose: `refit` gets further where coefficients are alike."""
+    """The model with latents of these sizes (numbers cached) for heads; where K and V both are and `stats`
+    are of x - told e, beside the token's part. What a head's coefficients weigh goes into wq or wo (not
+    behind a novel layer): they get length 1 for every RoPE pair, or orthonormal columns (if wide enough), for
+    `refit` gets further where coefficients are alike."""
     c, weights, D = model.config, model.state_dict(), model.config.head_dim
     k_latent, v_latent, t_latent = list(c.k_latent), list(c.v_latent), list(c.t_latent)
     for (layer, kind), size in sizes.items():
@@ -180,7 +186,7 @@ def to_latents(model: Llama, stats: list[Statistics], found: Directions, sizes: 
                 mix = torch.cat((mix, attention.wv.weight.double() @ told), 1)
             v_latent[layer], mix = size, mix.unflatten(0, (-1, D)).mT[attention.v_groups.of_head]
             if attention.novel is None:
-                U, S, Vh = torch.linalg.svd(mix, full_matrices=False)  # (U Vh) (Vh^T S Vh)
+                U, S, Vh = torch.linalg.svd(mix, full_matrices=False)  # polar: (U Vh) (Vh^T S Vh)
                 mix, readers = U @ Vh, attention.wo.weight.double().unflatten(1, (-1, D)).transpose(0, 1)
                 new["wo.weight"] = (readers @ (Vh.mT * S[:, None]) @ Vh).transpose(0, 1).flatten(1)
         z = z if told is None else torch.cat((z, -z @ told), 1)
@@ -190,10 +196,13 @@ def to_latents(model: Llama, stats: list[Statistics], found: Directions, sizes: 
     return build_model({"model": weights, "config": vars(config)}, model.tok_embeddings.weight.device)
 
 
+# ---- sizes of latents ----
+
+
 def size_products(keys: Attention, values: Attention, orders: list, told, unit: int, args: tuple, g):
-    """Twice g . y (B, T, units), of the output y and its gradient g (B, T, C): if a latent key, then if a
-    latent value, had only its first 1, 2, ... units. y adds up over a value's numbers, scores over a key's.
-    What the token tells of x, `told` (C, C) times e, is kept."""
+    """g . y (B, T, units), of the output y and its gradient g (B, T, C), for each size of a latent key, then
+    of a latent value: y from its first 1, 2, ... units in `orders` only. `keys`, `values`: this layer with a
+    full-size latent key, or value. Of x, `told` e is kept."""
     x, *rope, e = args
     of_token = torch.zeros_like(x) if told is None else e @ told.type_as(e).T
     (q, k, _), k_told = keys.project(x, *rope), keys.project(of_token, *rope)[1]
@@ -215,9 +224,8 @@ def size_products(keys: Attention, values: Attention, orders: list, told, unit: 
 
 @torch.no_grad()
 def latent_losses(model: Llama, stats: list[Statistics], found: Directions, tokens: torch.Tensor) -> list:
-    """The KL divergence that 1, 2, ... units of each slot alone cause (units,), beside what the token tells
-    where `stats` are of the rest; predicted by one backward pass: `divergence` for all sizes at once, in
-    novel layers to first order."""
+    """[2 layer + (0 for K, 1 for V)] -> (units,): the KL divergence if only this latent had 1, 2, ... units,
+    predicted by one backward pass: `divergence` for all sizes, in novel layers to first order."""
     (unit, whole), losses = latent_units(model.config), []
     alone = [{slot: unit * n for slot, n in whole.items() if slot[1] == kind} for kind in "kv"]
     layers = zip(*(to_latents(model, stats, found, sizes).layers for sizes in alone))
@@ -228,6 +236,38 @@ def latent_losses(model: Llama, stats: list[Statistics], found: Directions, toke
             errors = products - products[..., -1:]
             losses.append(errors.square().mean((0, 1)).double().cpu().numpy() / 2)
     return losses
+
+
+def beside_keys(keys: torch.Tensor, values: torch.Tensor, C: torch.Tensor, unit: int, alone: np.ndarray):
+    """(units of K, units of V): the predicted loss of a latent value that can also read a latent key. It is
+    read off `alone`, the loss of 1, 2, ... units of V without a key, where these drop as much energy of V.
+    keys and values (n, C) are all directions of the two, the strongest keys first, C = E[m m^T]."""
+    values = values * ((values @ C) * values).sum(1, keepdim=True).sqrt()  # to E|values m|^2 their energy
+    squares, energies = keys @ C @ keys.T, [values @ C @ values.T]
+    squares.diagonal().add_(1e-9 * squares.diagonal().mean() + TINY)
+    by_keys = torch.linalg.solve_triangular(torch.linalg.cholesky(squares), keys @ C @ values.T, upper=False)
+    for of_unit in by_keys.split(unit):  # each unit tells more
+        energies.append(energies[-1] - of_unit.T @ of_unit)
+    dropped = [torch.linalg.eigvalsh(left).clamp(min=0).cumsum(0).flip(0)[unit::unit] for left in energies]
+    lost = np.pad(torch.stack(dropped).cpu().numpy(), ((0, 0), (0, 1)))  # units of all values lose nothing
+    return np.interp(lost[1:], lost[0, ::-1], alone[::-1])
+
+
+def latent_sizes(model: Llama, stats: list[Statistics], found: dict, losses: list, share: float) -> Counts:
+    """The sizes of each layer's latent key and value, together a share of the cache, of the least sum of
+    `latent_losses`, the values' as they are `beside_keys`; none for a layer that stays as it is."""
+    (unit, whole), layers = latent_units(model.config), []
+    for i, (of_keys, of_values) in enumerate(zip(losses[::2], losses[1::2])):
+        (order, k, _), (_, v, _) = found[i, "k"], found[i, "v"]
+        rows = real_rows(k.flatten(0, 1)[order])
+        lost = of_keys[:, None] + beside_keys(rows, v[0], stats[i].mixed, unit, of_values)
+        best = {}  # (units of K - 1) + (units of V - 1) -> least loss, units of K, of V
+        for (a, b), loss in np.ndenumerate(lost):
+            best[a + b] = min(best.get(a + b, (np.inf,)), (loss, a + 1, b + 1))
+        layers.append([best[n] for n in range(len(best))])
+    counts = knapsack([np.array(ways)[:, 0] for ways in layers])[budget(whole, share) - len(layers)][1]
+    picked = [(i, ways[n - 1]) for i, (n, ways) in enumerate(zip(counts, layers)) if n < len(ways)]
+    return {(i, kind): unit * n for i, (_, *both) in picked for kind, n in zip("kv", both)}
 
 
 # ---- the new model ----
@@ -369,7 +409,7 @@ def main() -> None:
     writable(out, config.overwrite)
     checkpoint, model, blocks, val, name = open_inputs(config)
     maps = read_groups(Path(config.groups), model.config) if config.groups else None
-    counts = {} if maps else asked_counts(config, model)  # of latents it checks the budget
+    counts = {} if maps else asked_counts(config, model)  # with --latent only to check the budget
     stats = statistics(model, blocks, token_maps(model, blocks) if config.cache_tokens else None)
     if config.latent:
         found = all_directions(model, stats)

@@ -7,7 +7,7 @@ public checkpoints load by name. What differs from the paper:
              multi-head, grouped-query, multi-query and uneven grouping are one path (`HeadGroups`)
     novel    a small linear layer + SiLU on each head's output, shared by a layer's heads (experimental)
     gated    a sigmoid gate on each head's output (arXiv 2505.06708, head-wise), for comparison
-    latents  low-rank keys and values of all heads of a layer, or of what the token does not tell
+    latents  low-rank keys and values of all heads of a layer, or of what cached token ids do not predict
     kv_bits  a cache of integers
 
 Shapes: B batch, T time (tokens), S cached time, C model width, H query heads, G key/value groups, D head
@@ -62,10 +62,10 @@ class ModelConfig:
     kv_bits: int = bounded(16, 4, 16)  # 8 or 4: the KV cache holds such integers; 16: floats, as computed
     k_groups: Maps | None = field(default=None, metadata=NO_FLAG)  # equal runs of heads unless given
     v_groups: Maps | None = field(default=None, metadata=NO_FLAG)
-    # instead of groups (see Attention): [layer][RoPE pair] -> complex numbers cached, [layer] -> numbers
+    # latents (see Attention), not groups: complex numbers cached, [layer][RoPE pair]; numbers, [layer]
     k_latent: Maps | None = field(default=None, metadata=NO_FLAG)
     v_latent: list[int] | None = field(default=None, metadata=NO_FLAG)
-    # [layer] -> how many key heads are computed from the token alone, beside both latents
+    # [layer] -> key heads of which the token tells a part: all of the layer's, or 0
     t_latent: list[int] | None = field(default=None, metadata=NO_FLAG)
 
     def __post_init__(self):
@@ -251,7 +251,7 @@ class KVCache:
             if store[layer] is None:
                 self.dtype = k.dtype  # what unpacked numbers become
                 store[layer] = new.new_empty(*new.shape[:2], self.capacity, new.shape[3])
-            # compiled, a slice assignment would copy the whole cache; sample.RowLinear's k may be wider
+            # compiled, a slice assignment would copy the whole cache; sample.RowLinear's k is float32
             store[layer].index_copy_(2, positions, new.type_as(store[layer]))
         kept = self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
         return kept if self.bits == 16 else tuple(unpack(x, self.bits).to(self.dtype) for x in kept)
@@ -305,14 +305,14 @@ ATTENTION = {"auto": auto, "naive": naive, "sdpa": sdpa, "triton": sdpa}
 class Attention(nn.Module):
     """Causal self-attention; every query head reads its own key group and its own value group.
 
-    Latent keys and values are shared by all heads and may have any width. The key holds r_f complex numbers
-    for each RoPE pair f; a head's query repeats its pair for each, times its coefficients `k_mix`. `v_mix`
-    turns the attended latent value into a head's output (D,). Beside a latent key, the value also holds that
-    key, which the cache keeps as it was before RoPE (like all keys in Slim Attention, arXiv 2503.05840).
+    Latents: the cache holds one narrow vector for all heads. Of RoPE pair f the latent key has r_f complex
+    numbers; a head's query repeats its pair r_f times, times its coefficients `k_mix`. `v_mix` (H, width, D)
+    makes a head's output of the attended latent value. If both are latent, values read the key, too: before
+    RoPE, so it is cached so and turned when read (as all keys in Slim Attention, arXiv 2503.05840).
 
-    With t_latent the cache keeps the tokens as well: their embeddings e (B, S, C), normed, tell a part of all
-    keys, `wt` e, which stands behind the latent key, and of all values, which hold e, too. Of these nothing
-    is cached; wk and wv read e beside x, to take away what e tells.
+    With t_latent token ids are cached, too. Of their normed embeddings e (B, S, C), `wt` e is the part of all
+    keys that the token alone tells, appended to the latent key; to values e itself is appended. wk and wv
+    read [x, e] and subtract that part, so that latents hold only the rest.
     """
 
     def __init__(self, config: ModelConfig, layer: int):
@@ -331,7 +331,7 @@ class Attention(nn.Module):
         pairs = [f for f, r in enumerate(k_ranks) for _ in range(r)]  # of the numbers of a latent key
         pairs += [*range(D // 2)] * t_heads
         self.k_mix = nn.Parameter(torch.randn(H, len(pairs), 2), False) if k_ranks else None  # fixed
-        self.reads_keys = bool(k_ranks and v_rank)  # whether values hold the latent key
+        self.reads_keys = bool(k_ranks and v_rank)  # values read the latent key
         width = v_rank + k_width * self.reads_keys + config.dim * bool(t_heads)
         self.v_mix = nn.Parameter(torch.randn(H, width, D) * width**-0.5, False) if v_rank else None
         self.register_buffer("pairs", torch.tensor(pairs, device="cpu", dtype=torch.int64), persistent=False)
@@ -380,16 +380,16 @@ class Attention(nn.Module):
 
     def head_outputs(self, x, cos, sin, e=None, mask=None, cache: KVCache | None = None) -> torch.Tensor:
         """x (B, T, C) -> the outputs of all heads, side by side (B, T, H * D), which `wo` adds up. cos, sin
-        are of the T tokens; where values hold the key, of all S that the cache will hold, as is e (B, S, C),
-        the embeddings for t_latent."""
+        are of the T tokens; if values read keys, of all S = past + T, as is e (B, S, C), the embeddings for
+        t_latent."""
         now = cos[-x.shape[1] :], sin[-x.shape[1] :]
         both = self.beside(x, e)
         q, k, v = self.queries(self.wq(x), *now), self.wk(both), self.wv(both)
         if self.reads_keys:
             k, v = self.stored(k[:, None], v[:, None], cache)
             k, v = spread(k, self.k_hartley)[:, 0], spread(v, self.v_hartley)[:, 0]
-            k, v = self.keys(k, cos, sin, e), self.values(v, k, e)  # which hold k before RoPE
-        else:  # all stay in Hartley's basis, which takes fewer products
+            k, v = self.keys(k, cos, sin, e), self.values(v, k, e)  # RoPE only now
+        else:  # keys and values stay in Hartley's basis: q and y take fewer products
             k, v = self.stored(self.keys(k, *now), self.values(v, k), cache)
             q = spread(q, self.k_hartley)
         y = self.attend(q, k, v, self.k_groups, self.v_groups, mask)
@@ -402,7 +402,7 @@ class Attention(nn.Module):
             return cache.append(self.layer, k, v)
         if bits == 16:
             return k, v
-        return tuple(x + (unpack(pack(x, bits), bits).type_as(x) - x).detach() for x in (k, v))
+        return tuple(x + (unpack(pack(x, bits), bits).type_as(x) - x).detach() for x in (k, v))  # slope 1
 
     def readout(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Attended values (B, H, T, D or a latent's) and inputs x (B, T, C) -> the outputs (B, T, H * D)."""
@@ -475,7 +475,7 @@ class Llama(nn.Module):
 
     def embedded(self, tokens: torch.Tensor, padding=None) -> torch.Tensor:
         """tokens (B, S) -> what latents know of the token alone: its normed embedding (B, S, C), but zeros
-        for padding and a text's first token, on which heads rest, unlike on the same token elsewhere."""
+        for padding and a text's first token, an attention sink, whose keys are unlike those of its kind."""
         e = F.rms_norm(self.tok_embeddings(tokens), (self.config.dim,), eps=self.config.norm_eps)
         first = 0 if padding is None else padding[:, None]
         return e * (torch.arange(tokens.shape[1], device=e.device) > first)[..., None]

@@ -31,8 +31,8 @@ def orthogonalised(G: torch.Tensor) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Steps of W (m, n): M <- momentum M + (1 - momentum) grad; W <- (1 - lr decay) W - lr 0.2 sqrt(max(m,
-    n)) O, O the orthogonalised (1 - momentum) grad + momentum M (Nesterov). The factor 0.2 sqrt(max(m, n))
+    """Steps of W (m, n): V <- momentum V + (1 - momentum) grad; W <- (1 - lr decay) W - lr 0.2 sqrt(max(m,
+    n)) O, O the orthogonalised (1 - momentum) grad + momentum V (Nesterov). The factor 0.2 sqrt(max(m, n))
     gives a step the size of AdamW's (arXiv 2502.16982), so that one learning rate serves both."""
 
     def __init__(self, params: list[dict], lr: float, momentum: float, weight_decay: float):

@@ -106,7 +106,7 @@ def divided(model: nn.Module, fsdp: bool, dtype: torch.dtype, device: torch.devi
 
 
 def send_gradients(model: nn.Module, now: bool) -> None:
-    """Set whether the next backward sends its gradients: only that of a step's last micro-batch does."""
+    """Set whether the next backward adds up gradients over ranks: only a step's last micro-batch does."""
     if hasattr(model, "set_requires_gradient_sync"):  # FSDP2's, which keeps unsharded gradients until then
         model.set_requires_gradient_sync(now)
     elif world() > 1:

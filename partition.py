@@ -1,4 +1,4 @@
-"""Which heads share: what that costs, the cheapest groups, and how a budget is spent, on latents as well.
+"""Which heads share: what that costs, the cheapest groups, and how a budget is spent.
 
 A set costs the squared error, over a text's inputs, of the best head that it can share (gqa.py).
 Costs add over groups. Up to 12 heads dynamic programming over sets finds the optimum: the cheapest partition
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from common import require
-from model import Attention, Llama, Maps, ModelConfig
+from model import Attention, Llama, Maps
 from refit import Statistics
 
 EXACT = 12  # 4,095 sets, 3^12 / 2 ways to cut one in two
@@ -69,9 +69,9 @@ def weighted_rows(attention: Attention, kind: str, stats: Statistics) -> tuple[t
 
 
 class Costs:
-    """Cost of merging a set of a layer's K or V heads: the squared error, on weighted rows, if they share the
-    best head, which is the sum of the Gram matrix's eigenvalues that are dropped. Novel values share their
-    weighted mean instead."""
+    """What merging a set of a layer's K or V heads costs: the squared error, on weighted rows, of the best
+    shared head, which keeps the largest `rank` eigenvalues of their Gram matrix: the sum of the others. Novel
+    values share their weighted mean instead."""
 
     @torch.no_grad()
     def __init__(self, attention: Attention, kind: str, stats: Statistics):
@@ -262,44 +262,3 @@ def knapsack(values: list[np.ndarray]) -> dict[int, tuple[float, list[int]]]:
                 if total + g not in best or lost + more <= best[total + g][0]:
                     best[total + g] = lost + more, [*counts, g]
     return best
-
-
-# ---- sizes of latents ----
-
-
-def latent_units(c: ModelConfig) -> tuple[int, Counts]:
-    """The unit of latent sizes, in numbers, and how many units each layer's K and V take in the cache."""
-    unit = c.head_dim // 4 if c.head_dim % 8 == 0 else 2
-    return unit, {(i, kind): n // unit for i, both in enumerate(c.kv_widths) for kind, n in zip("kv", both)}
-
-
-def beside_keys(keys: torch.Tensor, values: torch.Tensor, C: torch.Tensor, unit: int, alone: np.ndarray):
-    """(units of K, units of V): the loss of a latent value of 1, 2, ... units beside a latent key of as many
-    or others, looked up in `alone`, the losses without a key, where as much energy of the values is dropped.
-    keys and values (n, C) are all directions of the two, the strongest keys first, C = E[m m^T]."""
-    values = values * ((values @ C) * values).sum(1, keepdim=True).sqrt()  # to |values m|^2 their energy
-    squares, energies = keys @ C @ keys.T, [values @ C @ values.T]
-    squares.diagonal().add_(1e-9 * squares.diagonal().mean() + TINY)
-    by_keys = torch.linalg.solve_triangular(torch.linalg.cholesky(squares), keys @ C @ values.T, upper=False)
-    for of_unit in by_keys.split(unit):  # each unit tells more
-        energies.append(energies[-1] - of_unit.T @ of_unit)
-    dropped = [torch.linalg.eigvalsh(left).clamp(min=0).cumsum(0).flip(0)[unit::unit] for left in energies]
-    lost = np.pad(torch.stack(dropped).cpu().numpy(), ((0, 0), (0, 1)))  # units of all values lose nothing
-    return np.interp(lost[1:], lost[0, ::-1], alone[::-1])
-
-
-def latent_sizes(model: Llama, stats: list[Statistics], found: dict, losses: list, share: float) -> Counts:
-    """The sizes of each layer's latent key and value, together a share of the cache, of the least sum of
-    gqa.latent_losses, the values' as they are `beside_keys`; none for a layer that stays as it is."""
-    (unit, whole), layers = latent_units(model.config), []
-    for i, (of_keys, of_values) in enumerate(zip(losses[::2], losses[1::2])):
-        (order, k, _), (_, v, _) = found[i, "k"], found[i, "v"]
-        rows = real_rows(k.flatten(0, 1)[order])
-        lost = of_keys[:, None] + beside_keys(rows, v[0], stats[i].mixed, unit, of_values)
-        best = {}  # units of both, less one each -> least loss, units of K, of V
-        for (a, b), loss in np.ndenumerate(lost):
-            best[a + b] = min(best.get(a + b, (np.inf,)), (loss, a + 1, b + 1))
-        layers.append([best[n] for n in range(len(best))])
-    counts = knapsack([np.array(ways)[:, 0] for ways in layers])[budget(whole, share) - len(layers)][1]
-    picked = [(i, ways[n - 1]) for i, (n, ways) in enumerate(zip(counts, layers)) if n < len(ways)]
-    return {(i, kind): unit * n for i, (_, *both) in picked for kind, n in zip("kv", both)}

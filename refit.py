@@ -4,9 +4,9 @@ partition.py and gqa.py need the `statistics` of each layer; `sensitivity`, from
 what an error in a layer does to the model's predictions. Merging in closed form does the best that weights
 allow, head by head. What refitting adds, layer by layer:
 
-    wo      heads' errors add up, and the layers below change the inputs. Ridge regression finds the wo that
-            comes closest to the original's residual stream. Errors count relative to the stream's size, as
-            the next norm sees it, or a few tokens with streams 100 times larger would decide
+    wo      heads' errors add up, and those of lower layers change its inputs. Ridge regression finds the wo
+            that comes closest to the original's residual stream. Errors count relative to the stream's size,
+            as the next norm sees it, or a few tokens with streams 100 times larger would decide
     wq, wk  a merged key approximates each RoPE pair by itself, while the softmax sees the sum over pairs
     wv      shared values were chosen for heads that look where they looked, and whose errors are independent
 
@@ -51,7 +51,7 @@ class Statistics:
     mixed: torch.Tensor  # (C, C) E[m m^T], m = sum_s a_s x_s as attention mixes x for an observed query
     energy: torch.Tensor  # (H, D/2) E|q_f|^2 of each RoPE pair f
     gates: torch.Tensor  # (H,) E[gate^2] of each head, 1 without gates
-    told: torch.Tensor | None = None  # (C, C): if given, x above stands for x - told e
+    told: torch.Tensor | None = None  # (C, C) of token_maps: x above is then x - told e
 
 
 def watch(model: Llama, tokens: torch.Tensor, observe: Callable) -> None:
@@ -72,7 +72,7 @@ def watch(model: Llama, tokens: torch.Tensor, observe: Callable) -> None:
 
 @torch.no_grad()
 def token_maps(model: Llama, tokens: torch.Tensor) -> list[torch.Tensor]:
-    """(C, C) of each layer, over tokens (N, T): ridge regression of its inputs on `embedded`."""
+    """`told` (C, C) of each layer, over tokens (N, T): ridge regression of its inputs x on e, `embedded`."""
     products, squares = [0] * len(model.layers), []
 
     def observe(attention: Attention, x: torch.Tensor, rope, e: torch.Tensor) -> None:
@@ -89,7 +89,7 @@ def token_maps(model: Llama, tokens: torch.Tensor) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def statistics(model: Llama, tokens: torch.Tensor, told: list | None = None) -> list[Statistics]:
-    """Of every layer, over tokens (N, T); with its `token_maps`, of what these do not tell."""
+    """Of every layer, over tokens (N, T); given its `token_maps`, of the rest x - told e instead of x."""
     stats = [Statistics(0, 0, 0, 0, of_layer) for of_layer in told or [None] * len(model.layers)]
     some, seen = observed(tokens.shape[1], tokens.device)
     count, observations = tokens.numel(), len(tokens) * len(seen) * model.config.n_head
@@ -111,8 +111,8 @@ def statistics(model: Llama, tokens: torch.Tensor, told: list | None = None) -> 
 
 @torch.enable_grad()
 def sensitivity(model: Llama, tokens: torch.Tensor) -> list[list[tuple]]:
-    """[layer][batch], on the first tokens (N, T): the attention's arguments (x, cos, sin, e), its output y,
-    and the gradient at y of the log-likelihood of tokens that the model draws; all but angles (B, T, C)."""
+    """[layer][batch], on the first tokens (N, T): attention's arguments (x, cos, sin, e), output y, and at y
+    the gradient of log p of tokens drawn from p itself (why: `divergence`); all but angles (B, T, C)."""
     tokens = tokens[: max(1, SENSED // tokens.shape[1])]
     found, generator = [[] for _ in model.layers], torch.Generator(tokens.device).manual_seed(0)
 
@@ -222,17 +222,17 @@ def refit_attention(ours: Attention, b, rope, looks: list, e, target, weight, st
 
 def minimise(attend, linears: list[nn.Linear], roots, slices: list, count: int, steps: int, damping: float):
     """By L-BFGS on the weights w of linears: the sum of |error|^2 and KL over slices of text and targets, and
-    of damping |change of w C^(1/2)|^2 / |w C^(1/2)|^2, C = E[b b^T] of w's inputs b, which `whitening` gives.
-    It works on S (change of w) C^(1/2), S the `slopes`: there all directions matter about alike, and it gets
-    far in few steps."""
+    of damping |D|^2 / |w C^(1/2)|^2, where D = (change of w) C^(1/2), C = E[b b^T] of w's inputs b
+    (`whitening`). Its variable is S D, S one number a row, the `slopes`: there all directions matter about
+    alike, and it gets far in few steps."""
     before, inverses = [linear.weight.detach() for linear in linears], [inverse for _, inverse in roots]
     scales = slopes(attend, before, inverses, slices, count)
     shares = [damping / (w @ root).square().sum().clamp(min=1e-12) for w, (root, _) in zip(before, roots)]
     changes = [torch.zeros_like(w, requires_grad=True) for w in before]
 
     def weights() -> list[torch.Tensor]:
-        steps = zip(before, changes, scales, inverses)
-        return [w + change / scale @ inverse for w, change, scale, inverse in steps]
+        parts = zip(before, changes, scales, inverses)
+        return [w + change / scale @ inverse for w, change, scale, inverse in parts]
 
     def closure() -> torch.Tensor:  # called with gradients on
         optimizer.zero_grad()
@@ -254,9 +254,9 @@ def minimise(attend, linears: list[nn.Linear], roots, slices: list, count: int, 
 
 @torch.enable_grad()
 def slopes(attend, weights: list[torch.Tensor], inverses, slices: list, count: int) -> list[torch.Tensor]:
-    """For each of weights (n, C) its rows' slopes (n, 1): root mean square derivatives, over whitened inputs,
-    of a vector y whose squared changes are about those of what is minimised. One backward pass with random
-    signs estimates them: the diagonal of K-FAC's factor of the outputs (arXiv 1503.05671)."""
+    """For each of weights (n, C), (n, 1): how fast a row changes y, a vector whose |change|^2 is about the
+    objective's (Gauss-Newton), root mean square over whitened inputs. One backward pass with random signs
+    estimates it (Hutchinson): the diagonal of K-FAC's factor of the outputs (arXiv 1503.05671)."""
     generator = torch.Generator(weights[0].device).manual_seed(0)
     weights, squares = [w.detach().requires_grad_() for w in weights], [0] * len(weights)
     for part, _, *given in slices:

@@ -39,7 +39,7 @@ from partition import (
 )  # fmt: skip
 from refit import STEPS, divergence, refit, sensitivity, statistics
 
-LEFT = {"k": 0.3}  # of what merged keys lose, about, once wq and wk are refitted (not with --joint)
+LEFT = {"k": 0.3}  # share of merged keys' loss that is left, about, once wq and wk are refitted (not --joint)
 
 
 @dataclass

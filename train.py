@@ -74,7 +74,7 @@ class TrainConfig:
     distil_weight: float = bounded(0.5, 0, 1)  # with --teacher: share of its KL divergence in the loss
     momentum: float = bounded(0.8, 0, 0.9999)  # of Muon; the usual 0.95 learns less in some hundred steps
     optimizer: Literal["adamw", "muon"] = "muon"  # muon: the blocks' matrices, AdamW the rest (LoRA: adamw)
-    eval_every: int = bounded(100, 1)  # steps between checkpoints, each followed by an evaluation
+    eval_every: int = bounded(100, 1)  # steps between saves of ckpt.pt; after each, an evaluation
     eval_tokens: int = bounded(32768, 0)  # of val, evenly spread; the last evaluation reads all; 0: none
     seed: int = bounded(0, 0, 2**32 - 1)  # of weights, batches and dropout
     device: str = "auto"  # cuda, mps, cpu or auto
@@ -226,7 +226,7 @@ def begin_embeddings(model: Llama, tokens: np.ndarray) -> None:
     places = torch.stack((torch.cat((first, second)), torch.cat((second, first + V))))
     M = torch.sparse_coo_tensor(places, information.repeat(2), (V, 2 * V), check_invariants=True)
     W = torch.randn(2 * V, C)
-    for _ in range(4):  # subspace iteration; qr's Q has its columns in a row, by which M takes far longer
+    for _ in range(4):  # subspace iteration; qr's Q is column-major, and M @ it would take far longer
         W = torch.linalg.qr(M.T @ (M @ W)).Q.contiguous()
     begin = STREAM * math.sqrt(C) * F.normalize(M @ W)
     for weight in (model.tok_embeddings.weight, model.output.weight):  # tied, they are one
@@ -236,7 +236,7 @@ def begin_embeddings(model: Llama, tokens: np.ndarray) -> None:
 
 def make_optimizers(model: Llama, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW for all that learns; or Muon for the blocks' matrices, at lr times RATES, and AdamW for
-    embeddings, output, norms and biases. Latents' mixes stay: steps undo them."""
+    embeddings, output, norms and biases. Latents' mixes stay fixed: training undoes them."""
     matrices, decayed, vectors, decay = [], [], [], config.weight_decay
     for name, p in [(name, p) for name, p in model.named_parameters() if p.requires_grad]:
         if p.dim() != 2:

@@ -14,7 +14,7 @@ import gqa
 from common import bounded, parse, require
 from data.tokenizer import read_tokenizer
 from eval_ppl import split_tokens
-from partition import budget, choose, even_counts, head_counts, latent_sizes
+from partition import budget, choose, even_counts, head_counts
 from refit import STEPS, refit, statistics, token_maps
 from study.bench import table
 
@@ -75,7 +75,7 @@ def main() -> None:
         for name, total in tqdm(cells, desc="comparing", disable=None, leave=False):
             joint, grouping, how, steps = ROWS[name]
             if how in latents:
-                sizes = latent_sizes(model, *latents[how], total / whole)
+                sizes = gqa.latent_sizes(model, *latents[how], total / whole)
                 small = gqa.to_latents(model, *latents[how][:2], sizes)
             else:
                 counts = even_counts(heads[joint], total * (2 - joint))  # a joint group is two: equal caches

@@ -114,7 +114,6 @@ search_groups.py run/ckpt.pt --out new.json --calibration_tokens 1024
     plot groups run/ckpt.pt --out new.jpg    --out
     plot groups latent.pt                    latents
     begin foo                                llama2.c
-    begin scaled --n_layer 6                 --out_dir
     begin scaled --n_layer 6 --resume        --out_dir
     begin scaled --init_from run/ckpt.pt     --init_from
     compare-speed data/meta.json             --overwrite

@@ -11,11 +11,12 @@ from conftest import assert_close, run
 from foreign import export_of, logits
 from test_gqa import SHAPES, TOKENS, frozen
 
+import gqa
 from checkpoint import build_model, check_tensors, load
-from gqa import NOISE, all_directions, latent, latent_losses, to_latents
+from gqa import all_directions, beside_keys, latent, latent_losses, latent_sizes, latent_units, to_latents
 from lora import LoRAConfig, adapt
 from model import KVCache, hartley, pack, unpack
-from partition import Costs, beside_keys, exact_partitions, latent_sizes, latent_units, weighted_rows
+from partition import Costs, exact_partitions, weighted_rows
 from refit import RIDGE, divergence, refit, sensitivity, statistics, token_maps
 from sample import compile_step
 from study.plot import attention_weights
@@ -168,7 +169,7 @@ def test_values_beside_a_latent_key_miss_what_none_of_their_size_could_keep(shap
         new = to_latents(model, stats, found, sizes).layers[0].attention
         like = new.wk.weight if k_units else old.wv.weight  # else AdamW's steps do not fit both
         assert new.wv.weight.square().mean().item() == pytest.approx(like.square().mean().item())
-        noise = (NOISE * told.square().sum(1).mean()).sqrt() * torch.eye(len(told)).double()
+        noise = (gqa.NOISE * told.square().sum(1).mean()).sqrt() * torch.eye(len(told)).double()
         both = torch.cat((new.wv.weight, new.wk.weight[: len(told)])) @ root
         both = torch.cat((both, F.pad(noise, (0, 0, size, 0))), 1)
         before = old.wv.weight.unflatten(0, (-1, old.head_dim))[old.v_groups.of_head] @ root
@@ -187,7 +188,7 @@ def test_sizes_spend_the_budget_where_the_sum_of_losses_is_least(monkeypatch):
     stats, (unit, whole) = statistics(model, TOKENS), latent_units(model.config)
     tables = [rng.random((whole[i, "k"], whole[i, "v"])) for i in range(2)]
     rest = iter(tables)
-    monkeypatch.setattr("partition.beside_keys", lambda *given: next(rest))
+    monkeypatch.setattr("gqa.beside_keys", lambda *given: next(rest))
     losses = [np.zeros(n) for n in whole.values()]
     found = latent_sizes(model, stats, all_directions(model, stats), losses, 0.4)
     ways = [np.array(way) for way in product(*(range(n) for n in whole.values()))]
