@@ -158,14 +158,14 @@ def refit(model: Llama, original: Llama, tokens: torch.Tensor, steps: int = STEP
         old, new = theirs.attention.state_dict(), ours.attention.state_dict()
         changed = any(name not in old or not torch.equal(old[name], new[name]) for name in new)
         output = torch.cat([theirs.attention(part, *rope) for part in a.split(SLICE)])
-        goal, weight = x + output - y, 1 / (x + output).norm(dim=-1).clamp(min=TINY)
+        target, weight = x + output - y, 1 / (x + output).norm(dim=-1).clamp(min=TINY)
         if steps and changed:
             looks = observed_weights(theirs.attention, a, rope)
-            refit_attention(ours.attention, b, rope, looks, e, goal, weight, steps)
+            refit_attention(ours.attention, b, rope, looks, e, target, weight, steps)
         parts = zip(b.split(SLICE), e.split(SLICE))
         heads = torch.cat([ours.attention.head_outputs(part, *rope, of) for part, of in parts])
         if changed or not torch.equal(x, y):
-            refit_output(ours.attention.wo, heads, goal, weight)
+            refit_output(ours.attention.wo, heads, target, weight)
         x, y = x + output, y + torch.cat([ours.attention.wo(part) for part in heads.split(SLICE)])
         x = torch.cat([part + theirs.feed_forward(theirs.ffn_norm(part)) for part in x.split(SLICE)])
         y = torch.cat([part + ours.feed_forward(ours.ffn_norm(part)) for part in y.split(SLICE)])
@@ -200,8 +200,8 @@ def refit_attention(ours: Attention, b, rope, looks: list, e, target, weight, st
     """wq, wk and wv that lessen, of observed queries on inputs b (N, T, C), the mean KL divergence of their
     attention weights from `looks`, and refit_output's weighted error, divided by the target's squares."""
     some, seen = observed(b.shape[1], b.device)
-    some_rows = b, e, target[:, some], weight[:, some, None]
-    b, e, target, weight = (x[: sum(map(len, looks))] for x in some_rows)
+    given = b, e, target[:, some], weight[:, some, None]
+    b, e, target, weight = (x[: sum(map(len, looks))] for x in given)
     energy = (weight * target).square().sum().clamp(min=TINY)
     count = sum(of_slice[..., 0].numel() for of_slice in looks)  # queries of all heads
 
