@@ -7,8 +7,8 @@
 
 partition.py finds the cheapest groups of a layer; this searches for how many. `--method knapsack` predicts
 from one backward pass the KL divergence that fewer groups in one slot (a layer's K or V) would cause, and
-spends the budget so that the sum is smallest. Then it moves one group from a slot to another, in any grouping
-measured so far, the best predicted move first. `random` draws each head's group.
+spends the budget so that the sum is smallest. Then it goes on best-first: one group moves from a slot to
+another, in any grouping measured so far. `random` draws each head's group.
 
 The search reads the first --search_tokens of the val split, the next as many rank its best three beside even
 groups, and the next report. The evaluations are lines of a JSONL file: an interrupted search goes on from
@@ -151,7 +151,7 @@ class Search:
         return {"groups": heads / 2, "kv_bytes": kv_bytes, "k_groups": maps[0], "v_groups": maps[1]}
 
     def grouped(self, maps: tuple[Maps, Maps], part: int = 1) -> Llama:
-        """What gqa.py makes of these groups with this --refit, on 1 / `part` of blocks, in as few steps."""
+        """What gqa.py makes of these groups with this --refit; with 1 / `part` of its blocks and steps."""
         small = merge(self.model, maps, self.stats, self.config.merge)
         if self.config.refit == "none":
             return small
