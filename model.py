@@ -473,12 +473,14 @@ class Llama(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def embedded(self, tokens: torch.Tensor, padding=None) -> torch.Tensor:
-        """tokens (B, S) -> what latents know of the token alone: its normed embedding (B, S, C), but zeros
-        for padding and a text's first token, an attention sink, whose keys are unlike those of its kind."""
+    def embedded(self, tokens: torch.Tensor, padding=None) -> list[torch.Tensor]:
+        """tokens (B, S) -> what each layer's latents know of the token alone: its normed embedding (B, S, C).
+        Behind the first layer it is zero for padding and a text's first token, an attention sink, whose keys
+        are unlike those of its kind."""
         e = F.rms_norm(self.tok_embeddings(tokens), (self.config.dim,), eps=self.config.norm_eps)
         first = 0 if padding is None else padding[:, None]
-        return e * (torch.arange(tokens.shape[1], device=e.device) > first)[..., None]
+        behind = e * (torch.arange(tokens.shape[1], device=e.device) > first)[..., None]
+        return [e] + [behind] * (len(self.layers) - 1)
 
     def hidden(self, tokens, cache: KVCache | None = None, padding=None) -> torch.Tensor:
         """tokens (B, T) int64 -> the normed residual stream behind the last block (B, T, C).
@@ -496,17 +498,17 @@ class Llama(nn.Module):
                 mask = mask & ((seen >= padding[:, None, None, None]) | (seen == positions[:, None]))
         before_rope = any(layer.attention.reads_keys for layer in self.layers)  # keys are cached so
         cos, sin = rope_angles(self.config, seen if before_rope else positions)
-        e, x = None, self.dropout(self.tok_embeddings(tokens))
+        e, x = [None] * len(self.layers), self.dropout(self.tok_embeddings(tokens))
         if any(self.config.t_latent):
             if cache is not None:
                 past_tokens = [] if cache.tokens is None else [cache.tokens]
                 tokens = cache.tokens = torch.cat([*past_tokens, tokens.int()], dim=1)
             e = self.embedded(tokens, padding)
-        for layer in self.layers:
+        for layer, own in zip(self.layers, e):
             if self.checkpoint_activations and self.training:
-                x = checkpoint(layer, x, cos, sin, e, mask, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, own, mask, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, e, mask, cache)
+                x = layer(x, cos, sin, own, mask, cache)
         if cache is not None:
             cache.length += T
         return self.norm(x)

@@ -59,7 +59,7 @@ def watch(model: Llama, tokens: torch.Tensor, observe: Callable) -> None:
     Raises UserError for a model that computes inf or nan."""
 
     def hook(attention: Attention, inputs: tuple) -> None:
-        observe(attention, inputs[0], inputs[1:3], e)
+        observe(attention, inputs[0], inputs[1:3], e[attention.layer])
 
     hooks, finite = [layer.attention.register_forward_pre_hook(hook) for layer in model.layers], []
     for part in tokens.split(SLICE):
@@ -73,18 +73,17 @@ def watch(model: Llama, tokens: torch.Tensor, observe: Callable) -> None:
 @torch.no_grad()
 def token_maps(model: Llama, tokens: torch.Tensor) -> list[torch.Tensor]:
     """`told` (C, C) of each layer, over tokens (N, T): ridge regression of its inputs x on e, `embedded`."""
-    products, squares = [0] * len(model.layers), []
+    products, squares = [0] * len(model.layers), [0] * len(model.layers)
 
     def observe(attention: Attention, x: torch.Tensor, rope, e: torch.Tensor) -> None:
         x, e = x.flatten(0, 1), e.flatten(0, 1)
         products[attention.layer] += (e.T @ x).double()
-        if attention.layer == 0:
-            squares.append((e.T @ e).double())
+        squares[attention.layer] += (e.T @ e).double()
 
     watch(model, tokens, observe)
-    damped = sum(squares)
-    damped.diagonal().add_(RIDGE * damped.diagonal().mean())
-    return [torch.linalg.solve(damped, product).T for product in products]
+    for damped in squares:
+        damped.diagonal().add_(RIDGE * damped.diagonal().mean())
+    return [torch.linalg.solve(damped, product).T for damped, product in zip(squares, products)]
 
 
 @torch.no_grad()
@@ -117,13 +116,14 @@ def sensitivity(model: Llama, tokens: torch.Tensor) -> list[list[tuple]]:
     found, generator = [[] for _ in model.layers], torch.Generator(tokens.device).manual_seed(0)
 
     def observe(attention: Attention, inputs: tuple, y: torch.Tensor) -> None:
-        args, of_layer = (inputs[0].detach(), *inputs[1:3], e), found[attention.layer]
+        args = inputs[0].detach(), *inputs[1:3], e[attention.layer].detach()
+        of_layer = found[attention.layer]
         y.register_hook(lambda g: of_layer.append((args, y.detach(), g)))
 
     hooks = [layer.attention.register_forward_hook(observe) for layer in model.layers]
     hooks.append(model.tok_embeddings.register_forward_hook(lambda module, inputs, x: x.requires_grad_()))
     for part in tokens.split(2):
-        e = model.embedded(part).detach()
+        e = model.embedded(part)
         log_p = widen(model(part)).log_softmax(-1).flatten(0, 1)
         drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
         log_p.gather(1, drawn).sum().backward()
@@ -153,7 +153,7 @@ def refit(model: Llama, original: Llama, tokens: torch.Tensor, steps: int = STEP
     rope = rope_angles(original.config, torch.arange(tokens.shape[1], device=tokens.device))
     e = original.embedded(tokens)
     layers = tqdm(model.layers, "refitting", disable=quiet or None, leave=False)
-    for theirs, ours in zip(original.layers, layers):
+    for theirs, ours, own in zip(original.layers, layers, e):
         a, b = theirs.attention_norm(x), ours.attention_norm(y)
         old, new = theirs.attention.state_dict(), ours.attention.state_dict()
         changed = any(name not in old or not torch.equal(old[name], new[name]) for name in new)
@@ -161,8 +161,8 @@ def refit(model: Llama, original: Llama, tokens: torch.Tensor, steps: int = STEP
         target, weight = x + output - y, 1 / (x + output).norm(dim=-1).clamp(min=TINY)
         if steps and changed:
             looks = observed_weights(theirs.attention, a, rope)
-            refit_attention(ours.attention, b, rope, looks, e, target, weight, steps)
-        parts = zip(b.split(SLICE), e.split(SLICE))
+            refit_attention(ours.attention, b, rope, looks, own, target, weight, steps)
+        parts = zip(b.split(SLICE), own.split(SLICE))
         heads = torch.cat([ours.attention.head_outputs(part, *rope, of) for part, of in parts])
         if changed or not torch.equal(x, y):
             refit_output(ours.attention.wo, heads, target, weight)

@@ -108,10 +108,10 @@ def attention_weights(model: Llama, ids: list[int]) -> torch.Tensor:
     tokens, found = torch.tensor([ids]), []
     x, e = model.tok_embeddings(tokens), model.embedded(tokens)
     rope = rope_angles(model.config, torch.arange(len(ids)))
-    for layer in model.layers:
-        q, k, _ = layer.attention.project(layer.attention_norm(x), *rope, e)
+    for layer, own in zip(model.layers, e):
+        q, k, _ = layer.attention.project(layer.attention_norm(x), *rope, own)
         found.append(scores(q, k, layer.attention.k_groups).softmax(-1)[0].float())
-        x = layer(x, *rope, e)
+        x = layer(x, *rope, own)
     return torch.stack(found)
 
 
