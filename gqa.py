@@ -177,7 +177,7 @@ def to_latents(model: Llama, stats: list[Statistics], found: Directions, sizes: 
                 pairs += [*range(D // 2)] * t_latent[layer]
             mix = math.sqrt(2 * len(pairs) / D) * mix  # attention divides by the root of the key's width
             lengths, of_pair = mix.real.new_zeros(len(mix), D // 2), torch.tensor(pairs, device=z.device)
-            lengths = lengths.index_add_(1, of_pair, mix.abs().square()).sqrt().clamp(min=TINY)  # (H, D/2)
+            lengths = lengths.index_add_(1, of_pair, mix.abs().square()).sqrt().clamp(min=TINY)
             mix = torch.view_as_real(mix / lengths[:, pairs])
             new["wq.weight"] = lengths.repeat_interleave(2, 1).flatten()[:, None] * attention.wq.weight
         else:

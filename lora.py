@@ -2,11 +2,11 @@
 
 A frozen layer y = W x becomes y = W x + (alpha / r) B A dropout(x), with A (r, in) and B (out, r): r (in +
 out) numbers learn instead of in * out. A starts random and B at zero, so the model starts unchanged. After
-training the product can be added to W (`plain`). In QLoRA (arXiv 2305.14314) W is stored in 4 bits (nf4.py).
+training the product can be added to W (checkpoint.py merge). In QLoRA (arXiv 2305.14314) W is stored in 4
+bits (nf4.py).
 
     python train.py --init_from ckpt.pt --lora_r 8                     # trains the adapter only
     python train.py --init_from ckpt.pt --lora_r 8 --quantize nf4      # QLoRA
-    python checkpoint.py merge out/RUN/ckpt.pt --out merged.pt         # an ordinary checkpoint
 """
 
 import math

@@ -474,13 +474,11 @@ class Llama(nn.Module):
                 nn.init.zeros_(p)
 
     def embedded(self, tokens: torch.Tensor, padding=None) -> list[torch.Tensor]:
-        """tokens (B, S) -> what each layer's latents know of the token alone: its normed embedding (B, S, C).
-        Behind the first layer it is zero for padding and a text's first token, an attention sink, whose keys
-        are unlike those of its kind."""
+        """tokens (B, S) -> what each layer's latents know of the token alone: its normed embedding (B, S, C),
+        but behind the first layer zeros for padding and a text's first token, an attention sink."""
         e = F.rms_norm(self.tok_embeddings(tokens), (self.config.dim,), eps=self.config.norm_eps)
-        first = 0 if padding is None else padding[:, None]
-        behind = e * (torch.arange(tokens.shape[1], device=e.device) > first)[..., None]
-        return [e] + [behind] * (len(self.layers) - 1)
+        later = torch.arange(tokens.shape[1], device=e.device) > (0 if padding is None else padding[:, None])
+        return [e] + [e * later[..., None]] * (len(self.layers) - 1)
 
     def hidden(self, tokens, cache: KVCache | None = None, padding=None) -> torch.Tensor:
         """tokens (B, T) int64 -> the normed residual stream behind the last block (B, T, C).

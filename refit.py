@@ -116,14 +116,14 @@ def sensitivity(model: Llama, tokens: torch.Tensor) -> list[list[tuple]]:
     found, generator = [[] for _ in model.layers], torch.Generator(tokens.device).manual_seed(0)
 
     def observe(attention: Attention, inputs: tuple, y: torch.Tensor) -> None:
-        args = inputs[0].detach(), *inputs[1:3], e[attention.layer].detach()
-        of_layer = found[attention.layer]
+        args, of_layer = (inputs[0].detach(), *inputs[1:3], e[attention.layer]), found[attention.layer]
         y.register_hook(lambda g: of_layer.append((args, y.detach(), g)))
 
     hooks = [layer.attention.register_forward_hook(observe) for layer in model.layers]
     hooks.append(model.tok_embeddings.register_forward_hook(lambda module, inputs, x: x.requires_grad_()))
     for part in tokens.split(2):
-        e = model.embedded(part)
+        with torch.no_grad():
+            e = model.embedded(part)
         log_p = widen(model(part)).log_softmax(-1).flatten(0, 1)
         drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
         log_p.gather(1, drawn).sum().backward()

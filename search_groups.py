@@ -3,7 +3,6 @@
     python search_groups.py ckpt.pt --kv_budget 0.5 --out groups.json
     python search_groups.py ckpt.pt --groups_power 2 --out groups.json \\
         --method random --joint --merge mean --refit none               # a published search: ppl * groups^2
-    python gqa.py ckpt.pt --groups groups.json --out grouped.pt
 
 partition.py finds the cheapest groups of a layer; this searches for how many. `--method knapsack` predicts
 from one backward pass the KL divergence that fewer groups in one slot (a layer's K or V) would cause, and
