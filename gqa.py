@@ -172,7 +172,7 @@ def to_latents(model: Llama, stats: list[Statistics], found: Directions, sizes: 
             if told is not None:
                 t_latent[layer] = attention.k_groups.n_group
                 new["wt.weight"] = attention.wk.weight.double() @ told
-                own = torch.eye(t_latent[layer]).to(mix)[attention.k_groups.of_head]  # its own key
+                own = torch.eye(t_latent[layer]).to(mix)[attention.k_groups.of_head]
                 mix = torch.cat((mix, own.repeat_interleave(D // 2, 1)), 1)
                 pairs += [*range(D // 2)] * t_latent[layer]
             mix = math.sqrt(2 * len(pairs) / D) * mix  # attention divides by the root of the key's width

@@ -7,7 +7,7 @@ public checkpoints load by name. What differs from the paper:
              multi-head, grouped-query, multi-query and uneven grouping are one path (`HeadGroups`)
     novel    a small linear layer + SiLU on each head's output, shared by a layer's heads (experimental)
     gated    a sigmoid gate on each head's output (arXiv 2505.06708, head-wise), for comparison
-    latents  low-rank keys and values of all heads of a layer, or of what cached token ids do not predict
+    latents  low-rank keys and values of all heads of a layer, or of what cached tokens do not tell
     kv_bits  a cache of integers
 
 Shapes: B batch, T time (tokens), S cached time, C model width, H query heads, G key/value groups, D head

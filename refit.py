@@ -73,22 +73,23 @@ def watch(model: Llama, tokens: torch.Tensor, observe: Callable) -> None:
 @torch.no_grad()
 def token_maps(model: Llama, tokens: torch.Tensor) -> list[torch.Tensor]:
     """`told` (C, C) of each layer, over tokens (N, T): ridge regression of its inputs x on e, `embedded`."""
-    products, squares = [0] * len(model.layers), [0] * len(model.layers)
+    products, squares = [0] * len(model.layers), [0, 0][: len(model.layers)]  # two kinds of e
 
     def observe(attention: Attention, x: torch.Tensor, rope, e: torch.Tensor) -> None:
         x, e = x.flatten(0, 1), e.flatten(0, 1)
         products[attention.layer] += (e.T @ x).double()
-        squares[attention.layer] += (e.T @ e).double()
+        if attention.layer < 2:
+            squares[attention.layer] += (e.T @ e).double()
 
     watch(model, tokens, observe)
     for damped in squares:
         damped.diagonal().add_(RIDGE * damped.diagonal().mean())
-    return [torch.linalg.solve(damped, product).T for damped, product in zip(squares, products)]
+    return [torch.linalg.solve(squares[min(i, 1)], product).T for i, product in enumerate(products)]
 
 
 @torch.no_grad()
 def statistics(model: Llama, tokens: torch.Tensor, told: list | None = None) -> list[Statistics]:
-    """Of every layer, over tokens (N, T); given its `token_maps`, of the rest x - told e instead of x."""
+    """Of every layer, over tokens (N, T); with its `token_maps`, of x - told e instead of x."""
     stats = [Statistics(0, 0, 0, 0, of_layer) for of_layer in told or [None] * len(model.layers)]
     some, seen = observed(tokens.shape[1], tokens.device)
     count, observations = tokens.numel(), len(tokens) * len(seen) * model.config.n_head
@@ -111,7 +112,7 @@ def statistics(model: Llama, tokens: torch.Tensor, told: list | None = None) -> 
 @torch.enable_grad()
 def sensitivity(model: Llama, tokens: torch.Tensor) -> list[list[tuple]]:
     """[layer][batch], on the first tokens (N, T): attention's arguments (x, cos, sin, e), output y, and at y
-    the gradient of log p of tokens drawn from p itself (why: `divergence`); all but angles (B, T, C)."""
+    the gradient of log p of tokens drawn from p (why: `divergence`); all but angles (B, T, C)."""
     tokens = tokens[: max(1, SENSED // tokens.shape[1])]
     found, generator = [[] for _ in model.layers], torch.Generator(tokens.device).manual_seed(0)
 
@@ -122,8 +123,7 @@ def sensitivity(model: Llama, tokens: torch.Tensor) -> list[list[tuple]]:
     hooks = [layer.attention.register_forward_hook(observe) for layer in model.layers]
     hooks.append(model.tok_embeddings.register_forward_hook(lambda module, inputs, x: x.requires_grad_()))
     for part in tokens.split(2):
-        with torch.no_grad():
-            e = model.embedded(part)
+        e = [x.detach() for x in model.embedded(part)]
         log_p = widen(model(part)).log_softmax(-1).flatten(0, 1)
         drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
         log_p.gather(1, drawn).sum().backward()
