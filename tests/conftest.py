@@ -129,6 +129,11 @@ def records(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
 
+def logged(out: Path, key: str) -> dict:
+    """{step: value} of all lines of a run's log that have the key."""
+    return {line["step"]: line[key] for line in records(out / "log.jsonl") if key in line}
+
+
 def content(path: Path) -> object:
     """What must be equal in two files that the same command wrote: no seconds, no folder's name."""
     if path.suffix == ".pt":

@@ -1,13 +1,13 @@
 """Models and tokenizers as other programs write them, for the tests that read them."""
 
 import json
-import re
 import struct
 from dataclasses import asdict
 
 import torch
 from conftest import run, sharpened, tokens_of
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from checkpoint import build_model, load, save
 from data.tokenizer import read_tokenizer
@@ -28,8 +28,6 @@ def imported(source, out, *flags):
 
 def their_model(dtype=torch.float32, **settings):
     """A random LlamaForCausalLM."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     shape |= {"vocab_size": 64, "max_position_embeddings": 128, "rms_norm_eps": 3e-6}
     torch.manual_seed(0)
@@ -41,12 +39,9 @@ def save_folder(model, folder, how="safetensors"):
     model.save_pretrained(folder, max_shard_size="15KB" if "shards" in how else "1GB")
     files = sorted(folder.glob("*.safetensors"))
     assert (len(files) > 2) == ("shards" in how)
-    for path in [*files, *folder.glob("*.index.json")] if "bin" in how else []:
-        older = folder / path.name.replace("model", "pytorch_model").replace("safetensors", "bin")
-        if path.suffix == ".json":
-            older.write_text(re.sub(r"model(-.{14})\.safetensors", r"pytorch_model\1.bin", path.read_text()))
-        else:
-            torch.save(load_file(path), older)
+    for path in files if "bin" in how else []:
+        older = path.name.replace("model", "pytorch_model").replace("safetensors", "bin")
+        torch.save(load_file(path), folder / older)
         path.unlink()
     return folder
 

@@ -140,12 +140,10 @@ def room(good, tmp_path_factory):
     save(room / "bare.pt", {**saved, "tokenizer": None})
     save(room / "alien.pt", {**saved, "tokenizer": b"{}"})
     save(room / "nan.pt", {**saved, "model": {name: torch.nan * x for name, x in saved["model"].items()}})
-    save(
-        room / "latent.pt",
-        checkpoint_of(sharp_model(k_latent=[[1] * 4] * 2, v_latent=[6, 6], t_latent=[1, 0])),
-    )
-    save(room / "novel.pt", checkpoint_of(sharp_model(novel=True)))
-    save(room / "five.pt", checkpoint_of(sharp_model(n_head=5, head_dim=6)))
+    latent = {"k_latent": [[1] * 4] * 2, "v_latent": [6, 6], "t_latent": [1, 0]}
+    shapes = {"latent": latent, "novel": {"novel": True}, "five": {"n_head": 5, "head_dim": 6}}
+    for name, shape in shapes.items():
+        save(room / f"{name}.pt", checkpoint_of(sharp_model(**shape)))
     save(room / "odd.pt", {**saved, "train": {"dataset": 3}})
     again = {"train": {**saved["train"], "overwrite": True}}  # a guard must not take it from there
     for name, split in (("moved", "val"), ("moved_train", "train")):

@@ -1,5 +1,6 @@
 """Models, tokenizers and adapters in and out, against transformers, sentencepiece, llama2.c and peft."""
 
+import ctypes
 import itertools
 import json
 import sys
@@ -30,7 +31,6 @@ from study.bench import reset_peak_memory
 TOLERANCE = 1e-5  # of the largest logit: some hundred float32 roundings of 6e-8, in another order
 TEXTS = ["", "Once upon a time", " two  spaces\nand a line", "def f(x):\n    return x ** 2", "café 中😀 \t."]
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, **dict(zip(ROPE_SCALING, (8.0, 1.0, 4.0, 32)))}
-OUTPUT = "base_model.model.lm_head.base_layer.weight"
 WRITER = Writer(0)
 CORPUS = "".join(WRITER.paragraph() + WRITER.function() for _ in range(60)).replace("\u2581", "").splitlines()
 
@@ -44,8 +44,9 @@ CORPUS = "".join(WRITER.paragraph() + WRITER.function() for _ in range(60)).repl
     ({"dtype": torch.bfloat16}, "safetensors"), ({"dtype": torch.bfloat16}, "bin"),
 ])  # fmt: skip
 def test_hugging_face_folder_comes_back_bit_equal(tmp_path, settings, how):
-    folder = save_folder(their_model(**settings), tmp_path / "in", how)
-    theirs = LlamaForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    plain = save_folder(their_model(**settings), tmp_path / "plain")
+    theirs = LlamaForCausalLM.from_pretrained(plain, dtype="auto").eval()  # whose RoPE stays in float32
+    folder = save_folder(theirs, tmp_path / "in", how)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     ours, _ = imported(folder, tmp_path / "ours.pt")
     # permuted in place, but not in the mapped files
@@ -103,11 +104,6 @@ def test_uneven_groups_are_exported_as_the_fewest_equal_ones(tmp_path, heads, k_
     assert_close(logits(theirs, 60), logits(ours, 60), TOLERANCE, "logits")
     cache, here = 2 * 2 * heads * 8 * 4, ours.config.kv_bytes_per_token(1) * 4
     assert (f"{cache:,} bytes a token there and {here:,} here" in said) == (cache != here)
-    rounded = sharp_model(k_groups=k_groups, v_groups=v_groups, kv_bits=8)
-    here = rounded.config.kv_bytes_per_token(4)
-    assert f"there and {here:,} here" in export_of(rounded, tmp_path, out="rounded")
-    back, _ = imported(tmp_path / "out", tmp_path / "back.pt")
-    assert_close(logits(back, 60), logits(ours, 60), TOLERANCE, "imported again")
 
 
 @pytest.mark.parametrize("settings", [{"n_kv_head": 2}, {"tie_embeddings": False}])
@@ -137,9 +133,8 @@ def test_meta_folder_gives_the_same_model(tmp_path, scaled):
     (tmp_path / "params.json").write_text(json.dumps(params))
     model, _ = imported(tmp_path, tmp_path / "got.pt", "--block_size", 64)
     assert model.config == ours.config and torch.equal(logits(model, 60), logits(ours, 60))
-    for change, word in (({"sliding_window": 16}, "sliding_window"), ({"n_layers": 3}, "layers.2")):
-        (tmp_path / "params.json").write_text(json.dumps(params | change))
-        refused(quick("-m formats", "import", tmp_path, tmp_path / "no.pt"), word)
+    change_json(tmp_path / "params.json", sliding_window=16)
+    refused(quick("-m formats", "import", tmp_path, tmp_path / "no.pt"), "sliding_window")
 
 
 @pytest.mark.parametrize("change, word", [
@@ -170,6 +165,7 @@ def test_import_and_export_hold_the_checkpoint_once(tmp_path):
     folder, ours = save_folder(their_model(**sizes), tmp_path / "in"), tmp_path / "ours.pt"
     size = (folder / "model.safetensors").stat().st_size
     for line in (["import", folder, ours], ["export", ours, tmp_path / "out"]):
+        ctypes.CDLL(None).malloc_trim(0)  # pick_device, in an earlier test, made malloc keep what is freed
         before = reset_peak_memory(torch.device("cpu"))
         formats(*line)
         held = peak_memory_bytes(torch.device("cpu")) - before
@@ -291,13 +287,11 @@ def test_an_unknown_letter_is_a_token_of_the_vocabulary_also_if_that_is_special(
 def test_which_tokenizer_of_a_folder_is_read(tmp_path, prefixed, byte_level, monkeypatch):
     folder = save_folder(their_model(vocab_size=510), tmp_path / "in")
     (folder / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")  # Llama 3's own, in tiktoken's format
-    assert "import again" in formats("import", folder, tmp_path / "ours.pt")
+    assert imported(folder, tmp_path / "ours.pt")[1] is None
     byte_level.save(str(folder / "tokenizer.json"))
-    _, tokenizer = imported(folder, tmp_path / "ours.pt", "--overwrite")
-    assert tokenizer.kind == "tokenizer.json"
+    assert imported(folder, tmp_path / "ours.pt", "--overwrite")[1].kind == "tokenizer.json"
     (folder / "tokenizer.model").write_bytes(prefixed.serialized_model_proto())
-    said = formats("import", folder, tmp_path / "ours.pt", "--overwrite")
-    assert f"tokens of {folder / 'tokenizer.json'}" in said  # those that only this file has
+    assert imported(folder, tmp_path / "ours.pt", "--overwrite")[1].kind == "SentencePiece"
     change_json(folder / "config.json", eos_token_id=9999)
     refused(quick("-m formats", "import", folder, tmp_path / "no.pt"), "10000", "510", "eos_token_id")
     (folder / "tokenizer.model").unlink()
@@ -349,7 +343,7 @@ def test_adapters_cross_to_peft_and_back(tmp_path):
     assert (logits(back) - logits(ours)).abs().max() > 1e-2
     formats("export", tmp_path / "back.pt", tmp_path / "again", "--adapter")
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "again"))
-    first.pop(OUTPUT)  # a copy of the base's
+    first.pop("base_model.model.lm_head.base_layer.weight")  # a copy of the base's
     assert first.keys() == second.keys() and all(torch.equal(x, second[name]) for name, x in first.items())
     (tmp_path / "back.pt").unlink()
     damaged = next(name for name in first if "lora_A" in name)
@@ -391,11 +385,10 @@ def test_an_adapter_in_a_pt_comes_back_bit_equal_and_goes_on_a_bfloat16_base(tmp
 
 
 @pytest.mark.parametrize("other", [{"dim": 48}, {"n_layer": 3}, {"n_kv_head": 2}])
-@pytest.mark.parametrize("kind", ["adapter.pt", "folder"])
-def test_an_adapter_of_another_model_is_refused(tmp_path, other, kind):
+def test_an_adapter_of_another_model_is_refused(tmp_path, other):
     files(tmp_path, base=sharp_model(**other))
-    export(tmp_path, kind)
-    refuse(tmp_path, kind, "another model", "lora_")
+    export(tmp_path, "adapter.pt")
+    refuse(tmp_path, "adapter.pt", "another model")
 
 
 @pytest.mark.parametrize("change, word", [
@@ -429,10 +422,11 @@ def test_variants_of_lora_are_refused_by_their_tensors(tmp_path, how):
     {"gated": True},
 ])  # fmt: skip
 def test_uneven_groups_and_extra_layers_have_no_peft_format(tmp_path, settings):
+    files(tmp_path)
+    export(tmp_path, "plain")
     files(tmp_path, **settings)
-    refused(quick("-m formats", "export", tmp_path / "ours.pt", tmp_path / "folder", "--adapter"), ".pt")
-    for source in ("folder", "ours.pt"):  # one is missing, one is no adapter
-        refuse(tmp_path, source, tmp_path / source)
+    refused(quick("-m formats", "export", tmp_path / "ours.pt", tmp_path / "folder", "--adapter"), "PEFT")
+    refuse(tmp_path, "plain", "PEFT")
 
 
 APART = {"k_groups": [[0, 1, 2, 2], [0, 0, 1, 1]], "v_groups": [[0, 1, 1, 1], [0, 0, 0, 0]]}

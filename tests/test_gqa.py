@@ -5,7 +5,6 @@ import json
 import math
 import re
 import shutil
-from dataclasses import replace
 from functools import partial
 from itertools import combinations, product
 from typing import get_args, get_type_hints
@@ -40,19 +39,30 @@ def frozen(seed=0, **settings) -> Llama:
     return sharp_model(seed, **settings).requires_grad_(False)
 
 
+def traffic(model: Llama, tokens: torch.Tensor, *names: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What enters these modules of a model that reads the tokens, and what leaves them."""
+    modules, seen = [model.get_submodule(name) for name in names], {}
+    hooks = [m.register_forward_hook(lambda m, args, y: seen.update({m: (args[0], y)})) for m in modules]
+    model(tokens)
+    for hook in hooks:
+        hook.remove()
+    return [seen[module] for module in modules]
+
+
+def pairs_of(weight: torch.Tensor, D: int) -> torch.Tensor:  # (heads, D/2, C)
+    return torch.complex(weight[0::2], weight[1::2]).unflatten(0, (-1, D // 2))
+
+
 def disguise(attention, head: int, seed: int) -> None:
     """W_v^h <- S W_v^h, W_o^h <- W_o^h S^-1; pairs of the key times z, of the query divided by conj(z)."""
     D, rng = attention.head_dim, np.random.default_rng(seed)
     rows, S = slice(head * D, (head + 1) * D), torch.from_numpy(rng.normal(size=(D, D)))
     attention.wv.weight[rows] = S @ attention.wv.weight[rows]
     attention.wo.weight[:, rows] = attention.wo.weight[:, rows] @ torch.linalg.inv(S)
-    for f in range(D // 2):
-        size, turn = rng.uniform(0.5, 2), rng.uniform(0, 2 * math.pi)
-        c, s = math.cos(turn), math.sin(turn)
-        rotation = torch.tensor([[c, -s], [s, c]], dtype=torch.float64)
-        rows = slice(head * D + 2 * f, head * D + 2 * f + 2)
-        attention.wk.weight[rows] = size * rotation @ attention.wk.weight[rows]
-        attention.wq.weight[rows] = rotation @ attention.wq.weight[rows] / size  # 1 / conj(z) = z / |z|^2
+    z = rng.uniform(0.5, 2, (D // 2, 1)) * np.exp(1j * rng.uniform(0, 2 * math.pi, (D // 2, 1)))
+    for linear, factor in ((attention.wk, z), (attention.wq, 1 / z.conj())):
+        turned = torch.from_numpy(factor) * pairs_of(linear.weight[rows], D)[0]
+        linear.weight[rows] = torch.stack((turned.real, turned.imag), 1).flatten(0, 1)
 
 
 def test_heads_equal_up_to_the_symmetries_merge_at_no_cost():
@@ -79,16 +89,6 @@ def test_heads_equal_up_to_the_symmetries_merge_at_no_cost():
     assert_close(merge(model, maps, stats)(tokens), source(tokens), 1e-7)
 
 
-def test_a_gated_head_counts_as_one_whose_output_is_that_much_smaller():
-    model, plain, sets = frozen(gated=True).double(), frozen().double(), np.array([[0, 1], [1, 3]])
-    plain.load_state_dict(model.state_dict(), strict=False)
-    (stats, _), attention, other = statistics(model, TOKENS), *(m.layers[0].attention for m in (model, plain))
-    gates = attention.gate(model.layers[0].attention_norm(model.tok_embeddings(TOKENS))).sigmoid()
-    other.wo.weight *= gates.square().mean((0, 1)).sqrt().repeat_interleave(8)
-    same = Costs(other, "v", replace(stats, gates=torch.ones(4)))
-    assert Costs(attention, "v", stats)(sets) == pytest.approx(same(sets), rel=1e-9)
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("how", MERGES)
 def test_singletons_change_nothing_bit_for_bit(shape, how):
@@ -100,17 +100,15 @@ def test_singletons_change_nothing_bit_for_bit(shape, how):
 
 
 @pytest.mark.parametrize("how", MERGES)
-def test_equal_heads_merge_to_themselves_and_the_original_is_left_alone(how):
-    model = frozen().double()
-    for layer in model.layers:
-        for w in (layer.attention.wq, layer.attention.wk, layer.attention.wv):
-            w.weight[8:16] = w.weight[:8]
-    before = {name: x.clone() for name, x in model.state_dict().items()}
-    tokens, maps = TOKENS, [[0, 0, 1, 2]] * 2
-    result = merge(model, (maps, maps), statistics(model, tokens), how)
-    assert_close(result(tokens), model(tokens), 1e-7, how)
-    refit(merge(model, (ONE, ONE), statistics(model, tokens), how), model, tokens)
-    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+def test_equal_heads_merge_to_themselves_and_the_original_does_not_change(how):
+    model, maps = frozen().double(), [[0, 0, 1, 2]] * 2
+    for layer, name in product(model.layers, ("wq", "wk", "wv")):
+        weight = layer.attention.get_parameter(f"{name}.weight")
+        weight[8:16] = weight[:8]
+    before, stats = copy.deepcopy(model), statistics(model, TOKENS)
+    assert_close(merge(model, (maps, maps), stats, how)(TOKENS), before(TOKENS), 1e-7, how)
+    refit(merge(model, (ONE, ONE), stats, how), model, TOKENS)
+    assert all(torch.equal(x, y) for x, y in zip(model.parameters(), before.parameters()))
 
 
 def test_statistics_are_direct_sums_over_the_text(monkeypatch):
@@ -118,18 +116,18 @@ def test_statistics_are_direct_sums_over_the_text(monkeypatch):
     monkeypatch.setattr(refitting, "QUERIES", 20)  # of rows of 48: at every second place
     model = frozen(n_kv_head=2, rope_scaling=SCALING).double()
     tokens = TOKENS[:3]
-    found, seen = statistics(model, tokens)[1], {}
-    with model.layers[1].attention.wq.register_forward_hook(lambda _, x, q: seen.update(x=x[0], q=q)):
-        model(tokens)
-    x, q = seen["x"], seen["q"].unflatten(-1, (4, -1))
+    found, ((x, q),) = statistics(model, tokens)[1], traffic(model, tokens, "layers.1.attention.wq")
     assert_close(found.inputs, sum(torch.outer(row, row) for row in x.flatten(0, 1)) / tokens.numel(), 1e-12)
-    energy = q.unflatten(-1, (-1, 2)).square().sum(-1).mean((0, 1))  # rotation leaves it
+    energy = q.unflatten(-1, (4, -1, 2)).square().sum(-1).mean((0, 1))  # rotation leaves it
     assert_close(found.energy, energy, 1e-7, "energy")  # but for its float32 angles
     weights, total = to_hugging_face(model.float()).double()(tokens, output_attentions=True).attentions[1], 0
     for row, head, t in product(range(3), range(4), range(1, 48, 2)):
         m = weights[row, head, t] @ x[row]
         total = total + torch.outer(m, m)
     assert_close(found.mixed, total / (3 * 4 * 24), 1e-5, "mixed")  # its angles are float32
+    gated = frozen(gated=True).double()
+    found, ((_, gates),) = statistics(gated, tokens)[1], traffic(gated, tokens, "layers.1.attention.gate")
+    assert_close(found.gates, gates.sigmoid().square().mean((0, 1)), 1e-12, "gates")
 
 
 def truncated(rows: torch.Tensor, rank: int) -> tuple[torch.Tensor, float]:
@@ -138,16 +136,13 @@ def truncated(rows: torch.Tensor, rank: int) -> tuple[torch.Tensor, float]:
     return (U[:, :rank] * S[:rank]) @ Vh[:rank], S[rank:].square().sum().item()
 
 
-def pairs_of(weight: torch.Tensor, D: int) -> torch.Tensor:  # (heads, D/2, C)
-    return torch.complex(weight[0::2], weight[1::2]).unflatten(0, (-1, D // 2))
-
-
-@pytest.mark.parametrize("shape", ["mha", "gqa", "uneven", "narrow"])
+@pytest.mark.parametrize("shape", [*SHAPES, "narrow"])
 def test_shared_heads_are_the_best_of_their_rank_and_cost_what_that_loses(shape):
     model = frozen(seed=3, **{**SHAPES, "narrow": {"dim": 8, "head_dim": 16}}[shape]).double()
     attention, stats = model.layers[1].attention, statistics(model, TOKENS)[1]
     D, C = attention.head_dim, stats.inputs.to(torch.complex128)
     V, W = attention.wv.weight.unflatten(0, (-1, D)), attention.wo.weight.unflatten(1, (4, D)).transpose(0, 1)
+    gates = stats.gates.sqrt()[:, None, None]
     P, Q, sizes = pairs_of(attention.wk.weight, D), pairs_of(attention.wq.weight, D), stats.energy.sqrt()
     root, key_root = (torch.linalg.cholesky(x + 1e-14 * torch.eye(len(x))) for x in (stats.mixed, C))
     for kind, groups in (("k", attention.k_groups), ("v", attention.v_groups)):
@@ -158,8 +153,9 @@ def test_shared_heads_are_the_best_of_their_rank_and_cost_what_that_loses(shape)
             of = [groups.of_list[head] for head in read]
             if kind == "v":
                 wv, wo = gqa.merge_values(attention, parts, stats)
-                best = [truncated((W[read] @ V[of] @ root).flatten(0, 1), D)]
-                ours = [(wo.unflatten(1, (4, D)).transpose(0, 1)[read] @ wv[:D] @ root).flatten(0, 1)]
+                best = [truncated(((gates * W)[read] @ V[of] @ root).flatten(0, 1), D)]
+                outputs = gates * wo.unflatten(1, (4, D)).transpose(0, 1)
+                ours = [(outputs[read] @ wv[:D] @ root).flatten(0, 1)]
             else:
                 wq, wk = gqa.merge_keys(attention, parts, stats)
                 c = ((pairs_of(wq, D) * Q.conj()).sum(-1) / Q.abs().square().sum(-1)).conj()  # q' = conj(c) q
@@ -178,16 +174,14 @@ def test_shared_heads_are_the_best_of_their_rank_and_cost_what_that_loses(shape)
 def test_novel_values_share_the_weighted_mean():
     model = frozen(novel=True).double()
     attention, stats = model.layers[0].attention, statistics(model, TOKENS)
-    D = attention.head_dim
     result = merge(model, ([[0, 1, 2, 3]] * 2, [[0, 0, 1, 2]] * 2), stats).layers[0].attention
-    V, W = attention.wv.weight.unflatten(0, (4, D)), attention.wo.weight.unflatten(1, (4, D)).transpose(0, 1)
-    weight = W.square().sum((1, 2))
-    shared = (weight[0] * V[0] + weight[1] * V[1]) / (weight[0] + weight[1])
-    assert_close(result.wv.weight[:D], shared, 1e-12)
+    V, W = attention.wv.weight.view(4, 8, 32)[:2], attention.wo.weight.view(32, 4, 8)[:, :2]
+    weight = W.square().sum((0, 2))[:, None, None]
+    shared = (weight * V).sum(0) / weight.sum()
+    assert_close(result.wv.weight[:8], shared, 1e-12)
     assert torch.equal(result.wo.weight, attention.wo.weight)
-    error = sum(weight[h] * torch.trace((V[h] - shared) @ stats[0].mixed @ (V[h] - shared).T) for h in (0, 1))
-    cost = Costs(attention, "v", stats[0])(np.array([[0, 1]])).item()
-    assert math.isclose(cost, error.item(), rel_tol=1e-9)
+    error = (weight * ((V - shared) @ stats[0].mixed) * (V - shared)).sum().item()
+    assert math.isclose(Costs(attention, "v", stats[0])(np.array([[0, 1]])).item(), error, rel_tol=1e-9)
 
 
 @pytest.mark.parametrize("grouping", GROUPINGS)
@@ -207,39 +201,32 @@ def test_every_choice_has_the_groups_that_it_was_asked_for(grouping, joint):
 
 @torch.no_grad()
 def test_refitted_outputs_are_ridge_regressions_on_the_streams_of_whole_models(monkeypatch):
-    """RoPE scaled: each wo by least squares, from what hooks see in runs of the two models; so is what
+    """RoPE scaled: each wo by least squares, from what passes through the two models; so is what
     refit_attention gets."""
-    model, tokens = frozen(seed=2, n_layer=3, rope_scaling=SCALING).double(), TOKENS
-    small = merge(model, ([[0, 0, 1, 1]] * 3, [[0, 0, 0, 1]] * 3), statistics(model, tokens))
-    expected, calls = copy.deepcopy(small), []
+    model = frozen(seed=2, n_layer=3, rope_scaling=SCALING).double()
+    maps, calls = [[0, 0, 1, 1], [0, 1, 2, 3], [0, 0, 0, 1]], []  # the second layer gets nothing but a new wo
+    small = merge(model, (maps, maps), statistics(model, TOKENS))
+    expected = copy.deepcopy(small)
     monkeypatch.setattr(refitting, "refit_attention", lambda *given: calls.append(given))
-    refit(small, model, tokens, 1)
-
-    def seen(one: Llama, layer: int) -> tuple[torch.Tensor, ...]:
-        """The residual stream before a layer, what its wo gets and what it gives, each (tokens, width)."""
-        kept, block = {}, one.layers[layer]
-        stream = block.register_forward_pre_hook(lambda _, args: kept.update(x=args[0]))
-        heads = block.attention.wo.register_forward_hook(lambda _, args, y: kept.update(z=args[0], y=y))
-        with stream, heads:
-            one(tokens)
-        return tuple(kept[name].flatten(0, 1) for name in "xzy")
-
+    refit(small, model, TOKENS, 1)
     for layer in range(3):
-        (x, _, change), (ours, z, _) = seen(model, layer), seen(expected, layer)
-        wo = expected.layers[layer].attention.wo
-        _, b, rope, looks, _, goal, size, _ = calls[layer]
-        block, weight = model.layers[layer], 1 / (x + change).norm(dim=1, keepdim=True)
-        expected_looks = refitting.observed_weights(block.attention, block.attention_norm(x).view_as(b), rope)
-        assert_close(looks[0], expected_looks[0], 1e-9)
-        found = b, goal, size[..., None]
-        right = block.attention_norm(ours), x + change - ours, weight
-        for given, seen_by_hooks in zip(found, right):
-            assert_close(given.flatten(0, 1), seen_by_hooks, 1e-9)
-        z, target = weight * z, weight * (x + change - ours)
+        names = f"layers.{layer}", f"layers.{layer}.attention.wo"
+        (x, _), (_, change) = traffic(model, TOKENS, *names)
+        (ours, _), (z, _) = traffic(expected, TOKENS, *names)
+        block, wo = model.layers[layer], expected.layers[layer].attention.wo
+        goal, weight = x + change - ours, 1 / (x + change).norm(dim=-1, keepdim=True)
+        if layer != 1:
+            _, b, rope, looks, _, target, size, _ = calls.pop(0)
+            theirs = refitting.observed_weights(block.attention, block.attention_norm(x), rope)
+            right = theirs[0], block.attention_norm(ours), goal, weight
+            for given, exact in zip((looks[0], b, target, size[..., None]), right):
+                assert_close(given, exact, 1e-9)
+        z, goal = (weight * z).flatten(0, 1), (weight * goal).flatten(0, 1)
         damping = 2 * z.square().sum(1).mean().sqrt() * torch.eye(z.shape[1], dtype=z.dtype)
-        stacked = torch.cat((z, damping)), torch.cat((target, damping @ wo.weight.T))
+        stacked = torch.cat((z, damping)), torch.cat((goal, damping @ wo.weight.T))
         wo.weight.copy_(torch.linalg.lstsq(*stacked).solution.T)
         assert_close(small.layers[layer].attention.wo.weight, wo.weight, 1e-9, f"layer {layer}")
+    assert not calls
 
 
 def attention_and(x: torch.Tensor, ours, theirs, rope) -> tuple:
@@ -272,13 +259,11 @@ def test_refitted_attention_has_the_least_errors(monkeypatch, queries, sizes, ro
         small = to_latents(model, stats, all_directions(model, stats), sizes)
     (theirs, x, rope), ours = of_first_layer(model, TOKENS), small.layers[0].attention
     target, weight = theirs(x, *rope), torch.rand(TOKENS.shape).double()
-    before = {f"{name}.weight": getattr(ours, name).weight.clone() for name in ("wq", "wk", "wv")}
     seen = (slice(rows), slice(48 // queries - 1, None, 48 // queries))
     given, count = attention_and(x, ours, theirs, rope), weight[seen].numel()
-    e, both, C = given[4], ours.beside(x[:rows], given[4][:rows]), {}
-    for name, inputs in (("wq", x[:rows]), ("wk", both), ("wv", both)):
-        inputs = inputs.flatten(0, 1)
-        C[f"{name}.weight"] = inputs.T @ inputs / len(inputs)
+    e, both = given[4], ours.beside(x[:rows], given[4][:rows])
+    inputs = {"wq.weight": x[:rows], "wk.weight": both, "wv.weight": both}
+    before = {name: ours.get_parameter(name).clone() for name in inputs}
 
     def looks(one, wq: torch.Tensor, wk: torch.Tensor) -> torch.Tensor:
         k = one.beside(x[:rows], e[:rows]) @ wk.T
@@ -291,13 +276,13 @@ def test_refitted_attention_has_the_least_errors(monkeypatch, queries, sizes, ro
         p = looks(theirs, theirs.wq.weight, theirs.wk.weight)
         q = looks(ours, parts["wq.weight"], parts["wk.weight"])
         kl = (p * ((p + 1e-30).log() - (q + 1e-30).log())).sum(-1).mean()
-        changes = sum(((w - before[n]) @ C[n] * (w - before[n])).sum() / (before[n] @ C[n] * before[n]).sum()
-                      for n, w in parts.items())  # fmt: skip
+        changed = {n: (inputs[n] @ (w - before[n]).T).square().sum() for n, w in parts.items()}
+        changes = sum(lost / (inputs[n] @ before[n].T).square().sum() for n, lost in changed.items())
         return squares / (weight[..., None] * target)[seen].square().sum() + kl + 2 * 32 / count * changes
 
     monkeypatch.setattr(torch.optim, "LBFGS", partial(torch.optim.LBFGS, tolerance_change=0))
     refit_attention(*given, weight, 400)
-    after = {name: ours.state_dict()[name].clone() for name in before}
+    after = {name: ours.get_parameter(name) for name in inputs}
     slopes = [nn.utils.get_total_norm([*grad(total)(parts).values()]) for parts in (before, after)]
     assert total(after) < 0.9 * total(before) and slopes[1] < 1e-3 * slopes[0], slopes
 
@@ -314,13 +299,10 @@ def test_a_few_steps_refit_latents_whose_numbers_have_very_different_sizes(kinds
     for most in (1.5, 0):
         small = to_latents(model, stats, found, {(0, kind): 10 for kind in kinds})
         ours = small.layers[0].attention
-        linear, name = (ours.wk, "k_mix") if kinds == "k" else (ours.wv, "v_mix")
-        mix = getattr(ours, name)
-        n = len(linear.weight) // (2 if kinds == "k" else 1)
-        c = torch.ones(mix.shape[1]).double()[:, None]
-        c[:n] = torch.logspace(-most, most, n).double()[:, None]
-        linear.weight = nn.Parameter(linear.weight * c[:n].repeat_interleave(10 // n, 0))
-        setattr(ours, name, nn.Parameter(mix / c))
+        linear, mix, width = (ours.wk, ours.k_mix, 2) if kinds == "k" else (ours.wv, ours.v_mix, 1)
+        factors = torch.logspace(-most, most, 10 // width).double()[:, None]
+        linear.weight *= factors.repeat_interleave(width, 0)
+        mix[:, : len(factors)] /= factors
         refit_attention(*attention_and(x, ours, theirs, rope), weight, 20)
         losses.append((ours(x, *rope) - theirs(x, *rope)).square().mean().item())
     assert losses[0] < 1.02 * losses[1], losses
@@ -340,14 +322,11 @@ def test_all_shapes_become_multi_query_and_weights_of_zero_stay_finite(shape, ze
         tokens, heads = TOKENS[:, :length], head_counts(model, joint)
         stats = statistics(model, tokens)
         for g in {1, min(2, min(heads.values()))}:
-            maps = choose(model, stats, dict.fromkeys(heads, g))
-            result = merge(model, maps, stats)
+            result = merge(model, choose(model, stats, dict.fromkeys(heads, g)), stats)
             check_tensors(result.state_dict(), 2**20)  # of what could not be loaded
             if zero.endswith("wq"):  # heads that never ask still have a key
                 assert (result.layers[0].attention.wk.weight.norm(dim=1) > 0.1).all()
-            assert refit(result, model, tokens)(tokens).isfinite().all() and (not joint or maps[0] == maps[1])
-            numbers = 2 * model.config.n_layer * g * model.config.head_dim
-            assert numbers == result.config.kv_bytes_per_token(1), "K and V of one head a group"
+            assert refit(result, model, tokens)(tokens).isfinite().all()
 
 
 def test_means_of_equal_neighbours_are_plain_grouped_query_attention():
@@ -407,7 +386,6 @@ def test_adapters_are_merged_first_and_the_result_is_a_plain_checkpoint(tiny_run
     x = torch.arange(5, 25)[None]
     assert not {"lora", "optimizers", "scaler"} & found.keys()
     assert_close(build_model(found)(x), model(x), 1e-5)
-    assert "closed" in run("checkpoint.py", "show", out).stdout
     found["model"] = {name: x.bfloat16() for name, x in found["model"].items()}
     save(out, found)
     again, printed = grouped(out, tmp_path / "half.pt", "--kv_budget", 0.5)

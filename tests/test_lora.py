@@ -3,6 +3,7 @@
 import gc
 import json
 
+import peft
 import pytest
 import torch
 import torch.nn as nn
@@ -23,17 +24,12 @@ TARGET_SETS = [TARGETS[:4], TARGETS, *((name,) for name in TARGETS)]
 @pytest.mark.parametrize("targets", TARGET_SETS, ids="-".join)
 @pytest.mark.parametrize("shape", [{"tie_embeddings": False}, {"k_groups": [[0, 1, 1, 1]] * 2}])
 def test_outputs_and_gradients_equal_peft(targets, shape):
-    from peft import LoraConfig, get_peft_model
-
     ours = adapted(sharp_model(**shape), lora_r=3, lora_alpha=5.0, lora_targets=list(targets)).double()
     base = sharp_model(**shape).double()
     before = base(TOKENS)
-    how = {"r": 3, "lora_alpha": 5, "target_modules": list(targets), "lora_dropout": 0.0}
-    theirs = get_peft_model(base, LoraConfig(**how))
-    twins = {name: layer for name, layer in theirs.named_modules() if hasattr(layer, "lora_A")}
-    names = [name for name, layer in ours.named_modules() if hasattr(layer, "lora_A")]
-    pairs = [(ours.get_submodule(name), twins.pop("base_model.model." + name)) for name in names]
-    assert pairs and not twins
+    theirs = peft.get_peft_model(base, peft.LoraConfig(r=3, lora_alpha=5, target_modules=list(targets)))
+    layers = ([x for x in model.modules() if hasattr(x, "lora_A")] for model in (ours, theirs))
+    pairs = list(zip(*layers, strict=True))
     for layer, twin in pairs:
         twin.lora_A.default.weight.data.copy_(layer.lora_A)
         twin.lora_B.default.weight.data.copy_(layer.lora_B)

@@ -19,6 +19,8 @@ SCALED["original_max_position_embeddings"] = 128
 SHAPES = {
     "mha": {}, "gqa": {"n_kv_head": 2}, "mqa": {"n_kv_head": 1}, "uneven": UNEVEN, "novel": {"novel": True},
     "novel uneven": {"novel": True, **UNEVEN}, "gated": {"gated": True}, "scaled": {"rope_scaling": SCALED},
+    "latents": {"k_latent": [[2, 1, 0, 1], []], "v_latent": [0, 6]},
+    "tokens": {"k_latent": [[2, 1, 0, 1], [1] * 4], "v_latent": [6, 6], "t_latent": [4, 4]},
 }  # fmt: skip
 TOLERANCE = 1e-5  # ten times what sums of 64 terms in another order lose through 2 layers in float32
 
@@ -156,14 +158,15 @@ def test_extra_layers_computed_by_hand(name, parameters):
     assert_close(ours(x, *angles), heads.flatten(2) @ attention.wo.weight.T, 1e-12)
 
 
-def test_activation_checkpointing_gives_identical_gradients():
+@pytest.mark.parametrize("name", ["mha", "tokens"])
+def test_activation_checkpointing_gives_identical_gradients(name):
     grads = []
     for on in (False, True):
-        model = sharp_model(dropout=0.2).train()
+        model = sharp_model(dropout=0.2, **SHAPES[name]).train()
         model.checkpoint_activations = on
         torch.manual_seed(3)
         model(tokens_of((2, 30)), tokens_of((2, 30), seed=1)).backward()
-        grads.append([p.grad for p in model.parameters()])
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 

@@ -3,10 +3,11 @@
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
-from conftest import ONE_THREAD, TINY, adapted, command, records, run, sharp_model, small_run, tokens_of
+from conftest import ONE_THREAD, TINY, adapted, command, logged, run, sharp_model, small_run, tokens_of
 
 from checkpoint import load
 from common import IGNORE, UserError, held
@@ -15,13 +16,14 @@ from parallel import divided, first_alone, processes, rank, whole
 from train import TrainConfig, learning_rate, make_optimizers, train_step
 
 GROUPS = {"k_groups": [[0, 1, 1, 1], [0, 0, 1, 2]], "v_groups": [[0, 0, 0, 0], [0, 1, 1, 0]]}
-# rank of the adapter, optimizer, dtype, activation checkpointing
-ADAPTED = (4, "adamw", torch.float64, True)
-VARIANTS = [(0, "adamw", torch.float64, False), ADAPTED, (0, "muon", torch.float32, False)]
+# rank of the adapter, optimizer, activation checkpointing
+VARIANTS = [(0, "adamw", False), (4, "adamw", True), (0, "muon", False)]
 
 
-def steps(r: int, optimizer: str, dtype: torch.dtype, recompute: bool, fsdp: bool) -> dict:
+@mock.patch.object(torch.Tensor, "bfloat16", lambda x: x)  # Muon in float64, as all else
+def steps(r: int, optimizer: str, recompute: bool, fsdp: bool) -> dict:
     """The state dict after ten steps, and the losses; whole in the first process."""
+    dtype = torch.float64
     torch.manual_seed(0)
     c = ModelConfig(**TINY | GROUPS | {"hidden_dim": 47, "novel": True})  # two have 24 rows of w1, and 23
     model = adapted(Llama(c), 0.02, lora_r=r).to(dtype).train()
@@ -48,14 +50,11 @@ def test_steps_equal_those_of_one_process(tmp_path):
     done = together(2, "tests/test_parallel.py", tmp_path / "steps.pt")
     assert done.returncode == 0, done.stderr
     alone, found = [steps(*variant, fsdp=False) for variant in VARIANTS], torch.load(tmp_path / "steps.pt")
-    assert len(found) == 2
     for fsdp, variants in enumerate(found):
         for one, many in zip(alone, variants):
             assert one.keys() == many.keys()
-            double = one["tok_embeddings.weight"].dtype == torch.float64
-            # Muon computes in bfloat16 and magnifies what is small in a gradient, rounding too: seen are 4e-3
-            worst = max((one[name].double() - x.double()).abs().max().item() for name, x in many.items())
-            assert worst < (1e-10 if double else 0.01), f"fsdp {fsdp}: weights differ by {worst:.1e}"
+            worst = max((one[name] - x).abs().max().item() for name, x in many.items())
+            assert worst < 1e-10, f"fsdp {fsdp}: weights differ by {worst:.1e}"
             assert one["losses"][8] < one["losses"][0] - 0.01, "nothing was learned"
 
 
@@ -64,25 +63,21 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny_data, tmp_path):
     flags += ["--warmup_steps", 0, "--lr", 0.002, "--min_lr", 0.002]  # the same in each part
     one, several = ([*small_run(tiny_data, tmp_path / name), *flags] for name in ("one", "several"))
     run("train.py", *one, "--max_steps", 12)
-    for count, how, last in ((1, [], 4), (2, ["--fsdp"], 8), (1, ["--no-fsdp"], 12)):
-        how = [*how, "--resume"] if last > 4 else how
+    path = tmp_path / "several/ckpt.pt"
+    sizes = []
+    for count, how, last in ((1, [], 4), (2, ["--resume", "--fsdp"], 8), (1, ["--resume", "--no-fsdp"], 12)):
         line = ["train.py", *several, *how, "--max_steps", last]
         done = together(2, *line) if count == 2 else run(*line)
         assert done.returncode == 0 and done.stdout.count("a sample:") == 1, done.stderr
-        assert ("2 processes" in done.stdout) == (count == 2)
-    ours, theirs = (load(tmp_path / name / "ckpt.pt") for name in ("several", "one"))
+        sizes.append(path.stat().st_size)
+    assert max(sizes) < 1.01 * min(sizes), "shards or tied matrices are saved twice"
+    ours, theirs = load(path), load(tmp_path / "one/ckpt.pt")
     a, b = (torch.cat([x.flatten() for x in part["model"].values()]) for part in (ours, theirs))
     # the norm: where a gradient is nearly 0, Adam divides rounding by rounding, and weights go other ways
     assert (a - b).norm() < 1e-4 * b.norm(), f"weights differ by {(a - b).norm() / b.norm():.1e}"
-    assert {key: type(value) for key, value in ours.items()} == {key: type(x) for key, x in theirs.items()}
     assert ours["step"] == 12 and ours["tokens"] == theirs["tokens"]
-    for state, other in zip(ours["optimizers"], theirs["optimizers"], strict=True):
-        shapes = [{k: x.shape for k, x in moments["state"][0].items()} for moments in (state, other)]
-        assert state["param_groups"] == other["param_groups"] and shapes[0] == shapes[1]
-    sizes = [(tmp_path / name / "ckpt.pt").stat().st_size for name in ("several", "one")]
-    assert sizes[0] < 1.01 * sizes[1]
-    losses = [line["loss"] for line in records(tmp_path / "several" / "log.jsonl") if "loss" in line]
-    assert len(losses) == 12, "another process wrote into the log"
+    log = (tmp_path / "several/log.jsonl").read_text()
+    assert log.count('"loss"') == 12, "another process wrote into the log"
 
 
 def test_a_failure_is_told_once_and_ends_all(tiny_data, tmp_path):
@@ -101,14 +96,11 @@ def test_a_failure_is_told_once_and_ends_all(tiny_data, tmp_path):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("how", [[], ["--fsdp"]])
 def test_two_gpus_train_as_one_process_does(tiny_data, tmp_path, how):
-    losses = []
-    for name, more in (("one", []), ("two", how)):
-        flags = [*small_run(tiny_data, tmp_path / name), "--dtype", "float32", "--max_steps", 8, *more]
-        done = command("train.py", *flags) if name == "one" else together(2, "train.py", *flags, gpus="0,1")
-        assert done.returncode == 0, done.stderr
-        lines = records(tmp_path / name / "log.jsonl")
-        losses.append(torch.tensor([line["loss"] for line in lines if "loss" in line]))
-    assert (losses[0] - losses[1]).abs().max() < 1e-3
+    flags = ["--dtype", "float32", "--max_steps", 8]
+    run("train.py", *small_run(tiny_data, tmp_path / "one"), *flags)
+    done = together(2, "train.py", *small_run(tiny_data, tmp_path / "two"), *flags, *how, gpus="0,1")
+    assert done.returncode == 0, done.stderr
+    assert logged(tmp_path / "two", "loss") == pytest.approx(logged(tmp_path / "one", "loss"), abs=1e-3)
 
 
 @processes()

@@ -93,30 +93,28 @@ def test_what_models_answer_is_kept_and_scored(tiny_run, tmp_path):
     found = score.texts_scores(["the cat sat on a red mat"], ["the cat sat on a mat"])
     assert found["bleu1"] == pytest.approx(100 * 6 / 7)
     assert found["bleu"] == pytest.approx(100 * (6 / 7 * 4 / 6 * 3 / 5 * 2 / 4) ** 0.25)
+    f1 = [score.word_f1(*pair) for pair in (("The cat sat", "the cat, the dog"), ("?", "?"), ("?", "a"))]
+    assert f1 == pytest.approx([2 * 2 / 7, 1, 0])
 
 
-def test_a_choice_is_right_where_the_own_reference_has_the_least_loss(tiny_run, monkeypatch):
+@pytest.mark.parametrize("sign, share", [(1, 100.0), (-1, 0.0)])
+def test_a_choice_is_right_where_the_own_reference_has_the_least_loss(tiny_run, monkeypatch, sign, share):
     """The loss stands in for a model: 0 for the text that the prompt contains, else 1, and the contrary. A
     text that does not fit the context, whose loss would mean nothing, is no choice."""
-    texts = [f"word {i % 7}" for i in range(9)]
+    texts, asked = [f"word {i % 7}" for i in range(9)], []
     records = [{"instruction": "Repeat.", "input": text, "output": text} for text in texts]
     _, tokenizer = build(load(tiny_run))
     model = sharp_model(block_size=max(sum(map(len, encoded(r, tokenizer))) for r in records))
-    for sign, share in ((1, 100.0), (-1, 0.0)):
-        asked = []
 
-        def loss(model, batches, dtype, sign=sign, asked=asked):
-            ((x, y),) = batches
-            answer = tokenizer.decode([i for i in y[0].tolist() if i != IGNORE][:-1])
-            assert x.shape[1] <= model.config.block_size
-            asked.append(answer)
-            return sign * float(f"{answer}\n" not in tokenizer.decode(x[0].tolist())), 1
+    def loss(model, batches, dtype):
+        ((x, y),) = batches
+        asked.append(tokenizer.decode([i for i in y[0].tolist() if i != IGNORE][:-1]))
+        assert x.shape[1] <= model.config.block_size
+        return sign * float(f"{asked[-1]}\n" not in tokenizer.decode(x[0].tolist())), 1
 
-        monkeypatch.setattr(score, "mean_loss", loss)
-        assert score.choice(model, tokenizer, [*records, {**records[0], "output": "word " * 99}]) == share
-        assert len(asked) == 4 * 10 and len({*asked[:4]}) == 4, "four that differ"
-    f1 = [score.word_f1(*pair) for pair in (("The cat sat", "the cat, the dog"), ("?", "?"), ("?", "a"))]
-    assert f1 == pytest.approx([2 * 2 / 7, 1, 0])
+    monkeypatch.setattr(score, "mean_loss", loss)
+    assert score.choice(model, tokenizer, [*records, {**records[0], "output": "word " * 99}]) == share
+    assert len(asked) == 4 * 10 and len({*asked[:4]}) == 4, "four that differ"
 
 
 def test_a_model_writes_on_from_the_train_split(tiny_run, tiny_data, tmp_path):
@@ -161,7 +159,6 @@ def test_steps_are_skipped_resumed_or_leave_no_log(tmp_path, tiny_data, monkeypa
     with pytest.raises(UserError, match="begun is of another command"):
         study.run("short", f"{line} --lr 1")
     study.run("short", line)
-    assert (tmp_path / "short" / "log.jsonl").read_text().count('"loss"') == 3, "it began anew"
 
 
 def test_tables_hold_what_the_logs_say(tmp_path, monkeypatch):
@@ -178,10 +175,9 @@ def test_tables_hold_what_the_logs_say(tmp_path, monkeypatch):
 
     Path("logs").mkdir()
     both = [f"depth-short-5-{kind}-{seed}" for kind in ("plain", "novel") for seed in "01"]
-    unfinished = ["tuning-part-full-0", "tuning-part-full-1"]  # text of before is not yet measured
     first = {"params": 9, "trainable": 7, "step": 0, "epochs": 2.0, "train": {"max_steps": 4}}
     last, seen = {"step": 3, "tokens": 1, "seconds": 60.0}, {"step": 3, "val_loss": 3.0}  # not of all
-    for name, perplexity in zip([*both, "tuning-few-full-0", *unfinished], (10.0, 20.0, 11.0, 18.0, 0, 0, 0)):
+    for name, perplexity in zip([*both, "tuning-few-full-0"], (10.0, 20.0, 11.0, 18.0, 0)):
         written(f"{name}-test", first, last, *[seen] * (name == both[0]), blocks=perplexity)
     evaluated = {"step": 2, "loss": 3.0, "val_loss": 2.0}, {"step": 4, "loss": 1.0, "val_loss": 2.5}
     written("few-full-own", first, *evaluated, blocks=40.0)
@@ -189,7 +185,7 @@ def test_tables_hold_what_the_logs_say(tmp_path, monkeypatch):
     Path("tuning-few-lora8-0").mkdir()
     answer = json.dumps({"input": "", "output": "", "answers": answer}, ensure_ascii=False)
     Path("tuning-few-lora8-0/ckpt-answers-few.jsonl").write_text(f"{{}}\n{answer}\n")
-    for name in ("tuning-few-full-0-score", *(f"{name}-score" for name in unfinished), "tuning-few-before"):
+    for name in ("tuning-few-full-0-score", "tuning-few-before"):
         written(name, ckpt=scores, examples=8)
     written("depth-latency", rows=[{"ckpt": f"{both[0]}/x.pt", "p5": 1.0, "median": 2.0, "p95": 3.0}])
     written("depth-pace", rows=[{"variant": "slow", "ms": 7.0}])

@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, assert_close, quick, refused, run, sharp_model, small_run, start_command, tokens_of
+from conftest import TINY, assert_close, logged, quick, refused, run, sharp_model, small_run, tokens_of
 
-import train
 from checkpoint import load, model_config, save
 from common import IGNORE, UserError, autocast, exit_cleanly, replacing
 from data.loader import Text, read_meta
@@ -37,42 +36,36 @@ def train_py(data, out, *flags):
     run("train.py", *small_run(data, out), *flags)
 
 
-def logged(out, key) -> dict:
-    """{step: value} of all lines of the log that have the key."""
-    return {line["step"]: line[key] for line in conftest.records(out / "log.jsonl") if key in line}
-
-
 def weights(model) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def their_optimizers(twin, with_muon: bool, decay: float, momentum: float) -> list:
+def their_optimizers(twin, with_muon: bool, decay: float) -> list:
     blocks, rest = [], []
     for name, p in twin.named_parameters():
         rates = {"q_proj": 2, "k_proj": 2, "mlp": 0.7} if with_muon else {}
         rate = next((rate for part, rate in rates.items() if part in name), 1)
         group = {"params": [p], "weight_decay": decay * (p.dim() == 2), "rate": rate}
         (blocks if "_proj" in name and with_muon else rest).append(group)
-    muon = [torch.optim.Muon(blocks, momentum=momentum, adjust_lr_fn="match_rms_adamw")] if with_muon else []
+    muon = [torch.optim.Muon(blocks, momentum=0.8, adjust_lr_fn="match_rms_adamw")] if with_muon else []
     return [torch.optim.AdamW(rest, betas=(0.8, 0.99) if with_muon else (0.9, 0.95)), *muon]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_ten_steps_equal_those_of_transformers_and_torch_optim(tiny_data, tmp_path, optimizer, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda x: x)  # both Muons in float32, without noise
-    lr, clip, decay, momentum = 0.02, 2.5, 0.3, 0.7
-    flags = ["--n_kv_head", 2, "--no-tie_embeddings", "--optimizer", optimizer]
-    flags += ["--momentum", momentum] if optimizer == "muon" else []
-    flags += ["--batch_size", 3, "--grad_accum", 2, "--grad_clip", clip, "--weight_decay", decay, "--lr", lr]
-    flags += ["--min_lr", lr / 20, "--warmup_steps", 3, "--max_steps", 10, "--seed", 5, "--eval_tokens", 0]
-    train_py(tiny_data, tmp_path, *flags, "--dtype", "float32", "--device", "cpu")
+    lr, clip, decay = 0.02, 2.5, 0.3
+    flags = f"--n_kv_head 2 --no-tie_embeddings --optimizer {optimizer} --batch_size 3 --grad_accum 2"
+    flags += f" --grad_clip {clip} --weight_decay {decay} --lr {lr} --min_lr {lr / 20} --warmup_steps 3"
+    flags += " --max_steps 10 --seed 5 --eval_tokens 0 --dtype float32 --device cpu"
+    train_py(tiny_data, tmp_path, *flags.split())
     checkpoint = load(tmp_path / "ckpt.pt")
     torch.manual_seed(5)
     model, losses, norms = Llama(model_config(checkpoint)), [], []
     data = Text(*read_meta(str(tiny_data)), "train", 32)
     begin_embeddings(model, data.tokens)
     start, twin = conftest.to_hugging_face(model).state_dict(), conftest.to_hugging_face(model).train()
-    optimizers = their_optimizers(twin, optimizer == "muon", decay, momentum)
+    optimizers = their_optimizers(twin, optimizer == "muon", decay)
     for step in range(10):
         ((x, y),) = data.step_batches(6, 1, seed=5, step=step)
         loss = F.cross_entropy(twin(x).logits.flatten(0, 1), y.flatten())
@@ -185,55 +178,41 @@ def test_an_epoch_shows_every_block_once_and_accumulation_cuts_a_batch():
     assert [prompt.tolist() for prompt, _ in some] == [[at] for at in range(0, 1000, 100)]
 
 
-def started(data, out, step, *flags):
-    """The process of a run that has done this step."""
-    process, log = start_command("train.py", *small_run(data, out), *flags), out / "log.jsonl"
-    while process.poll() is None and not (log.exists() and f'"step": {step},' in log.read_text()):
-        time.sleep(0.005)
-    return process
-
-
-@pytest.mark.parametrize("how, step", [
-    ("--dtype float32 --init_from {} --lora_r 2 --lora_dropout 0.2 --quantize nf4", 11),
-    ("--dtype bfloat16 --teacher {} --dropout 0.1", 3),  # before its second checkpoint
+@pytest.mark.parametrize("number, how, step", [
+    (signal.SIGKILL, "--dtype float32 --init_from {} --lora_r 2 --lora_dropout 0.2 --quantize nf4", 11),
+    (signal.SIGKILL, "--dtype bfloat16 --teacher {} --dropout 0.1", 3),  # before its second checkpoint
+    (signal.SIGINT, "--optimizer adamw", 3),
+    (signal.SIGTERM, "--novel", 3),
 ])  # fmt: skip
-def test_resume_after_kill_equals_uninterrupted(tiny_data, tiny_run, tmp_path, how, step):
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    flags = ["--max_steps", 20, "--eval_every", 5, "--grad_accum", 2, *how.format(tiny_run).split()]
+def test_resume_after_a_signal_equals_uninterrupted(tiny_data, tiny_run, tmp_path, number, how, step):
+    straight, ended = tmp_path / "straight", tmp_path / "ended"
+    flags = ["--max_steps", 40, "--eval_every", 5, "--grad_accum", 2, *how.format(tiny_run).split()]
     train_py(tiny_data, straight, *flags)
-    process = started(tiny_data, killed, step, *flags)
-    process.kill()  # SIGKILL: nothing is saved on the way out
-    assert process.wait() == -signal.SIGKILL, process.stdout.read()
-    with open(killed / "log.jsonl", "a") as log:
-        log.write('{"step": 12, "model": {"dim": 8}')  # half a line, which ends like a whole one
-    train_py(tiny_data, killed, *flags, "--resume")
-    assert conftest.content(straight / "ckpt.pt") == conftest.content(killed / "ckpt.pt")
-    assert all(logged(straight, key) == logged(killed, key) for key in ("loss", "val_loss", "lr", "tokens"))
-    seconds = list(logged(killed, "seconds").values())
-    assert seconds == sorted(seconds)
-
-
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_run_that_was_stopped_can_go_on(tiny_data, tmp_path, number, code):
-    process = started(tiny_data, tmp_path, 3, "--eval_every", 1000, "--max_steps", 100_000)
+    process = conftest.start_command("train.py", *small_run(tiny_data, ended), *flags)
+    while process.poll() is None and step not in logged(ended, "loss"):
+        time.sleep(0.005)
     process.send_signal(number)
     output = process.communicate(timeout=60)[0]
-    assert process.returncode == code and "Traceback" not in output, output
-    step = load(tmp_path / "ckpt.pt")["step"]
-    assert step == max(logged(tmp_path, "loss")) >= 3 and "--resume" in output
-    train_py(tiny_data, tmp_path, "--resume", "--max_steps", step + 2)
-    assert load(tmp_path / "ckpt.pt")["step"] == step + 2
+    killed = number == signal.SIGKILL
+    assert process.returncode == (-number if killed else 128 + number) and "Traceback" not in output, output
+    if not killed:  # it was saved on the way out
+        assert load(ended / "ckpt.pt")["step"] == max(logged(ended, "loss")) and "--resume" in output
+    with open(ended / "log.jsonl", "a") as log:
+        log.write('{"step": 12, "model": {"dim": 8}')  # half a line, which ends like a whole one
+    train_py(tiny_data, ended, *flags, "--resume")
+    assert conftest.content(straight / "ckpt.pt") == conftest.content(ended / "ckpt.pt")
+    assert all(logged(straight, key) == logged(ended, key) for key in ("loss", "val_loss", "lr", "tokens"))
+    seconds = list(logged(ended, "seconds").values())
+    assert seconds == sorted(seconds)
 
 
 def test_a_resumed_run_takes_some_flags_and_refuses_others(tiny_data, tiny_run, tmp_path):
     train_py(tiny_data, tmp_path, "--max_steps", 2, "--grad_accum", 2, "--momentum", 0.7)
-    before = (tmp_path / "ckpt.pt").read_bytes()
     fixed = {"seed": 1, "batch_size": 2, "grad_accum": 1, "momentum": 0.9, "optimizer": "adamw", "dim": 64}
     fixed |= {"dropout": 0.1, "n_layer": 3, "lora_r": 4, "dataset": "stdlib", "init_from": tiny_run}
     fixed |= {"teacher": tiny_run, "distil_weight": 0.9, "max_steps": 1}
     for name, value in fixed.items():
         refused(quick("train.py", "--resume", "--out_dir", tmp_path, f"--{name}={value}"), f"--{name}")
-    assert (tmp_path / "ckpt.pt").read_bytes() == before
     (tmp_path / "log.jsonl").unlink()  # a resumed run does without
     free = ["--max_steps", 4, "--attention", "naive", "--lr", 0.001, "--dtype", "bfloat16", "--eval_every", 1]
     run("train.py", "--resume", "--out_dir", tmp_path, *free)
@@ -249,7 +228,6 @@ def test_epochs_are_passes_over_the_train_split(tiny_data, tmp_path):
         train_py(tiny_data, tmp_path, *size, epochs, *more)
         assert 0 <= max(logged(tmp_path, "tokens").values()) - epochs * tokens <= 16 * 32, "a step more"
     assert logged(tmp_path, "epochs")[0] == pytest.approx(0.1, abs=16 * 32 / tokens)
-    assert train.settle({"resume": True, "max_steps": 99}, load(tmp_path / "ckpt.pt"))[2].epochs is None
     refused(quick("train.py", "--epochs", 0.2, "--resume", "--out_dir", tmp_path), "--max_steps")
     refused(quick("train.py", "--epochs", 1, "--max_steps", 9, "--dataset", tiny_data), "--epochs")
 
@@ -260,8 +238,7 @@ def test_a_tuned_run_resumes_by_the_same_command(tiny_data, tiny_run, tmp_path, 
     theirs = load(tiny_run)
     theirs["model"] = {name: x.bfloat16() for name, x in theirs["model"].items()}
     save(tmp_path / "half.pt", theirs)
-    flags = ["--dataset", tiny_data, "--init_from", "half.pt", "--batch_size", 2, "--dtype", "float16"]
-    flags += ["--lr", 0]
+    flags = f"--dataset {tiny_data} --init_from half.pt --batch_size 2 --dtype float16 --lr 0".split()
     for more in (["--max_steps", 2], ["--max_steps", 3, "--resume"]):
         run("train.py", *flags, *more)
     ours = load(tmp_path / "out" / "own-2x32-tuned" / "ckpt.pt")
@@ -270,23 +247,17 @@ def test_a_tuned_run_resumes_by_the_same_command(tiny_data, tiny_run, tmp_path, 
     assert all(torch.equal(x, theirs["model"][name].float()) for name, x in ours["model"].items())  # lr is 0
 
 
-def test_evaluations_change_nothing_and_the_last_is_what_eval_ppl_prints(tiny_data, tmp_path):
-    for name, tokens in (("with", 512), ("without", 0)):
-        flags = ["--dropout", 0.1, "--max_steps", 4, "--eval_every", 2, "--eval_tokens", tokens]
-        with mock.patch("torch.manual_seed", wraps=torch.manual_seed) as seeds:
-            train_py(tiny_data, tmp_path / name, *flags)
-        assert len(set(map(str, seeds.call_args_list))) == 5, "steps drop the same numbers"
-    one, two = (load(tmp_path / name / "ckpt.pt")["model"] for name in ("with", "without"))
-    assert all(torch.equal(p, two[name]) for name, p in one.items())
-    found = logged(tmp_path / "with", "val_loss")
-    assert list(found) == [2, 4] and not logged(tmp_path / "without", "val_loss")
-    printed = run("eval_ppl.py", tmp_path / "with" / "ckpt.pt").stdout
-    assert f"perplexity {math.exp(found[4]):.4f} | blocks" in printed
-    for steps in (4, 5):  # once a step: the last one's, of the whole split, gives way to one of `eval_tokens`
-        run("train.py", "--resume", "--out_dir", tmp_path / "with", "--max_steps", steps)
-    records = [record for record in conftest.records(tmp_path / "with/log.jsonl") if "val_loss" in record]
-    sizes = {record["step"]: record["val_tokens"] for record in records}
-    assert len(records) == len(sizes) == 3 and sizes[2] == sizes[4] < sizes[5]
+def test_the_last_evaluation_is_what_eval_ppl_prints_and_no_step_has_two(tiny_data, tmp_path):
+    with mock.patch("torch.manual_seed", wraps=torch.manual_seed) as seeds:
+        train_py(tiny_data, tmp_path, "--dropout", 0.1, "--max_steps", 4, "--eval_every", 2)
+    assert len(set(map(str, seeds.call_args_list))) == 5, "steps drop the same numbers"
+    printed = run("eval_ppl.py", tmp_path / "ckpt.pt").stdout
+    assert f"perplexity {math.exp(logged(tmp_path, 'val_loss')[4]):.4f} | blocks" in printed
+    for steps in (4, 5):  # the last one's, of the whole split, gives way to one of `eval_tokens`
+        run("train.py", "--resume", "--out_dir", tmp_path, "--max_steps", steps)
+    lines = [line for line in conftest.records(tmp_path / "log.jsonl") if "val_loss" in line]
+    assert [line["step"] for line in lines] == [2, 4, 5]
+    assert lines[0]["val_tokens"] == lines[1]["val_tokens"] < lines[2]["val_tokens"]
 
 
 @mock.patch("train.begin_embeddings", lambda m, _: m.norm.weight.register_hook(lambda g: math.nan * g))
@@ -309,6 +280,13 @@ def test_compiled_blocks_have_the_names_and_the_gradients_of_the_others():
         model.layers[0].compile(backend="aot_eager")
     assert list(model.state_dict()) == names and found[0].norm() > 0
     assert (found[0] - found[1]).norm() < 0.02 * found[0].norm()
+
+
+def test_each_block_is_compiled_if_asked(tiny_data, tmp_path):
+    there = mock.patch("train.compiler_missing", lambda device: None)
+    with there, mock.patch("torch.nn.Module.compile") as compiled:
+        train_py(tiny_data, tmp_path, "--compile", "--max_steps", 1)
+    assert compiled.call_count == 2
 
 
 def test_too_little_memory_is_one_line_and_a_bug_keeps_its_traceback(capsys):
