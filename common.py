@@ -160,7 +160,7 @@ def exit_cleanly(main: typing.Callable[[], None]) -> None:
         if "TORCHELASTIC_RUN_ID" in os.environ and lost:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # train.py has caught it
             time.sleep(5)  # torchrun ends all processes once one has failed: let the root cause report first
-        message = str(error).strip().split("\n")[0]
+        message = str(error).strip().split("\n")[0] or type(error).__name__
         full = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if full or "DefaultCPUAllocator: can't allocate memory" in message:
             message = f"out of memory: try a smaller batch, context or model ({message[:160]})"
@@ -243,7 +243,7 @@ def replacing(path: Path, mode: str) -> Iterator[typing.IO]:
         with open(temporary, mode, opener=lambda name, how: os.open(name, how & ~os.O_TRUNC, 0o666)) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.path.samestat(os.fstat(file.fileno()), temporary.stat()):
-                raise BlockingIOError  # another has just put this file in place
+                raise BlockingIOError  # its owner has renamed it: it is `path` by now
             try:
                 file.truncate(0)  # only now: O_TRUNC would empty what another writes
                 yield file

@@ -98,10 +98,9 @@ def split_tokens(checkpoint: dict, tokenizer: Tokenizer, dataset, split: str) ->
     name = dataset or own
     require(isinstance(name, str), "the checkpoint names no data set: give --dataset (or eval_ppl.py --text)")
     folder, meta = read_meta(name)
-    if meta["kind"] == "instructions":
-        raise UserError(f"{folder} holds instructions: give --dataset of text, or python -m study score")
-    if (folder / "tokenizer.model").read_bytes() != tokenizer.data:
-        raise UserError(f"{folder} has another tokenizer than the checkpoint: give --dataset of the same")
+    require(meta["kind"] == "text", f"{folder} holds instructions: give --dataset of text, or study score")
+    same = (folder / "tokenizer.model").read_bytes() == tokenizer.data
+    require(same, f"{folder} has another tokenizer than the checkpoint: give --dataset of the same")
     changed = trained_on(checkpoint, split) != meta["splits"][split].get("sha256")
     if changed and name == own and split != "train":
         note(f"{folder} was prepared anew since training, which may have seen this text")
@@ -136,21 +135,24 @@ def read_tokens(config: EvalConfig, checkpoint: dict, tokenizer: Tokenizer) -> t
     require(not (config.text and config.dataset), "--text is a file, --dataset a prepared folder: give one")
     if config.text:
         try:
-            tokens, source = np.array(tokenizer.prompt(Path(config.text).read_bytes().decode())), config.text
+            text = Path(config.text).read_bytes().decode()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--text {config.text} is no UTF-8 text file: {error}") from None
+        tokens, source = np.array(tokenizer.prompt(text)), config.text
     else:
         tokens, source = split_tokens(checkpoint, tokenizer, config.dataset, config.split)
     require(len(tokens) > 1, f"{source} is too short to predict a token from the one before: give more text")
-    return tokens[: config.max_tokens and config.max_tokens + 1], source
+    most = config.max_tokens or len(tokens)
+    return tokens[: most + 1], source  # the first one is not predicted
 
 
 def main() -> None:
     config = EvalConfig(**parse(__doc__, EvalConfig))
     device, checkpoint = pick_device(config.device), load(config.ckpt)
     model, tokenizer = build(checkpoint, device, config.kv_bits)
-    dtype = own = model.tok_embeddings.weight.dtype
-    if config.dtype != "own" and (dtype := pick_dtype(config.dtype, device)) != own:
+    own = model.tok_embeddings.weight.dtype
+    dtype = own if config.dtype == "own" else pick_dtype(config.dtype, device)
+    if dtype != own:
         model.float()  # autocast rounds the operands of matrix products, and leaves all else in float32
     config.context = config.context or min(2048, model.config.block_size)
     config.stride = config.stride or max(1, config.context // 2)

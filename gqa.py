@@ -11,14 +11,15 @@ An attention layer has two symmetries, under which its weights change and its fu
     keys    each RoPE pair of a head, a complex number, may be multiplied by any complex z but 0, if the same
             pair of the query is divided by conj(z); a more general map would not commute with RoPE
 
-Averaging heads that differ only by such a symmetry destroys them (`--merge mean`; GQA, arXiv 2305.13245).
-Here each group gets the shared head with the smallest squared error over the inputs of a text, by a truncated
-SVD (Eckart-Young); norm weights and Procrustes alignment (arXiv 2408.08454, 2412.20677) cannot reach a
-smaller one. Neither symmetry asks for groups: `--latent` keeps, for all heads of a layer together, the
-strongest directions of their keys and values, any number of them, and each head its coefficients. Values
-also read the cached keys, so they store only what keys do not tell. And most of a layer's inputs x is a
-linear map `told` of the token's embedding e (refit.token_maps): with `--cache_tokens` the cache holds the
-token, which gives the part of keys and values that told e makes, and latents hold that of x - told e.
+Averaging heads (`--merge mean`; GQA, arXiv 2305.13245) destroys those that differ by such a symmetry. Here:
+
+    groups          share the head of least squared error over the inputs of a text, by a truncated SVD
+                    (Eckart-Young); no alignment (arXiv 2408.08454, 2412.20677) can reach a smaller one
+    --latent        the cache holds the strongest directions of all keys of a layer, and of what keys leave
+                    of values, any number; every head reads all of them, by coefficients of its own
+    --cache_tokens  a layer's inputs x are mostly a linear map `told` of the token's embedding e
+                    (refit.token_maps): the cache holds the token, from which the part of keys and values
+                    that told e makes is computed, and latents hold that of x - told e
 """
 
 import json
@@ -48,9 +49,9 @@ MOST_CONTEXT = 1024  # longest calibration block, tokens; longer ones change few
 
 
 def directions(rows: torch.Tensor, weighted: torch.Tensor, C: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Order, z (..., n, C) and mix (..., n, n), of n `rows` and the same `weighted`: the last r of z, and the
-    last r columns of mix, restore the rows with the least squared error of the weighted ones over inputs x,
-    the sum of all other energies (Eckart-Young). `order` has the places of all, those of large ones first.
+    """Order, z (..., n, C) and mix (..., n, n) of n `rows` and the same `weighted`. For any r, the last r
+    columns of mix times the last r of z are the rows but for the least weighted squared error over inputs x,
+    the sum of all other energies (Eckart-Young). `order` has the places in z, of large energies first.
 
     With N the weighted rows, C = E[x x^H] and N C N^H = U diag(s) U^H, the energies s ascending, the best
     approximation of rank r of N C^(1/2) lies in the last r columns of U: z = U^H N, and least squares
@@ -78,16 +79,15 @@ def merge_keys(attention: Attention, groups: Groups, stats: Statistics) -> tuple
         sum_h E|q_h,f|^2 E|(p_h - c_h p') x|^2
     """
     rows, weighted, C = weighted_rows(attention, "k", stats)
-    q, shared = complex_heads(attention.wq.weight, attention.head_dim), []
-    for group in groups:
-        if len(group) == 1:  # stays as it is, bit for bit
-            shared.append(rows[:, group[0]])
-            continue
-        _, z, mix = directions(rows[:, group], weighted[:, group], C)
-        for head, factor in zip(group, mix[..., -1].T):
-            q[attention.k_groups.of_head == head] *= factor.conj()[:, None]
-        shared.append(z[:, -1])
-    return real_rows(q), real_rows(torch.stack(shared))
+    q = complex_heads(attention.wq.weight, attention.head_dim)
+    shared = rows[:, [group[0] for group in groups]].transpose(0, 1)  # (g, D/2, C)
+    for g, group in enumerate(groups):
+        if len(group) > 1:  # a head of its own stays as it is, bit for bit
+            _, z, mix = directions(rows[:, group], weighted[:, group], C)
+            shared[g] = z[:, -1]
+            for head, factor in zip(group, mix[..., -1].T):
+                q[attention.k_groups.of_head == head] *= factor.conj()[:, None]
+    return real_rows(q), real_rows(shared)
 
 
 def merge_values(attention: Attention, groups: Groups, stats: Statistics) -> tuple[torch.Tensor, ...]:
@@ -98,21 +98,19 @@ def merge_values(attention: Attention, groups: Groups, stats: Statistics) -> tup
     layer behind wv leaves no symmetry: its heads share the mean, weighted by |W_o^h|^2.
     """
     values, outputs, _, sizes = value_heads(attention, stats)
-    outputs = outputs.clone()
     _, rows, C = weighted_rows(attention, "v", stats)
-    rows, D, shared = rows.reshape(values.shape), attention.head_dim, []
-    for group in groups:
-        if len(group) == 1:
-            shared.append(values[group[0]])
-        elif attention.novel is not None:
+    outputs, rows, D = outputs.clone(), rows.reshape(values.shape), attention.head_dim
+    shared = values[[group[0] for group in groups]]  # (g, D, C)
+    for g, group in enumerate(groups):
+        if len(group) > 1 and attention.novel is not None:
             share = sizes[group] / sizes[group].sum().clamp(min=TINY)
-            shared.append(torch.einsum("s,sdc->dc", share, values[group]))
-        else:
+            shared[g] = torch.einsum("s,sdc->dc", share, values[group])
+        elif len(group) > 1:
             _, z, mix = directions(values[group].flatten(0, 1), rows[group].flatten(0, 1), C)
+            shared[g] = z[-D:]
             for head, part in zip(group, mix[:, -D:].split(D)):
                 outputs[attention.v_groups.of_head == head] @= part
-            shared.append(z[-D:])
-    return torch.cat(shared), outputs.transpose(0, 1).flatten(1)
+    return shared.flatten(0, 1), outputs.transpose(0, 1).flatten(1)
 
 
 # ---- latents ----
@@ -135,7 +133,7 @@ def latent(found: tuple[torch.Tensor, ...], size: int) -> tuple[list[int], torch
     the coefficients (n, R) that restore the n rows from them."""
     order, z, mix = found
     kept = order[: size // 2 if z.is_complex() else size].sort().values  # a complex number is two
-    f, i = kept // z.shape[1], kept % z.shape[1]
+    f, i = torch.unravel_index(kept, z.shape[:2])
     return torch.bincount(f, minlength=len(z)).tolist(), z[f, i], mix[f, :, i].T
 
 
@@ -155,10 +153,10 @@ def latent_value(attention: Attention, stats: Statistics, keys: torch.Tensor, si
 
 @torch.no_grad()
 def to_latents(model: Llama, stats: list[Statistics], found: Directions, sizes: Counts) -> Llama:
-    """The model with latents of these sizes (numbers cached) for heads; where K and V both are and `stats`
-    are of x - told e, beside the token's part. What a head's coefficients weigh goes into wq or wo (not
-    behind a novel layer): they get length 1 for every RoPE pair, or orthonormal columns (if wide enough), for
-    `refit` gets further where coefficients are alike."""
+    """The model with latents of these sizes (numbers cached) for heads. A layer with both, and `stats` of
+    x - told e, gets the token's part, too. wq and wo (not before it a novel layer) take over the size of a
+    head's coefficients: those of a RoPE pair get length 1, those of values orthonormal columns (if wide
+    enough), for `refit` gets further where coefficients are alike."""
     c, weights, D = model.config, model.state_dict(), model.config.head_dim
     k_latent, v_latent, t_latent = list(c.k_latent), list(c.v_latent), list(c.t_latent)
     for (layer, kind), size in sizes.items():
@@ -239,8 +237,8 @@ def latent_losses(model: Llama, stats: list[Statistics], found: Directions, toke
 
 
 def beside_keys(keys: torch.Tensor, values: torch.Tensor, C: torch.Tensor, unit: int, alone: np.ndarray):
-    """(units of K, units of V): the predicted loss of a latent value that can also read a latent key. It is
-    read off `alone`, the loss of 1, 2, ... units of V without a key, where these drop as much energy of V.
+    """(units of K, units of V): the predicted loss of a latent value that can also read a latent key: that of
+    a wider one without a key that drops as much energy of V, read off `alone`, the losses of 1, 2, ... units.
     keys and values (n, C) are all directions of the two, the strongest keys first, C = E[m m^T]."""
     values = values * ((values @ C) * values).sum(1, keepdim=True).sqrt()  # to E|values m|^2 their energy
     squares, energies = keys @ C @ keys.T, [values @ C @ values.T]
@@ -256,18 +254,15 @@ def beside_keys(keys: torch.Tensor, values: torch.Tensor, C: torch.Tensor, unit:
 def latent_sizes(model: Llama, stats: list[Statistics], found: dict, losses: list, share: float) -> Counts:
     """The sizes of each layer's latent key and value, together a share of the cache, of the least sum of
     `latent_losses`, the values' as they are `beside_keys`; none for a layer that stays as it is."""
-    (unit, whole), layers = latent_units(model.config), []
+    (unit, whole), choices = latent_units(model.config), []
     for i, (of_keys, of_values) in enumerate(zip(losses[::2], losses[1::2])):
         (order, k, _), (_, v, _) = found[i, "k"], found[i, "v"]
         rows = real_rows(k.flatten(0, 1)[order])
         lost = of_keys[:, None] + beside_keys(rows, v[0], stats[i].mixed, unit, of_values)
-        best = {}  # (units of K - 1) + (units of V - 1) -> least loss, units of K, of V
-        for (a, b), loss in np.ndenumerate(lost):
-            best[a + b] = min(best.get(a + b, (np.inf,)), (loss, a + 1, b + 1))
-        layers.append([best[n] for n in range(len(best))])
-    counts = knapsack([np.array(ways)[:, 0] for ways in layers])[budget(whole, share) - len(layers)][1]
-    picked = [(i, ways[n - 1]) for i, (n, ways) in enumerate(zip(counts, layers)) if n < len(ways)]
-    return {(i, kind): unit * n for i, (_, *both) in picked for kind, n in zip("kv", both)}
+        choices.append([(loss, a + b + 2, (a + 1, b + 1)) for (a, b), loss in np.ndenumerate(lost)])
+    picked = enumerate(knapsack(choices)[budget(whole, share)][1])
+    full = [(whole[i, "k"], whole[i, "v"]) for i in range(len(choices))]
+    return {(i, kind): unit * n for i, both in picked if both != full[i] for kind, n in zip("kv", both)}
 
 
 # ---- the new model ----

@@ -59,13 +59,13 @@ class ModelConfig:
     gated: bool = False  # a sigmoid of the layer's input, one number a head, multiplies each head's output
     dropout: float = bounded(0.0, 0, 0.99)  # on the embeddings and on both residual branches
     attention: Literal["auto", "naive", "sdpa", "triton"] = "auto"  # how it is computed
-    kv_bits: int = bounded(16, 4, 16)  # 8 or 4: the KV cache holds such integers; 16: floats, as computed
+    kv_bits: int = bounded(16, 4, 16)  # of a number in the KV cache: 8 or 4, integers; 16, floats as computed
     k_groups: Maps | None = field(default=None, metadata=NO_FLAG)  # equal runs of heads unless given
     v_groups: Maps | None = field(default=None, metadata=NO_FLAG)
     # latents (see Attention), not groups: complex numbers cached, [layer][RoPE pair]; numbers, [layer]
     k_latent: Maps | None = field(default=None, metadata=NO_FLAG)
     v_latent: list[int] | None = field(default=None, metadata=NO_FLAG)
-    # [layer] -> key heads of which the token tells a part: all of the layer's, or 0
+    # [layer] -> key heads of which the cached token tells a part: all of the layer's, or 0
     t_latent: list[int] | None = field(default=None, metadata=NO_FLAG)
 
     def __post_init__(self):
@@ -97,7 +97,6 @@ class ModelConfig:
             sound = len(ranks) in (0, self.head_dim // 2) and min([*ranks, v_rank, t_heads]) >= 0
             sound = sound and (not t_heads or (ranks and v_rank)) and t_heads * self.head_dim <= WIDEST
             require(sound and max(2 * sum(ranks), v_rank) <= min(H * self.head_dim, WIDEST), wrong)
-        require(self.kv_bits > 4 or not any(r % 2 for r in self.v_latent), "v_latent is odd: use --kv_bits 8")
         self.k_groups = [[0] * H if r else groups for r, groups in zip(self.k_latent, self.k_groups)]
         self.v_groups = [[0] * H if r else groups for r, groups in zip(self.v_latent, self.v_groups)]
         n = max(self.k_groups[0]) + 1
@@ -213,8 +212,8 @@ def spread(x: torch.Tensor, matrix: torch.Tensor | None) -> torch.Tensor:
 
 
 def pack(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """x (B, G, T, X) -> uint8 (B, G, T, X * bits / 8 + 2): integers x / scale, then the bfloat16 scale, one a
-    token and head, by which the number furthest from zero becomes the lowest integer."""
+    """x (B, G, T, X) -> uint8 (B, G, T, X * bits / 8 + 2): integers x / scale, and behind them the scale, a
+    bfloat16 for each token and head. The number furthest from zero becomes the lowest integer."""
     least, x = -(2 ** (bits - 1)), widen(x)
     scale = (x.gather(-1, x.abs().argmax(-1, keepdim=True)) / least).bfloat16()
     codes = (x / scale).nan_to_num().round().clamp(least, -1 - least).to(torch.int8)
@@ -263,8 +262,7 @@ def scores(q, k, k_groups: HeadGroups, mask: torch.Tensor | None = None) -> torc
         T, S = q.shape[2], k.shape[2]
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     raw = k_groups.scatter(k_groups.gather(q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2))
-    bias = torch.zeros(mask.shape, dtype=raw.dtype, device=q.device).masked_fill(~mask, -math.inf)
-    return raw + bias  # an added mask, unlike masked_fill, has no backward
+    return raw + raw.new_zeros(mask.shape).masked_fill(~mask, -math.inf)  # an added mask has no backward
 
 
 def naive(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.Tensor | None) -> torch.Tensor:
@@ -282,16 +280,15 @@ def sdpa(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.Tensor
         return naive(q, k, v, k_groups, v_groups, mask)
     if q.shape[2] == 1:
         return k_groups.scatter(F.scaled_dot_product_attention(k_groups.gather(q), k, v, attn_mask=mask))
-    equal_runs = one_map and k_groups.in_order
-    if not equal_runs:
+    if not (one_map and k_groups.in_order):
         k, v = k.index_select(1, k_groups.of_head), v.index_select(1, v_groups.of_head)
-    grouped = equal_runs and k_groups.size > 1
+    grouped = k.shape[1] < q.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
 
 
 def auto(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.Tensor | None) -> torch.Tensor:
-    """Up to 512 queries in half precision on a CPU, batched products beat PyTorch's fused kernel, most of all
-    its backward, though they round scores and weights, too; everywhere else the kernel wins."""
+    """On a CPU, in half precision and up to 512 queries, `naive` is faster than PyTorch's fused kernel, most
+    of all in the backward, though it also rounds scores and weights; everywhere else the kernel wins."""
     small = q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and 1 < q.shape[2] <= 512
     return (naive if small else sdpa)(q, k, v, k_groups, v_groups, mask)
 
@@ -305,13 +302,13 @@ ATTENTION = {"auto": auto, "naive": naive, "sdpa": sdpa, "triton": sdpa}
 class Attention(nn.Module):
     """Causal self-attention; every query head reads its own key group and its own value group.
 
-    Latents: the cache holds one narrow vector for all heads. Of RoPE pair f the latent key has r_f complex
-    numbers; a head's query repeats its pair r_f times, times its coefficients `k_mix`. `v_mix` (H, width, D)
-    makes a head's output of the attended latent value. If both are latent, values read the key, too: before
-    RoPE, so it is cached so and turned when read (as all keys in Slim Attention, arXiv 2503.05840).
+    Latents: the cache holds one narrow vector for all heads. Pair f of a latent key has r_f complex numbers;
+    a head repeats its query's pair r_f times, times its coefficients `k_mix`. `v_mix` (H, width, D) turns the
+    attended latent value into a head's output. If both are latent, values read the key, too, as it is before
+    RoPE: so it is cached unrotated, and rotated when read (as all keys in Slim Attention, arXiv 2503.05840).
 
-    With t_latent token ids are cached, too. Of their normed embeddings e (B, S, C), `wt` e is the part of all
-    keys that the token alone tells, appended to the latent key; to values e itself is appended. wk and wv
+    With t_latent the cache also holds token ids. Of their normed embeddings e (B, S, C), `wt` e is the part
+    of all keys that the token tells, appended to the latent key; to values e itself is appended. wk and wv
     read [x, e] and subtract that part, so that latents hold only the rest.
     """
 
@@ -380,8 +377,8 @@ class Attention(nn.Module):
 
     def head_outputs(self, x, cos, sin, e=None, mask=None, cache: KVCache | None = None) -> torch.Tensor:
         """x (B, T, C) -> the outputs of all heads, side by side (B, T, H * D), which `wo` adds up. cos, sin
-        are of the T tokens; if values read keys, of all S = past + T, as is e (B, S, C), the embeddings for
-        t_latent."""
+        are of the T tokens, but of all S = past + T where keys are cached before RoPE. e (B, S, C): with
+        t_latent, the embeddings of all S tokens."""
         now = cos[-x.shape[1] :], sin[-x.shape[1] :]
         both = self.beside(x, e)
         q, k, v = self.queries(self.wq(x), *now), self.wk(both), self.wv(both)
@@ -474,8 +471,8 @@ class Llama(nn.Module):
                 nn.init.zeros_(p)
 
     def embedded(self, tokens: torch.Tensor, padding=None) -> list[torch.Tensor]:
-        """tokens (B, S) -> what each layer's latents know of the token alone: its normed embedding (B, S, C),
-        but behind the first layer zeros for padding and a text's first token, an attention sink."""
+        """tokens (B, S) -> the normed embeddings (B, S, C) that each layer's latents read. Behind the first
+        layer, those of padding and of a text's first token, an attention sink, are zero."""
         e = F.rms_norm(self.tok_embeddings(tokens), (self.config.dim,), eps=self.config.norm_eps)
         later = torch.arange(tokens.shape[1], device=e.device) > (0 if padding is None else padding[:, None])
         return [e] + [e * later[..., None]] * (len(self.layers) - 1)
@@ -483,9 +480,9 @@ class Llama(nn.Module):
     def hidden(self, tokens, cache: KVCache | None = None, padding=None) -> torch.Tensor:
         """tokens (B, T) int64 -> the normed residual stream behind the last block (B, T, C).
 
-        padding: (B,) the number of tokens at each row's left that are no text and are not seen. They shift
-        the row's positions, which changes nothing: rotary attention depends on differences of positions only
-        (up to rounding, coarse in half precision and with kv_bits below 16).
+        padding: (B,) tokens at each row's left that are no text and are not seen. They shift the row's
+        positions; RoPE depends only on differences of positions, so the result is the same up to rounding
+        (coarse in half precision and with kv_bits below 16).
         """
         T, past = tokens.shape[1], (cache.length if cache else 0)
         seen = torch.arange(past + T, device=tokens.device)
@@ -542,9 +539,9 @@ class Llama(nn.Module):
         longest, room = max(map(len, prompts)), self.config.block_size
         require(longest < room, f"the prompt has {longest} tokens, the context {room}: shorten the prompt")
         device = self.tok_embeddings.weight.device
-        tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
-        padding = torch.tensor([longest - len(p) for p in prompts], device=device)
-        padding = padding if padding.any() else None
+        before = [longest - len(p) for p in prompts]
+        tokens = torch.tensor([[0] * n + p for n, p in zip(before, prompts)], device=device)
+        padding = torch.tensor(before, device=device) if any(before) else None
         most = [min(max_new_tokens, room - len(p)) for p in prompts]
         cache = KVCache(self.config, longest + max(most))  # with padding, it may be beyond block_size
         stopped, stop = [False] * len(prompts), set(stop)
@@ -554,11 +551,10 @@ class Llama(nn.Module):
             require(math.isfinite(logits.amax()), "the model computes inf or nan: its weights are damaged")
             tokens = pick_token(logits, temperature, top_p, generator)  # (B, 1)
             new = tokens[:, 0].tolist()
-            stopped = [s or t in stop for s, t in zip(stopped, new)]
+            stopped = [s or t in stop or count > m for s, t, m in zip(stopped, new, most)]
             if all(stopped):
                 return
             yield [None if s else t for s, t in zip(stopped, new)]
-            stopped = [s or count >= m for s, m in zip(stopped, most)]
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int, **how) -> list[list[int]]:
         """The new tokens of every prompt, without the prompt and the stop token; `how` as for `stream`."""
@@ -567,11 +563,10 @@ class Llama(nn.Module):
 
 
 class CrossEntropy(torch.autograd.Function):
-    """logits (N, V), targets (N,) int64 -> nats, summed over the targets that are not IGNORE, in float32 or
-    wider.
+    """logits (N, V), targets (N,) int64 -> nats, summed over all targets but IGNORE, in float32 or wider.
 
-    The plain loss keeps four more tensors of the size of the logits for a while: with a vocabulary of 32,000,
-    most of a step's memory. The gradient, softmax(logits) - onehot(target), follows from the same softmax, so
+    F.cross_entropy keeps four more tensors of the logits' size for a while: with a vocabulary of 32,000, most
+    of a step's memory. The gradient, softmax(logits) - onehot(target), follows from the same softmax, so
     both are computed here chunk by chunk, and the gradient overwrites the logits.
     """
 

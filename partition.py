@@ -9,7 +9,7 @@ groups whose union adds least merge until g are left; then heads move and change
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 import torch
@@ -51,7 +51,7 @@ def value_heads(attention: Attention, stats: Statistics) -> tuple:
 def weighted_rows(attention: Attention, kind: str, stats: Statistics) -> tuple[torch.Tensor, ...]:
     """One layer's key or value rows (F, n, C), the same weighted, and E[x x^T], for values E[m m^T] (C, C).
     Keys: a complex row a head for each of F = D/2 RoPE pairs, times sqrt(E|q_f|^2). Values: F = 1, D rows a
-    head, R W_v for W_v, R^T R its readers' E[gate^2] W_o^T W_o (before a novel layer |W_o| W_v)."""
+    head, R W_v, where R^T R sums its readers' E[gate^2] W_o^T W_o (before a novel layer |W_o| W_v)."""
     if kind == "k":
         rows = complex_heads(attention.wk.weight, attention.head_dim).transpose(0, 1)
         F, n, _ = rows.shape
@@ -252,13 +252,14 @@ def as_maps(model: Llama, labels: dict[Slot, np.ndarray]) -> tuple[Maps, Maps]:
     return tuple([numbered(label[i, kind][of].tolist()) for i, of in enumerate(old)] for kind, old in maps)
 
 
-def knapsack(values: list[np.ndarray]) -> dict[int, tuple[float, list[int]]]:
-    """values[i][g - 1], what g groups or units cost in slot i -> {total: (least sum, count in each slot)}."""
+def knapsack(choices: Iterable[list[tuple]]) -> dict[int, tuple[float, list]]:
+    """Choices (loss, size, what) of each slot -> {total size: (least sum of losses, what of each slot)}."""
     best = {0: (0.0, [])}  # of the slots so far
-    for value in values:
-        before, best = best, {}
-        for total, (lost, counts) in before.items():
-            for g, more in enumerate(value.tolist(), 1):
-                if total + g not in best or lost + more <= best[total + g][0]:
-                    best[total + g] = lost + more, [*counts, g]
+    for of_slot in choices:
+        least, before, best = {}, best, {}
+        for loss, size, what in of_slot:
+            least[size] = min(least.get(size, (np.inf,)), (loss, what))
+        for (total, (lost, chosen)), (size, (more, what)) in product(before.items(), least.items()):
+            if total + size not in best or lost + more <= best[total + size][0]:
+                best[total + size] = lost + more, [*chosen, what]
     return best

@@ -14,7 +14,7 @@ Before wo, L-BFGS moves the other three together: queries should attend where th
 it was. Changes are damped, or the weights would learn the quirks of a short text.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -54,34 +54,28 @@ class Statistics:
     told: torch.Tensor | None = None  # (C, C) of token_maps: x above is then x - told e
 
 
-def watch(model: Llama, tokens: torch.Tensor, observe: Callable) -> None:
-    """Call observe(attention, x, rope, e) for every layer, on slices of tokens (N, T), e their embeddings.
-    Raises UserError for a model that computes inf or nan."""
-
-    def hook(attention: Attention, inputs: tuple) -> None:
-        observe(attention, inputs[0], inputs[1:3], e[attention.layer])
-
-    hooks, finite = [layer.attention.register_forward_pre_hook(hook) for layer in model.layers], []
+def attention_inputs(model: Llama, tokens: torch.Tensor) -> Iterator[tuple]:
+    """Yield attention, its inputs x, rope and the tokens' e, `embedded`, of every layer, on slices of tokens
+    (N, T). Raises UserError for a model that computes inf or nan."""
+    rope = rope_angles(model.config, torch.arange(tokens.shape[1], device=tokens.device))
     for part in tokens.split(SLICE):
-        e = model.embedded(part)
-        finite.append(model.hidden(part).isfinite().all())
-    for handle in hooks:
-        handle.remove()
-    require(all(finite), "the model computes inf or nan: its weights are damaged, or its training diverged")
+        x = model.tok_embeddings(part)
+        for layer, e in zip(model.layers, model.embedded(part)):
+            yield layer.attention, layer.attention_norm(x), rope, e
+            x = layer(x, *rope, e)
+        finite = model.norm(x).isfinite().all()
+        require(finite, "the model computes inf or nan: its weights are damaged, or its training diverged")
 
 
 @torch.no_grad()
 def token_maps(model: Llama, tokens: torch.Tensor) -> list[torch.Tensor]:
     """`told` (C, C) of each layer, over tokens (N, T): ridge regression of its inputs x on e, `embedded`."""
     products, squares = [0] * len(model.layers), [0, 0][: len(model.layers)]  # two kinds of e
-
-    def observe(attention: Attention, x: torch.Tensor, rope, e: torch.Tensor) -> None:
+    for attention, x, _, e in attention_inputs(model, tokens):
         x, e = x.flatten(0, 1), e.flatten(0, 1)
         products[attention.layer] += (e.T @ x).double()
         if attention.layer < 2:
             squares[attention.layer] += (e.T @ e).double()
-
-    watch(model, tokens, observe)
     for damped in squares:
         damped.diagonal().add_(RIDGE * damped.diagonal().mean())
     return [torch.linalg.solve(squares[min(i, 1)], product).T for i, product in enumerate(products)]
@@ -93,8 +87,7 @@ def statistics(model: Llama, tokens: torch.Tensor, told: list | None = None) -> 
     stats = [Statistics(0, 0, 0, 0, of_layer) for of_layer in told or [None] * len(model.layers)]
     some, seen = observed(tokens.shape[1], tokens.device)
     count, observations = tokens.numel(), len(tokens) * len(seen) * model.config.n_head
-
-    def observe(attention: Attention, x: torch.Tensor, rope, e: torch.Tensor) -> None:
+    for attention, x, rope, e in attention_inputs(model, tokens):
         (q, k, _), means = attention.project(x, *rope), stats[attention.layer]
         left = x if means.told is None else x - e @ means.told.type_as(e).T
         m = (scores(q[:, :, some], k, attention.k_groups, seen).softmax(-1) @ left[:, None]).flatten(0, 2)
@@ -104,8 +97,6 @@ def statistics(model: Llama, tokens: torch.Tensor, told: list | None = None) -> 
         gates = attention.gate(x).sigmoid() if attention.gate else x.new_ones(*x.shape[:2], q.shape[1])
         means.gates += gates.double().square().sum(dim=(0, 1)) / count
         means.energy += q.unflatten(-1, (-1, 2)).square().sum(dim=(0, 2, 4), dtype=torch.float64) / count
-
-    watch(model, tokens, observe)
     return stats
 
 
@@ -117,13 +108,13 @@ def sensitivity(model: Llama, tokens: torch.Tensor) -> list[list[tuple]]:
     found, generator = [[] for _ in model.layers], torch.Generator(tokens.device).manual_seed(0)
 
     def observe(attention: Attention, inputs: tuple, y: torch.Tensor) -> None:
-        args, of_layer = (inputs[0].detach(), *inputs[1:3], e[attention.layer]), found[attention.layer]
-        y.register_hook(lambda g: of_layer.append((args, y.detach(), g)))
+        args, output = (inputs[0].detach(), *inputs[1:3], e[attention.layer]), y.detach()
+        # a hook that holds y itself would keep all this in memory for ever
+        y.requires_grad_().register_hook(lambda g: found[attention.layer].append((args, output, g)))
 
     hooks = [layer.attention.register_forward_hook(observe) for layer in model.layers]
-    hooks.append(model.tok_embeddings.register_forward_hook(lambda module, inputs, x: x.requires_grad_()))
     for part in tokens.split(2):
-        e = [x.detach() for x in model.embedded(part)]
+        e = model.embedded(part)
         log_p = widen(model(part)).log_softmax(-1).flatten(0, 1)
         drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
         log_p.gather(1, drawn).sum().backward()
@@ -180,8 +171,8 @@ def refit_output(wo: nn.Linear, z: torch.Tensor, target: torch.Tensor, weight: t
         rows, goal = ((part[..., None] * x).flatten(0, 1) for x in (rows, goal))
         squares = squares + rows.T @ rows
         products = products + rows.T @ (goal - rows @ before.T)
-    damping = max(4 * squares.trace().item() / weight.numel(), TINY) * torch.eye(len(squares)).to(squares)
-    change = torch.linalg.solve(squares + damping, products)
+    squares.diagonal().add_(max(4 * squares.trace().item() / weight.numel(), TINY))
+    change = torch.linalg.solve(squares, products)
     wo.weight = nn.Parameter((before + change.T).type_as(wo.weight))
 
 
@@ -205,15 +196,15 @@ def refit_attention(ours: Attention, b, rope, looks: list, e, target, weight, st
     energy = (weight * target).square().sum().clamp(min=TINY)
     count = sum(of_slice[..., 0].numel() for of_slice in looks)  # queries of all heads
 
-    def attend(part, e, goal, size, wq, wk, wv) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(part, e, goal, weight, wq, wk, wv) -> tuple[torch.Tensor, torch.Tensor]:
         both = ours.beside(part, e)
         q, k, v = ours.queries(part[:, some] @ wq.T, *(x[some] for x in rope)), both @ wk.T, both @ wv.T
         log_weights = scores(q, ours.keys(k, *rope, e), ours.k_groups, seen).log_softmax(-1)
         y = ours.v_groups.scatter(ours.v_groups.gather(log_weights.exp()) @ ours.values(v, k, e))
-        error = size * (ours.wo(ours.readout(y, part[:, some])) - goal) / energy.sqrt()
+        error = weight * (ours.wo(ours.readout(y, part[:, some])) - goal) / energy.sqrt()
         return log_weights.masked_fill(~seen, 0), error
 
-    slices = list(zip(b.split(SLICE), looks, e.split(SLICE), target.split(SLICE), weight.split(SLICE)))
+    slices = list(zip(looks, b.split(SLICE), e.split(SLICE), target.split(SLICE), weight.split(SLICE)))
     damping = 2 * b.shape[-1] / weight.numel()
     of_both = whitening(ours.beside(b, e))
     roots = [whitening(b) if ours.wt else of_both, of_both, of_both]
@@ -239,8 +230,8 @@ def minimise(attend, linears: list[nn.Linear], roots, slices: list, count: int, 
         total = sum(n * (x / scale).square().sum() for n, x, scale in zip(shares, changes, scales))
         total.backward()
         total = total.detach()
-        for part, p, *given in slices:
-            log_weights, error = attend(part, *given, *weights())
+        for p, *given in slices:
+            log_weights, error = attend(*given, *weights())
             of_slice = error.square().sum() - (p * log_weights).sum() / count  # KL but for a constant
             of_slice.backward(inputs=changes)  # not of wo, novel and gate
             total += of_slice.detach()
@@ -254,13 +245,13 @@ def minimise(attend, linears: list[nn.Linear], roots, slices: list, count: int, 
 
 @torch.enable_grad()
 def slopes(attend, weights: list[torch.Tensor], inverses, slices: list, count: int) -> list[torch.Tensor]:
-    """For each of weights (n, C), (n, 1): how fast a row changes y, a vector whose |change|^2 is about the
-    objective's (Gauss-Newton), root mean square over whitened inputs. One backward pass with random signs
-    estimates it (Hutchinson): the diagonal of K-FAC's factor of the outputs (arXiv 1503.05671)."""
+    """For each of weights (n, C), (n, 1): the root mean square, over whitened inputs, of the derivative by a
+    row of y, a vector whose squared change is about the objective's (Gauss-Newton). A backward pass with
+    random signs estimates it (Hutchinson): the diagonal of K-FAC's factor of outputs (arXiv 1503.05671)."""
     generator = torch.Generator(weights[0].device).manual_seed(0)
     weights, squares = [w.detach().requires_grad_() for w in weights], [0] * len(weights)
-    for part, _, *given in slices:
-        log_weights, error = attend(part, *given, *weights)
+    for _, *given in slices:
+        log_weights, error = attend(*given, *weights)
         # nearby, KL is the squared change of (2 p)^(1/2)
         y = torch.cat((error.flatten(), (2 / count) ** 0.5 * (log_weights / 2).exp().flatten()))
         signs = torch.empty_like(y).bernoulli_(generator=generator) * 2 - 1

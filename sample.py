@@ -39,7 +39,8 @@ class SampleConfig:
 
 def readable(ids: list[int], new_tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
     """The text of the new tokens, piece by piece, holding back a character until all of its bytes are there.
-    `ids` begins as the prompt's and grows. A run of byte tokens such as <0xC3> waits: one may spoil all."""
+    `ids` begins as the prompt's and grows. Byte tokens (<0xC3>) wait for the end of their run: an invalid one
+    changes how all of them decode."""
     shown = len(tokenizer.decode(ids))
     for token in new_tokens:
         ids.append(token)
@@ -69,10 +70,10 @@ def one_query(q, k, v, k_groups: HeadGroups, v_groups: HeadGroups, mask: torch.T
 
 
 def compile_step(model: Llama) -> None:
-    """Compile the step that adds one token to each text: the first such step takes tens of seconds, all
-    others a fraction of the time. Weights may still change in place, but not their dtype, nor the layers.
-    A small model's time goes into calling kernels from Python. So a twin with the same weights, but with
-    products and attention as loops over one row, becomes one graph. Raises UserError without a compiler."""
+    """Compile the step that adds one token to each text. The first such step takes tens of seconds, all
+    others a fraction of the time. A small model's time goes into calling kernels from Python, so a twin that
+    shares the weights, but computes products and attention as loops over one row, becomes one graph. Weights
+    may still change in place, but not their dtype, nor the layers. Raises UserError without a compiler."""
     missing = compiler_missing(model.tok_embeddings.weight.device)
     require(not missing, f"--compile needs {missing}: install it, or drop --compile")
     model.compiled_step = None  # not copied

@@ -198,7 +198,7 @@ def knapsack_search(search: Search) -> None:
     measure the untried counts with the best prediction. A neighbour of measured counts, one group given from
     one slot to another, is predicted to have their loss plus the change of the two slots' divergence."""
     kl_of, original_loss = predict(search), search.judge(search.model)[0]
-    best_of = knapsack(list(kl_of.values()))
+    best_of = knapsack([(kl, g, g) for g, kl in enumerate(x.tolist(), 1)] for x in kl_of.values())
     predicted, measured = {}, set()  # {numbers of groups in all slots: (value, note)}
     for kl, counts in [best_of[search.total]] if search.total else best_of.values():
         sizes = search.described(search.maps(dict(zip(search.heads, counts))))

@@ -28,9 +28,9 @@ from matplotlib.figure import Figure
 from checkpoint import build, load, model_config
 from common import UserError, parse, replacing, require
 from gqa import MergeConfig, open_inputs
-from model import Llama, ModelConfig, rope_angles, scores
+from model import Llama, ModelConfig, scores
 from partition import TINY, Costs
-from refit import statistics
+from refit import attention_inputs, statistics
 from study.bench import records
 
 # Okabe and Ito's, which colour-blind readers can tell apart
@@ -105,13 +105,10 @@ def draw_loss(runs: list[str], x: str, train: bool) -> Figure:
 @torch.no_grad()
 def attention_weights(model: Llama, ids: list[int]) -> torch.Tensor:
     """(layers, H, T, T): how much of its attention each query gives to each token."""
-    tokens, found = torch.tensor([ids]), []
-    x, e = model.tok_embeddings(tokens), model.embedded(tokens)
-    rope = rope_angles(model.config, torch.arange(len(ids)))
-    for layer, own in zip(model.layers, e):
-        q, k, _ = layer.attention.project(layer.attention_norm(x), *rope, own)
-        found.append(scores(q, k, layer.attention.k_groups).softmax(-1)[0].float())
-        x = layer(x, *rope, own)
+    found = []
+    for attention, x, rope, e in attention_inputs(model, torch.tensor([ids])):
+        q, k, _ = attention.project(x, *rope, e)
+        found.append(scores(q, k, attention.k_groups).softmax(-1)[0].float())
     return torch.stack(found)
 
 

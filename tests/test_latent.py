@@ -1,6 +1,8 @@
 """Latent keys and values: exact at full rank, never worse than groups, and used like any other model."""
 
 import copy
+import gc
+import weakref
 from itertools import product
 
 import numpy as np
@@ -101,6 +103,14 @@ def test_at_equal_numbers_no_partition_loses_less(kind):
             assert len(rows) == sum(ranks) == kept
             dropped = sum(of[: len(of) - r].sum() for of, r in zip(torch.linalg.eigvalsh(cost.gram), ranks))
             assert dropped.item() == pytest.approx(energies[: len(energies) - kept].sum().item(), abs=1e-12)
+
+
+def test_sensitivities_are_freed():
+    found = sensitivity(frozen(), TOKENS)
+    x = weakref.ref(found[1][0][0][0])
+    del found
+    gc.collect()
+    assert x() is None, "a hook holds them"
 
 
 @pytest.mark.parametrize("shape", SHAPES)

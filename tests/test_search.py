@@ -277,7 +277,7 @@ def test_many_heads_are_parted_well():
 def test_knapsack_is_the_best_of_all_choices():
     rng = np.random.default_rng(0)
     values = [np.sort(rng.random(n))[::-1] for n in (3, 1, 4, 2)]
-    found, sums = knapsack(values), {}
+    found, sums = knapsack([(x, g, g) for g, x in enumerate(value.tolist(), 1)] for value in values), {}
     for choice in np.ndindex(3, 1, 4, 2):
         total = sum(choice) + 4
         sums[total] = min(sums.get(total, math.inf), sum(value[g] for value, g in zip(values, choice)))
