@@ -42,7 +42,7 @@ from parallel import (
     divided, first_alone, own_rows, processes, rank, send_gradients, shard, sum_over_ranks, whole, world,
 )  # fmt: skip
 
-SHAPE_FREE = {"attention", "dropout", "block_size", "rope_theta", "kv_bits"}  # any weights allow them
+SHAPE_FREE = {"attention", "dropout", "block_size", "rope_theta", "kv_bits"}  # may change with --init_from
 # what a resumed run may not change, nor its shape or adapter
 RUN_FIXED = {"dataset", "init_from", "seed", "batch_size", "grad_accum", "optimizer", "momentum"}
 RUN_FIXED |= {"teacher", "distil_weight"}
@@ -221,7 +221,7 @@ def begin_embeddings(model: Llama, tokens: np.ndarray) -> None:
     pairs = torch.cat([ids[:-distance] * V + ids[distance:] for distance in (1, 2)])
     pairs, counts = pairs.unique(return_counts=True)
     first, second, counts = pairs // V, pairs % V, counts.float()
-    begins, ends = (counts.new_zeros(V).index_add_(0, side, counts) for side in (first, second))
+    begins, ends = (torch.bincount(side, counts, minlength=V) for side in (first, second))
     information = (counts / begins[first] * (counts.sum() / ends[second])).log().clamp(min=0)
     places = torch.stack((torch.cat((first, second)), torch.cat((second, first + V))))
     M = torch.sparse_coo_tensor(places, information.repeat(2), (V, 2 * V), check_invariants=True)
@@ -423,8 +423,8 @@ def check_health(loss: float, norm: float, c: ModelConfig, step: int, saved: int
 def report(model: Llama, tokenizer: Tokenizer, data, config: TrainConfig, dtype, path: Path, log: Log):
     """Evaluate on the whole val split, print a sample, and what to run next."""
     text, device = isinstance(data, Text), model.tok_embeddings.weight.device
-    prompt = tokenizer.prompt("") or [0] if text else data.parts(0)[0].tolist()
-    dtype = dtype if config.fsdp else torch.float32  # FSDP collects the weights in it
+    prompt = (tokenizer.prompt("") or [0]) if text else data.parts(0)[0].tolist()
+    dtype = dtype if config.fsdp else torch.float32  # FSDP collects the weights in the run's
     if config.eval_tokens:
         validate(model, data, config, dtype, config.max_steps, log)
     generator = torch.Generator(device).manual_seed(0)
@@ -441,13 +441,12 @@ def report(model: Llama, tokenizer: Tokenizer, data, config: TrainConfig, dtype,
 
 @processes()
 def main(change: Callable[[Llama], None] | None = None) -> None:
-    """The command. `change` is what an experiment does to a new model first."""
+    """The command. `change` is what an experiment does to the model before its first step."""
     flags = parse(__doc__, ModelConfig, LoRAConfig, TrainConfig)
     resume, named = flags.get("resume", False), flags.get("out_dir")
     require(not (resume and flags.get("overwrite")), "--resume and --overwrite: give one of them")
     source = load(flags["init_from"]) if "init_from" in flags and not (resume and named) else {}
     flags["out_dir"] = named or default_out_dir(flags, source)
-    require(named or not change, "give --out_dir: this is not the run that the default folder is named after")
     path = Path(flags["out_dir"]) / "ckpt.pt"
     with nullcontext() if rank() else held(path.parent):  # one run at a time in a folder
         require(path.exists() or not resume, f"no run in {path.parent}: drop --resume, or name its --out_dir")
@@ -459,7 +458,7 @@ def main(change: Callable[[Llama], None] | None = None) -> None:
         train(flags, path, load(path) if resume else source, change)
 
 
-def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], None] | None = None) -> None:
+def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], None] | None) -> None:
     """The run that is saved at `path`, from its settings to its last words. It starts from a checkpoint, its
     own if it is resumed, or from {}, nothing."""
 
@@ -488,8 +487,8 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
     teacher = open_teacher(config.teacher, c, tokenizer, device) if config.teacher else None
     if not checkpoint:
         begin_embeddings(model, data.tokens)
-        if change:
-            change(model)
+    if change and not config.resume:
+        change(model)
     with_kernels(model)
     # examples come in many shapes, each of which would be compiled
     planned = last * config.batch_size * config.grad_accum * c.block_size if isinstance(data, Text) else 0
@@ -523,7 +522,7 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
         stop = sum_over_ranks(len(caught)) > 0  # all ranks at the same step
         due = step % config.eval_every == 0 and step < last
         if step > saved and (due or stop or step == last):
-            # the last update may have diverged
+            # before the file is replaced: the last update may have diverged
             check_health(mean_loss(model, batches, dtype)[0], 0.0, c, step, saved)
             state = {"model": model.state_dict(keep_vars=True)}
             state = whole(state | {"optimizers": [optimizer.state_dict() for optimizer in optimizers]})
@@ -567,7 +566,7 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
     if stop:
         program = "torchrun, as before," if world() > 1 else "python"
         print(f"saved step {step}; continue with: {program} train.py --resume --out_dir {path.parent}")
-        sys.exit(128 + (caught or [signal.SIGTERM])[0])
+        sys.exit(128 + (caught or [signal.SIGTERM])[0])  # if another process caught it
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     report(model, tokenizer, val_data, config, dtype, path, log)

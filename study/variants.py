@@ -56,6 +56,8 @@ def begin_main() -> None:
         return print(__doc__)
     known = how in ("scaled", "torch", *PEERS) and path.endswith(PEERS.get(how, ""))
     require(known, "begin takes scaled, torch, transformers, llama2.c=FILE.py or nanoGPT=FILE.py")
-    require("--init_from" not in sys.argv, "begin is for new models: drop --init_from")
+    typed = {word.partition("=")[0] for word in sys.argv}
+    require("--init_from" not in typed, "begin is for new models: drop --init_from")
+    require("--out_dir" in typed, "give --out_dir: the default folder is named after an ordinary run")
     del sys.argv[1]
     train.main(partial(change, how=how, path=path))

@@ -53,8 +53,10 @@ def test_slices_equal_the_whole(kind):
 
 def test_each_attention_trains_to_the_same_loss(tiny_run):
     some = [("naive", 1), ("naive", 2), ("sdpa", 1)]
-    with mock.patch.multiple("study.attention", product=lambda *_: some, alone=lambda _, f, *args: f(*args)):
+    here = mock.patch.multiple("study.attention", product=lambda *_: some, alone=lambda _, f, *args: f(*args))
+    with here, mock.patch("study.attention.slice_model", wraps=slice_model) as sliced:
         rows = table("attention", "--init_from", tiny_run, "--steps", 1, "--batch_size", 4)
+    assert sliced.call_count == 2, "it trained or wrote in whole products"
     assert [(row["attention"], row["pretraining_tp"]) for row in rows] == some
     assert 1 < max(row["val_loss"] for row in rows) / min(row["val_loss"] for row in rows) < 1.001
     with pytest.raises(AssertionError, match=r"naive computed .'sdpa'"):  # not the row's attention
