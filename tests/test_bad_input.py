@@ -166,7 +166,7 @@ def test_a_mistake_is_one_line_that_names_it(line, word, room, monkeypatch):
 
 READERS = {"llama2c": "formats import {f}/model.bin {o} --tokenizer {f}/tok.bin"}
 READERS["ours"] = "checkpoint.py show {f}/ckpt.pt"
-LIES = {  # each of these was once a traceback, or worse
+DAMAGED_STATE = {  # each of these was once a traceback, or worse
     "train.lr": "x", "train.seed": -1, "train": [], "data": [], "data.splits": None, "step": "x",
     "tokens": None, "seconds": torch.nan, "optimizers": [], "optimizers.0": 3, "optimizers.0.state": {0: 3},
     "optimizers.0.state.0": {}, "optimizers.1.state.0.step": torch.zeros(2, 2), "log_size": -1,
@@ -263,13 +263,13 @@ def test_inputs_damaged_at_random(good, tmp_path):
     assert sum(counts["refused"] for counts in found.values()) > 32
 
 
-@pytest.mark.parametrize("place", LIES)
+@pytest.mark.parametrize("place", DAMAGED_STATE)
 def test_a_training_state_that_lies(place, tiny_run, tmp_path):
     checkpoint = part = load(tiny_run)
     *keys, last = (int(key) if key.isdigit() else key for key in place.split("."))
     for key in keys:
         part = part[key]
-    part[last] = LIES[place]
+    part[last] = DAMAGED_STATE[place]
     save(tmp_path / "ckpt.pt", checkpoint)
     before = (tmp_path / "ckpt.pt").read_bytes()
     refused(quick("train.py", "--resume", "--out_dir", tmp_path, "--max_steps", 31, "--dtype", "float16"))

@@ -17,8 +17,8 @@ from common import UserError, peak_memory_bytes
 from lora import TARGETS
 from model import Llama, ModelConfig, rope_angles
 from study.attention import kernel_rows, prepare, slice_model
-from study.bench import ROWS as ROWS_OF_MEMORY
-from study.compare_groups import ROWS
+from study.bench import ROWS as MEMORY_ROWS
+from study.compare_groups import ROWS as COMPARED
 from study.variants import change
 
 SHAPE = ["--n_layer", 1, "--n_head", 4, "--dim", 32, "--vocab_size", 64, "--block_size", 40]
@@ -79,7 +79,7 @@ def test_kernel_rows_count_the_operations_of_half_the_scores():
 
 def test_each_memory_saver_changes_what_it_should(monkeypatch):
     names = ("LoRA", "all together")
-    monkeypatch.setattr("study.bench.ROWS", {name: ROWS_OF_MEMORY[name] for name in names})
+    monkeypatch.setattr("study.bench.ROWS", {name: MEMORY_ROWS[name] for name in names})
     shape = "--n_layer 6 --dim 64 --n_head 4 --vocab_size 64 --block_size 128 --batch_size 32 --steps 1"
     rows = {row["row"]: row for row in table("memory", *shape.split())}  # activations are most of it
     lora = rows["LoRA"]
@@ -100,7 +100,7 @@ def test_peak_memory_where_the_system_does_not_tell_it(monkeypatch):
 
 
 def test_rates_are_of_the_seconds_that_a_run_took(tiny_run, monkeypatch):
-    """Of each run 1, 2 and 3."""
+    """The timer is replaced: every run takes 1, 2 and 3 seconds."""
 
     def times(runs, *_, **how):
         for one in runs.values():
@@ -127,7 +127,7 @@ def test_comparisons_measure_what_their_rows_say(tiny_run, tiny_data, tmp_path):
     flags = ["--calibration_tokens", 2048, "--shares", 0.5, 1, "--seeds", 1]
     _, *lines = quick("study", "compare-groups", tiny_run, *flags).stdout.splitlines()
     cells = {name: cells for name, *cells in (line.strip("| ").split(" | ") for line in lines[2:])}
-    assert list(cells) == list(ROWS) and {whole for _, whole in cells.values()} == {"1.000"}
+    assert list(cells) == list(COMPARED) and {whole for _, whole in cells.values()} == {"1.000"}
     halves = [float(half) for half, _ in cells.values()]
     assert halves[0] > halves[3] > halves[6] > halves[10], "means, closed form, refitted, latents"
     how = "transformers", *small_run(tiny_data, tmp_path / "run"), "--max_steps", 2

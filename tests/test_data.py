@@ -47,7 +47,7 @@ def test_any_text_round_trips(tiny_data, text):
     assert tokenizer.decode(ids) == text and tokenizer.token_bytes()[ids].sum() == len(text.encode())
 
 
-def test_a_space_before_every_text_is_no_byte_and_tokenizers_that_lose_text_are_known(tiny_data, prefixed):
+def test_a_space_before_every_text_is_no_byte_and_tokenizers_that_lose_text_are_detected(tiny_data, prefixed):
     prefix, text = read_tokenizer(prefixed.serialized_model_proto()), "some words\nand more"
     ids = np.array(prefix.prompt(text))
     assert ids.tolist() == [1, *prefix.sp.encode(text)] and prefix.decode(ids.tolist()) == text

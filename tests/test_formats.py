@@ -205,14 +205,14 @@ def test_exported_tokenizer_gives_transformers_the_same_tokens(tmp_path, tiny_da
     export_of(model, tmp_path, data[kind])
     ours, theirs = read_tokenizer(data[kind]), AutoTokenizer.from_pretrained(tmp_path / "out")
     fields = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
-    alone = read_tokenizer(json.dumps(fields).encode())
+    from_json = read_tokenizer(json.dumps(fields).encode())
     mark = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": False}
-    newer = read_tokenizer(json.dumps({**fields, "normalizer": None, "pre_tokenizer": mark}).encode())
+    as_metaspace = read_tokenizer(json.dumps({**fields, "normalizer": None, "pre_tokenizer": mark}).encode())
     for text in (*TEXTS, "a </s> is no end", "\n".join(CORPUS), *CORPUS[:200]):
         ids = ours.prompt(text)
-        assert alone.prompt(text) == ids
-        assert alone.token_bytes()[ids].sum() == len(text.encode()) or not text
-        assert kind == "learned" or text.startswith(" ") or newer.prompt(text) == ids
+        assert from_json.prompt(text) == ids
+        assert from_json.token_bytes()[ids].sum() == len(text.encode()) or not text
+        assert kind == "learned" or text.startswith(" ") or as_metaspace.prompt(text) == ids
         if "</s>" not in text:
             assert theirs.encode(text) == ids and theirs.decode(ids, skip_special_tokens=True) == text
     settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
@@ -300,7 +300,7 @@ def test_which_tokenizer_of_a_folder_is_read(tmp_path, prefixed, byte_level, mon
         refused(quick("-m formats", "import", folder, tmp_path / "no.pt"), library, "pip install")
 
 
-def files(folder, quantize="none", base=None, **settings):
+def save_tuned(folder, quantize="none", base=None, **settings):
     """A tuned model, saved as ours.pt; base.pt is its base, or another one."""
     lora = LoRAConfig(3, 5.5, 0.0, list(TARGETS), quantize)
     save(folder / "base.pt", {**foreign.checkpoint_of(base or sharp_model(**settings)), "grouped": {"a": 1}})
@@ -327,7 +327,7 @@ def test_adapters_cross_to_peft_and_back(tmp_path):
     from peft import PeftModel
 
     settings = {"n_kv_head": 2, "tie_embeddings": False}
-    ours = files(tmp_path, **settings)
+    ours = save_tuned(tmp_path, **settings)
     assert "r 3 on wq wk wv wo w1 w2 w3 output" in export(tmp_path, "adapter")
     theirs = PeftModel.from_pretrained(to_hugging_face(sharp_model(**settings)), tmp_path / "adapter")
     # float32, and another order of the products
@@ -355,7 +355,7 @@ def test_adapters_cross_to_peft_and_back(tmp_path):
 def test_rank_stabilized_adapters_keep_their_scale(tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    files(tmp_path, n_kv_head=2)
+    save_tuned(tmp_path, n_kv_head=2)
     settings = {"r": 4, "lora_alpha": 3, "target_modules": ["q_proj", "down_proj"], "use_rslora": True}
     theirs = to_hugging_face(sharp_model(n_kv_head=2))
     theirs = get_peft_model(theirs, LoraConfig(**settings, init_lora_weights=False)).eval()
@@ -368,7 +368,7 @@ def test_rank_stabilized_adapters_keep_their_scale(tmp_path):
 
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 def test_an_adapter_in_a_pt_comes_back_bit_equal_and_goes_on_a_bfloat16_base(tmp_path, quantize):
-    ours = files(tmp_path, quantize)
+    ours = save_tuned(tmp_path, quantize)
     assert ("a base in nf4" in export(tmp_path, "adapter.pt")) == (quantize == "nf4")
     size = sum(layer.lora_A.nbytes + layer.lora_B.nbytes for layer in adapters(ours))
     assert (tmp_path / "adapter.pt").stat().st_size < size + 20000  # without the base
@@ -386,7 +386,7 @@ def test_an_adapter_in_a_pt_comes_back_bit_equal_and_goes_on_a_bfloat16_base(tmp
 
 @pytest.mark.parametrize("other", [{"dim": 48}, {"n_layer": 3}, {"n_kv_head": 2}])
 def test_an_adapter_of_another_model_is_refused(tmp_path, other):
-    files(tmp_path, base=sharp_model(**other))
+    save_tuned(tmp_path, base=sharp_model(**other))
     export(tmp_path, "adapter.pt")
     refuse(tmp_path, "adapter.pt", "another model")
 
@@ -398,7 +398,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path, other):
     ({"r": 2**62}, "lora_r"), ({"lora_alpha": -1}, "lora_alpha"), ({"init_lora_weights": "pissa"}, "pissa"),
 ])  # fmt: skip
 def test_an_adapter_that_is_no_plain_lora_is_refused(tmp_path, change, word):
-    files(tmp_path)
+    save_tuned(tmp_path)
     export(tmp_path, "folder")
     change_json(tmp_path / "folder" / "adapter_config.json", **change)
     refuse(tmp_path, "folder", word)
@@ -411,7 +411,7 @@ def test_an_adapter_that_is_no_plain_lora_is_refused(tmp_path, change, word):
 def test_variants_of_lora_are_refused_by_their_tensors(tmp_path, how):
     from peft import LoraConfig, get_peft_model
 
-    files(tmp_path)
+    save_tuned(tmp_path)
     config = LoraConfig(r=3, target_modules=["q_proj", "v_proj"], **how)
     get_peft_model(to_hugging_face(sharp_model()), config).save_pretrained(tmp_path / "folder")
     refuse(tmp_path, "folder", "another model")
@@ -422,9 +422,9 @@ def test_variants_of_lora_are_refused_by_their_tensors(tmp_path, how):
     {"gated": True},
 ])  # fmt: skip
 def test_uneven_groups_and_extra_layers_have_no_peft_format(tmp_path, settings):
-    files(tmp_path)
+    save_tuned(tmp_path)
     export(tmp_path, "plain")
-    files(tmp_path, **settings)
+    save_tuned(tmp_path, **settings)
     refused(quick("-m formats", "export", tmp_path / "ours.pt", tmp_path / "folder", "--adapter"), "PEFT")
     refuse(tmp_path, "plain", "PEFT")
 
@@ -457,7 +457,7 @@ def test_a_gguf_file_comes_back_and_is_the_same_model_to_transformers(tmp_path, 
     ("rope.scaling.factor", 4.0, "scaled"), ("rope.scale_linear", 4.0, "scaled"),  # to llama.cpp both linear
     ("attention.head_count_kv", [4, 3], "do not divide 4"), ("split.count", 2, "--merge"),
 ])  # fmt: skip
-def test_what_a_gguf_file_has_and_ours_have_not_is_refused(name, value, why):
+def test_what_gguf_has_and_our_models_do_not_is_refused(name, value, why):
     sizes = {"llama.block_count": 2, "llama.attention.head_count": 4, "llama.embedding_length": 8}
     with pytest.raises(UserError, match=why):
         settings_of({"general.architecture": "llama", **sizes, f"llama.{name}": value, name: value}, set())

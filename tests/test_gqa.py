@@ -229,7 +229,7 @@ def test_refitted_outputs_are_ridge_regressions_on_the_streams_of_whole_models(m
     assert not calls
 
 
-def attention_and(x: torch.Tensor, ours, theirs, rope) -> tuple:
+def arguments_of_refit(x: torch.Tensor, ours, theirs, rope) -> tuple:
     """What refit_attention gets of a single layer, whose inputs, token parts and goal are the original's."""
     e = x.roll(1, 0)  # of some other text
     return ours, x, rope, refitting.observed_weights(theirs, x, rope), e, theirs(x, *rope)
@@ -260,7 +260,7 @@ def test_refitted_attention_has_the_least_errors(monkeypatch, queries, sizes, ro
     (theirs, x, rope), ours = of_first_layer(model, TOKENS), small.layers[0].attention
     target, weight = theirs(x, *rope), torch.rand(TOKENS.shape).double()
     seen = (slice(rows), slice(48 // queries - 1, None, 48 // queries))
-    given, count = attention_and(x, ours, theirs, rope), weight[seen].numel()
+    given, count = arguments_of_refit(x, ours, theirs, rope), weight[seen].numel()
     e, both = given[4], ours.beside(x[:rows], given[4][:rows])
     inputs = {"wq.weight": x[:rows], "wk.weight": both, "wv.weight": both}
     before = {name: ours.get_parameter(name).clone() for name in inputs}
@@ -303,7 +303,7 @@ def test_a_few_steps_refit_latents_whose_numbers_have_very_different_sizes(kinds
         factors = torch.logspace(-most, most, 10 // width).double()[:, None]
         linear.weight *= factors.repeat_interleave(width, 0)
         mix[:, : len(factors)] /= factors
-        refit_attention(*attention_and(x, ours, theirs, rope), weight, 20)
+        refit_attention(*arguments_of_refit(x, ours, theirs, rope), weight, 20)
         losses.append((ours(x, *rope) - theirs(x, *rope)).square().mean().item())
     assert losses[0] < 1.02 * losses[1], losses
 

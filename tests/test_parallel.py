@@ -21,7 +21,7 @@ VARIANTS = [(0, "adamw", False), (4, "adamw", True), (0, "muon", False)]
 
 
 @mock.patch.object(torch.Tensor, "bfloat16", lambda x: x)  # Muon in float64, as all else
-def steps(r: int, optimizer: str, recompute: bool, fsdp: bool) -> dict:
+def ten_steps(r: int, optimizer: str, recompute: bool, fsdp: bool) -> dict:
     """The state dict after ten steps, and the losses; whole in the first process."""
     dtype = torch.float64
     torch.manual_seed(0)
@@ -39,7 +39,7 @@ def steps(r: int, optimizer: str, recompute: bool, fsdp: bool) -> dict:
     return {**whole(model.state_dict(keep_vars=True)), "losses": torch.tensor(losses, dtype=torch.float64)}
 
 
-def together(count: int, script: str, *args, gpus: str = ""):
+def torchrun(count: int, script: str, *args, gpus: str = ""):
     """Run one of the project's programs in `count` processes, without GPUs unless some are named."""
     line = "--standalone", "--nproc_per_node", count, script, *args
     return command("-m torch.distributed.run", *line, env={**ONE_THREAD, "CUDA_VISIBLE_DEVICES": gpus})
@@ -47,11 +47,11 @@ def together(count: int, script: str, *args, gpus: str = ""):
 
 def test_steps_equal_those_of_one_process(tmp_path):
     """DDP and FSDP2, all weights and LoRA, with a process that has no row."""
-    done = together(2, "tests/test_parallel.py", tmp_path / "steps.pt")
+    done = torchrun(2, "tests/test_parallel.py", tmp_path / "steps.pt")
     assert done.returncode == 0, done.stderr
-    alone, found = [steps(*variant, fsdp=False) for variant in VARIANTS], torch.load(tmp_path / "steps.pt")
+    found, ours = torch.load(tmp_path / "steps.pt"), [ten_steps(*variant, fsdp=False) for variant in VARIANTS]
     for fsdp, variants in enumerate(found):
-        for one, many in zip(alone, variants):
+        for one, many in zip(ours, variants):
             assert one.keys() == many.keys()
             worst = max((one[name] - x).abs().max().item() for name, x in many.items())
             assert worst < 1e-10, f"fsdp {fsdp}: weights differ by {worst:.1e}"
@@ -67,7 +67,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny_data, tmp_path):
     sizes = []
     for count, how, last in ((1, [], 4), (2, ["--resume", "--fsdp"], 8), (1, ["--resume", "--no-fsdp"], 12)):
         line = ["train.py", *several, *how, "--max_steps", last]
-        done = together(2, *line) if count == 2 else run(*line)
+        done = torchrun(2, *line) if count == 2 else run(*line)
         assert done.returncode == 0 and done.stdout.count("a sample:") == 1, done.stderr
         sizes.append(path.stat().st_size)
     assert max(sizes) < 1.01 * min(sizes), "shards or tied matrices are saved twice"
@@ -82,10 +82,10 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny_data, tmp_path):
 
 def test_a_failure_is_told_once_and_ends_all(tiny_data, tmp_path):
     """What all processes see, and what only the first sees."""
-    done = together(2, "train.py", *small_run(tiny_data, tmp_path / "lost"), "--lr", 1e9, "--max_steps", 9)
+    done = torchrun(2, "train.py", *small_run(tiny_data, tmp_path / "lost"), "--lr", 1e9, "--max_steps", 9)
     assert done.stderr.count("train.py: error: training diverged") == 1 and "[rank" not in done.stderr
     with held(tmp_path / "run"):
-        done = together(2, "train.py", *small_run(tiny_data, tmp_path / "run"), "--max_steps", 3)
+        done = torchrun(2, "train.py", *small_run(tiny_data, tmp_path / "run"), "--max_steps", 3)
     assert done.returncode != 0 and done.stderr.count("run is in use by another process") == 1, done.stderr
     assert "[rank" not in done.stderr, "a traceback of another process"
     assert not list((tmp_path / "run").glob("*"))
@@ -98,7 +98,7 @@ def test_a_failure_is_told_once_and_ends_all(tiny_data, tmp_path):
 def test_two_gpus_train_as_one_process_does(tiny_data, tmp_path, how):
     flags = ["--dtype", "float32", "--max_steps", 8]
     run("train.py", *small_run(tiny_data, tmp_path / "one"), *flags)
-    done = together(2, "train.py", *small_run(tiny_data, tmp_path / "two"), *flags, *how, gpus="0,1")
+    done = torchrun(2, "train.py", *small_run(tiny_data, tmp_path / "two"), *flags, *how, gpus="0,1")
     assert done.returncode == 0, done.stderr
     assert logged(tmp_path / "two", "loss") == pytest.approx(logged(tmp_path / "one", "loss"), abs=1e-3)
 
@@ -110,7 +110,7 @@ def main() -> None:
         time.sleep(0 if rank() else 0.5)
         assert rank() == 0 or mark.exists(), "the others did not wait for the first"
         mark.touch()
-    found = [[steps(*variant, fsdp) for variant in VARIANTS] for fsdp in (False, True)]
+    found = [[ten_steps(*variant, fsdp) for variant in VARIANTS] for fsdp in (False, True)]
     if rank() == 0:
         torch.save(found, sys.argv[1])
 

@@ -140,7 +140,7 @@ def test_a_log_serves_one_search_at_a_time_and_later_ones_reuse_it(tiny_run, tmp
     assert len({record["loss"] for record in records(log)[1:]}) == 8 == len(records(log)) - 1
 
 
-def test_foreign_logs_are_left_alone(tiny_run, tmp_path):
+def test_foreign_logs_stay_as_they_are(tiny_run, tmp_path):
     """Another model, other text or settings, or damaged: refused, and not a byte changed."""
     log, changed, checkpoint = tmp_path / "mine.jsonl", tmp_path / "changed.pt", load(tiny_run)
     flags = [*HALF, "--max_evals", 3, "--log", log]

@@ -88,7 +88,7 @@ def test_ten_steps_equal_those_of_transformers_and_torch_optim(tiny_data, tmp_pa
         assert difference < 2e-4, f"{name} differs by {difference:.1e} of its change"
 
 
-def test_embeddings_begin_as_alike_as_the_company_of_their_tokens():
+def test_new_embeddings_have_the_cosines_of_mutual_information():
     """Where nothing is cut off, V = C, cosines of embeddings are those of rows of counted information."""
     drawn, V = tokens_of((2, 1500), vocab_size=20), 24
     text = [*drawn[0].sort().values.view(-1, 50).T.flatten().tolist(), *drawn[1].tolist()]
