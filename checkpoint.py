@@ -82,7 +82,7 @@ def load(path: str | Path) -> dict:
     return checkpoint
 
 
-def trained_on(checkpoint: dict, split: str) -> str | None:
+def split_checksum(checkpoint: dict, split: str) -> str | None:
     """The checksum of a split of its training data; None if it has none."""
     try:
         return checkpoint["data"]["splits"][split]["sha256"]

@@ -156,13 +156,13 @@ def exit_cleanly(main: typing.Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
-        lost = isinstance(error, RuntimeError) or os.environ.get("RANK", "0") != "0"
-        if "TORCHELASTIC_RUN_ID" in os.environ and lost:
+        secondary = isinstance(error, RuntimeError) or os.environ.get("RANK", "0") != "0"
+        if "TORCHELASTIC_RUN_ID" in os.environ and secondary:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # train.py has caught it
             time.sleep(5)  # torchrun ends all processes once one has failed: let the root cause report first
         message = str(error).strip().split("\n")[0] or type(error).__name__
-        full = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if full or "DefaultCPUAllocator: can't allocate memory" in message:
+        too_large = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if too_large or "DefaultCPUAllocator: can't allocate memory" in message:
             message = f"out of memory: try a smaller batch, context or model ({message[:160]})"
         elif not isinstance(error, UserError | OSError | ModuleNotFoundError):
             raise  # a bug keeps its traceback

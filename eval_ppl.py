@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import build, load, trained_on
+from checkpoint import build, load, split_checksum
 from common import UserError, autocast, bounded, exit_cleanly, note, parse, pick_device, pick_dtype, require
 from data.loader import open_split, read_meta
 from data.tokenizer import Tokenizer
@@ -101,7 +101,7 @@ def split_tokens(checkpoint: dict, tokenizer: Tokenizer, dataset, split: str) ->
     require(meta["kind"] == "text", f"{folder} holds instructions: give --dataset of text, or study score")
     same = (folder / "tokenizer.model").read_bytes() == tokenizer.data
     require(same, f"{folder} has another tokenizer than the checkpoint: give --dataset of the same")
-    changed = trained_on(checkpoint, split) != meta["splits"][split].get("sha256")
+    changed = split_checksum(checkpoint, split) != meta["splits"][split].get("sha256")
     if changed and name == own and split != "train":
         note(f"{folder} was prepared anew since training, which may have seen this text")
     return open_split(folder, meta, split), f"{name} {split}"

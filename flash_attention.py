@@ -11,8 +11,8 @@ output. The backward recomputes weights = exp(scores - lse) from one number a qu
 It also needs sum_j weights_j * grad_weights_j over all keys of a query. But grad_weights_j is grad_out .
 values_j, so the sum is delta = grad_out . out, and the backward works block by block as well:
 
-    slopes = weights * (grad_out values^T - delta)
-    grad_v = weights^T grad_out    grad_k = slopes^T q / sqrt(D)    grad_q = slopes k / sqrt(D)
+    grad_s = weights * (grad_out values^T - delta)
+    grad_v = weights^T grad_out    grad_k = grad_s^T q / sqrt(D)    grad_q = grad_s k / sqrt(D)
 
 Query heads share keys and values in groups of any size, and K's groups may differ from V's: a program looks
 up its head's groups. In the backward it owns a block of keys of one group and loops over the heads that read
@@ -136,9 +136,9 @@ def grad_q_kernel(q, k, v, out, grad_out, grad_q, k_groups, v_groups, lse, delta
         keys, values = load(k, b, k_group, columns, T, D), load(v, b, v_group, columns, T, D)
         scores = tl.dot(queries, tl.trans(keys), None, PRECISION) * (D**-0.5 * LOG2_E)
         scores = tl.where(columns[None, :] <= rows[:, None], scores, -float("inf"))
-        slopes = tl.exp2(scores - its_lse[:, None])
-        slopes *= tl.dot(grads, tl.trans(values), None, PRECISION) - its_delta[:, None]
-        acc = tl.dot(slopes.to(keys.dtype), keys, acc, PRECISION)
+        grad_s = tl.exp2(scores - its_lse[:, None])
+        grad_s *= tl.dot(grads, tl.trans(values), None, PRECISION) - its_delta[:, None]
+        acc = tl.dot(grad_s.to(keys.dtype), keys, acc, PRECISION)
     store(grad_q, b, h, rows, T, acc * D**-0.5, D)
 
 
@@ -170,8 +170,8 @@ def grad_kv_kernel(q, k, v, grad_out, grad_k, grad_v, k_groups, v_groups, lse, d
                     acc_v = tl.dot(weights.to(grads.dtype), grads, acc_v, PRECISION)
                 if KEYS:
                     its_delta = tl.load(delta + at, mask=rows < T, other=0.0)
-                    slopes = weights * (tl.dot(values, tl.trans(grads), None, PRECISION) - its_delta[None, :])
-                    acc_k = tl.dot(slopes.to(queries.dtype), queries, acc_k, PRECISION)
+                    grad_s = weights * (tl.dot(values, tl.trans(grads), None, PRECISION) - its_delta[None, :])
+                    acc_k = tl.dot(grad_s.to(queries.dtype), queries, acc_k, PRECISION)
     if KEYS:
         store(grad_k, b, g, columns, T, acc_k * D**-0.5, D)
     if VALUES:

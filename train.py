@@ -28,7 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoint import build_model, load, lora_config, model_config, save, trained_on
+from checkpoint import build_model, load, lora_config, model_config, save, split_checksum
 from common import (
     IGNORE, UserError, autocast, bounded, checked, compiler_missing, exit_cleanly, held, is_a, note, parse,
     peak_memory_bytes, pick, pick_device, pick_dtype, require,
@@ -49,7 +49,8 @@ RUN_FIXED |= {"teacher", "distil_weight"}
 STREAM = 0.5  # root mean square of what begin_embeddings makes
 # factors of lr where Muon trains; all else 1 (see docs/recipe.md)
 RATES = {"wq": 2.0, "wk": 2.0, "w1": 0.7, "w2": 0.7, "w3": 0.7}
-STATE = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}  # of each parameter
+# what an optimizer keeps of each parameter
+STATE = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}
 
 
 @dataclass
@@ -127,12 +128,13 @@ def settle(flags: dict, checkpoint: dict) -> tuple[ModelConfig, LoRAConfig, Trai
 def default_out_dir(flags: dict, source: dict) -> str:
     """out/stdlib-6x256-novel: data set, layers x width, and what is unusual."""
     c, lora, config = settle({**flags, "resume": False}, source)
-    parts = [Path(config.dataset).name, f"{c.n_layer}x{c.dim}"]
-    parts += [f"kv{c.n_kv_head}"] * (c.n_kv_head not in (None, c.n_head))
-    parts += ["novel"] * c.novel + ["gated"] * c.gated
-    parts += [f"lora{lora.lora_r}"] * (lora.lora_r > 0) + [lora.quantize] * (lora.quantize != "none")
-    parts += ["tuned"] * (source != {} and not lora.lora_r) + ["healed"] * (config.teacher is not None)
-    return "out/" + "-".join(parts)
+    marks = {  # {a word: whether it is unusual}
+        f"kv{c.n_kv_head}": c.n_kv_head not in (None, c.n_head), "novel": c.novel, "gated": c.gated,
+        f"lora{lora.lora_r}": lora.lora_r > 0, lora.quantize: lora.quantize != "none",
+        "tuned": source != {} and not lora.lora_r, "healed": config.teacher is not None,
+    }  # fmt: skip
+    words = [word for word, unusual in marks.items() if unusual]
+    return "out/" + "-".join([Path(config.dataset).name, f"{c.n_layer}x{c.dim}", *words])
 
 
 def open_tokens(config: TrainConfig, flags: dict, c: ModelConfig, checkpoint: dict):
@@ -142,7 +144,7 @@ def open_tokens(config: TrainConfig, flags: dict, c: ModelConfig, checkpoint: di
     how = ["--tokenizer", source] if checkpoint.get("tokenizer") else []  # without one, the data set's serves
     folder, meta, tokenizer = prepared(config.dataset, *how)
     splits, train = meta["splits"], meta["splits"]["train"]
-    own = [trained_on(checkpoint, name) == splits[name].get("sha256") for name in ("train", "val")]
+    own = [split_checksum(checkpoint, name) == splits[name].get("sha256") for name in ("train", "val")]
     rather = f"start from the run, --init_from {source} and a new --out_dir"
     require(all(own) or not config.resume, f"{folder} is not the data of the run: restore it, or {rather}")
     if checkpoint.get("tokenizer") not in (None, tokenizer.data):

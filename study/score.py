@@ -34,7 +34,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
 from tqdm import tqdm
 
-from checkpoint import build, load, trained_on
+from checkpoint import build, load, split_checksum
 from common import bounded, note, parse, pick_device, replacing, require
 from data.instruct import FIELDS, encoded, records_of
 from data.loader import check_unchanged, padded, read_meta
@@ -122,7 +122,7 @@ def main() -> None:
     require(instructions, f"{folder} is text: name instruction data with --dataset NAME, or use eval_ppl.py")
     path, split = folder / f"{config.split}.jsonl", meta["splits"][config.split]
     check_unchanged(path, split.get("jsonl_sha256"))
-    if config.dataset in (None, own) and trained_on(checkpoint, config.split) != split["sha256"]:
+    if config.dataset in (None, own) and split_checksum(checkpoint, config.split) != split["sha256"]:
         note(f"{folder} was prepared anew since training, which may have seen these records")
     models = {"base": build(load(config.base), device)} if config.base else {}
     models["ckpt"] = build(checkpoint, device)
