@@ -30,13 +30,13 @@ from study.tables import report
 ROOT = Path(__file__).resolve().parent.parent
 # A step a line: its name, then arguments of python, or of a function. Steps run in OUT, train.py writes into
 # OUT/NAME. A name with [seed] is a step for each entry of LOOPS["seed"], [seed]: <seed>. Products such as
-# 0.78*160 are computed and rounded.
+# 0.78*80 are computed and rounded.
 STEPS = {
     "depth": """
 depth-pace: -m study pace <shapes> --batch_size 8 --steps 9 --json
 depth-[budget]-[variant]-[seed]: <variant>*<budget> --seed [seed] <seed> <depth>
 depth-[budget]-[variant]-[seed]-test: eval_ppl.py depth-[budget]-[variant]-[seed]/ckpt.pt <test>
-depth-long-[other]-0: <other>*640 --eval_tokens 16384 <depth>
+depth-long-[other]-0: <other>*320 --eval_tokens 16384 <depth>
 depth-long-[other]-0-test: eval_ppl.py depth-long-[other]-0/ckpt.pt <test>
 depth-latency: -m study latency --compile --batch_size 1 --steps 30 --json --ckpts <models>
 """,
@@ -130,7 +130,7 @@ LOOPS = {
         "5-plain": f"{TRAIN} 5 {STEP} 1.17", "5-novel": f"{TRAIN} 5 --novel {STEP} 1.17",
         "7-plain": f"{TRAIN} 7 {STEP} 0.87", "7-novel": f"{TRAIN} 7 --novel {STEP} 0.86",
     },
-    "budget": {"short": "160", "long": "640"}, "twin": {"0": "", "1": ""},
+    "budget": {"short": "80", "long": "320"}, "twin": {"0": "", "1": ""},
     "seed": {"0": "--eval_tokens 16384", "1": "--eval_tokens 0", "2": "--eval_tokens 0"},  # one has a curve
     "merge": {
         "random-mean": "--kv_budget <share> --joint --grouping random --merge mean --refit none",
@@ -182,7 +182,7 @@ FLAGS = {  # what several steps share
     "<30k>": GITHUB + "multi30k/dataset/a3d2e0d26b56f3846f66a952536ffed4e401d05a/data/task1/raw",
     "<sum>": GITHUB + "cylnlp/dialogsum/848cc8c05e0a04def79326539de827f1b28786a0/DialogSum_Data/dialogsum",
     r"([\d.]+)\*(\d+)": lambda product: str(round(float(product[1]) * int(product[2]))),
-    "<depth>": "--batch_size 8 --compile --eval_every 80 <shape> <own>",
+    "<depth>": "--batch_size 8 --compile --eval_every 40 <shape> <own>",
     "<shapes>": " ".join(
         f'"--n_layer {n}{kind} --compile <shape>"'
         for n, kind in product((6, 8, 5, 7), ("", " --novel", " --gated"))
@@ -220,7 +220,7 @@ FAST = {  # patterns, and what --fast puts there
     "--dim (288|768) .* (768|32000)": TINY, "--block_size 1024": "--block_size 256",
     r' "--n_layer [578][^"]*"': "", r" depth-long-(?!6|5-plain)\S+": "",
     r"(--max_steps \d+)\d": r"\1", r"--warmup_steps \d+": "--warmup_steps 1", "--epochs 24": "--epochs 1",
-    "_every 80": "_every 3", r" --(steps|rounds) \d+": r" --\1 1", "_evals (40|150)": "_evals 14",
+    "_every 40": "_every 3", r" --(steps|rounds) \d+": r" --\1 1", "_evals (40|150)": "_evals 14",
     "--limit 100": "--limit 8", "16384|32768|65536": "4096", "330000": "40000", r"(--shares \S+).*": r"\1",
     " --compile": " --no-compile", r" (ours|groups)-(?!1of2)\S+": "",
 }  # fmt: skip
