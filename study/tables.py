@@ -90,6 +90,7 @@ def draw_depth(found: dict[tuple, dict]) -> Figure:
             at, val, _ = plot.curve(name, "tokens")  # the last is of all of val, the others of a part
             axes[-1].plot(at[:-1], val[:-1], color=colour, lw=0.4 * int(layers) - 1.4)
     axes[-1].set(xlabel="tokens", ylabel="loss on a part of val", title=f"{budgets[-1]}; thick: more layers")
+    axes[-1].locator_params(axis="x", nbins=4)  # or the labels of tokens overlap
     labels = {text: mark for mark, text in zip(*axes[0].get_legend_handles_labels())}
     axes[0].legend(labels.values(), labels.keys())
     return drawn
