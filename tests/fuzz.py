@@ -142,6 +142,8 @@ def damage(path: Path, rng: random.Random) -> None:
         number = rng.randrange(len(lines))
         lines[number] = json.dumps(damaged_value(json.loads(lines[number] or "0"), rng, HOSTILE)).encode()
         path.write_bytes(b"\n".join(lines))
+    elif kind == ".gz":
+        path.write_bytes(gzip.compress(damaged_bytes(gzip.decompress(data), rng)))
     else:
         path.write_bytes(damaged_bytes(data, rng))
 

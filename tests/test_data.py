@@ -110,7 +110,7 @@ def test_few_files_are_cut_at_line_ends_and_a_large_tokenizer_takes_uint32(tmp_p
     assert np.allclose(np.divide(sizes, sum(sizes)), corpora.SHARES, atol=0.03)
 
 
-def test_wikitext_keeps_its_splits_and_the_tokenizer_learns_from_train_only(tmp_path):
+def test_wikitext_keeps_its_splits_and_the_tokenizer_learns_from_train_only(tmp_path, capsys):
     marks = {"train": "xylophone", "valid": "quizzical", "test": "wyvernjaw"}
     parts = {name: f" = {name} = \n {mark} and {mark} \n" * 60 for name, mark in marks.items()}
     (tmp_path / "w/wikitext-2-raw").mkdir(parents=True)
@@ -123,6 +123,10 @@ def test_wikitext_keeps_its_splits_and_the_tokenizer_learns_from_train_only(tmp_
     with mock.patch("data.loader.DATA", tmp_path):
         (tmp_path / "out").rename(tmp_path / "wikitext2")
         assert prepared("wikitext2")[2].data == tokenizer.data  # found by its name
+        assert "tokenizer" not in capsys.readouterr().err
+        meta = tmp_path / "wikitext2/meta.json"
+        meta.write_text(json.dumps(json.loads(meta.read_text()) | {"tokenizer": "other.pt"}))
+        assert prepared("wikitext2") and "has the tokenizer of other.pt" in capsys.readouterr().err
     lengths = [len(tokenizer.encode(mark)) for mark in marks.values()]
     assert lengths[0] <= 3 < 7 < min(lengths[1:]), lengths
 

@@ -90,12 +90,17 @@ def test_the_command_prints_what_it_measures(tiny_run, tiny_data, tmp_path):
     half = {name: x.bfloat16() for name, x in checkpoint["model"].items()}
     save(tmp_path / "half.pt", checkpoint | {"model": half})
     ids = np.fromfile(tiny_data / "test.bin", np.uint16)[:101]
-    for path, dtype, size in ((tiny_run, "bfloat16", 2), (tmp_path / "half.pt", "float32", 4)):
+    for path, dtype, size, most in (
+        (tiny_run, "bfloat16", 2, 1e-6),
+        (tmp_path / "half.pt", "float32", 4, 1e-9),
+    ):
         found = scored(path, "--max_tokens", 100, "--split", "test", "--dtype", dtype)
         nll = window_nll(build(load(path))[0].float(), ids, 32, 32, getattr(torch, dtype))
-        assert math.log(found["blocks"]) == pytest.approx(mean_nll(nll), abs=1e-6)
+        assert math.log(found["blocks"]) == pytest.approx(mean_nll(nll), abs=most)
         assert found["tokens"] == 100 and found["sliding"] is None
         assert found["kv_bytes_per_token"] == 2 * 2 * 32 * size  # K and V, 2 layers, width 32
+        assert found["stride"] == 16
+    assert scored(tiny_run, "--kv_bits", 8, "--max_tokens", 9)["kv_bytes_per_token"] == 2 * 2 * (32 + 4 * 2)
     other = {name: {**part, "sha256": "0"} for name, part in checkpoint["data"]["splits"].items()}
     save(tmp_path / "other.pt", checkpoint | {"data": {"splits": other}})
     for path, told in ((tiny_run, False), (tmp_path / "other.pt", True)):

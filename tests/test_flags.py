@@ -59,6 +59,7 @@ train.py {new} --max_steps 3 --dtype float32 --warmup_steps 1
     --grad_clip 0.1
     --momentum 0.9
     --optimizer adamw
+    --optimizer adamw --lr 0.01
     --grad_accum 2
     --batch_size 2
     --dropout 0.1

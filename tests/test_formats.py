@@ -104,6 +104,11 @@ def test_uneven_groups_are_exported_as_the_fewest_equal_ones(tmp_path, heads, k_
     assert_close(logits(theirs, 60), logits(ours, 60), TOLERANCE, "logits")
     cache, here = 2 * 2 * heads * 8 * 4, ours.config.kv_bytes_per_token(1) * 4
     assert (f"{cache:,} bytes a token there and {here:,} here" in said) == (cache != here)
+    rounded = sharp_model(k_groups=k_groups, v_groups=v_groups, kv_bits=8)
+    here = rounded.config.kv_bytes_per_token(4)
+    assert f"there and {here:,} here" in export_of(rounded, tmp_path, out="rounded")
+    back, _ = imported(tmp_path / "out", tmp_path / "back.pt")
+    assert_close(logits(back, 60), logits(ours, 60), TOLERANCE, "imported again")
 
 
 @pytest.mark.parametrize("settings", [{"n_kv_head": 2}, {"tie_embeddings": False}])
@@ -133,8 +138,9 @@ def test_meta_folder_gives_the_same_model(tmp_path, scaled):
     (tmp_path / "params.json").write_text(json.dumps(params))
     model, _ = imported(tmp_path, tmp_path / "got.pt", "--block_size", 64)
     assert model.config == ours.config and torch.equal(logits(model, 60), logits(ours, 60))
-    change_json(tmp_path / "params.json", sliding_window=16)
-    refused(quick("-m formats", "import", tmp_path, tmp_path / "no.pt"), "sliding_window")
+    for change, word in (({"sliding_window": 16}, "sliding_window"), ({"n_layers": 3}, "layers.2")):
+        (tmp_path / "params.json").write_text(json.dumps(params | change))
+        refused(quick("-m formats", "import", tmp_path, tmp_path / "no.pt"), word)
 
 
 @pytest.mark.parametrize("change, word", [
@@ -287,10 +293,12 @@ def test_an_unknown_letter_is_a_token_of_the_vocabulary_also_if_that_is_special(
 def test_which_tokenizer_of_a_folder_is_read(tmp_path, prefixed, byte_level, monkeypatch):
     folder = save_folder(their_model(vocab_size=510), tmp_path / "in")
     (folder / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")  # Llama 3's own, in tiktoken's format
-    assert imported(folder, tmp_path / "ours.pt")[1] is None
+    assert "import again" in formats("import", folder, tmp_path / "ours.pt")
     byte_level.save(str(folder / "tokenizer.json"))
     assert imported(folder, tmp_path / "ours.pt", "--overwrite")[1].kind == "tokenizer.json"
     (folder / "tokenizer.model").write_bytes(prefixed.serialized_model_proto())
+    said = formats("import", folder, tmp_path / "ours.pt", "--overwrite")
+    assert f"tokens of {folder / 'tokenizer.json'}" in said  # those that only this file has
     assert imported(folder, tmp_path / "ours.pt", "--overwrite")[1].kind == "SentencePiece"
     change_json(folder / "config.json", eos_token_id=9999)
     refused(quick("-m formats", "import", folder, tmp_path / "no.pt"), "10000", "510", "eos_token_id")
@@ -385,10 +393,11 @@ def test_an_adapter_in_a_pt_comes_back_bit_equal_and_goes_on_a_bfloat16_base(tmp
 
 
 @pytest.mark.parametrize("other", [{"dim": 48}, {"n_layer": 3}, {"n_kv_head": 2}])
-def test_an_adapter_of_another_model_is_refused(tmp_path, other):
+@pytest.mark.parametrize("kind", ["adapter.pt", "folder"])
+def test_an_adapter_of_another_model_is_refused(tmp_path, other, kind):
     save_tuned(tmp_path, base=sharp_model(**other))
-    export(tmp_path, "adapter.pt")
-    refuse(tmp_path, "adapter.pt", "another model")
+    export(tmp_path, kind)
+    refuse(tmp_path, kind, "another model", "lora_")
 
 
 @pytest.mark.parametrize("change, word", [

@@ -322,11 +322,14 @@ def test_all_shapes_become_multi_query_and_weights_of_zero_stay_finite(shape, ze
         tokens, heads = TOKENS[:, :length], head_counts(model, joint)
         stats = statistics(model, tokens)
         for g in {1, min(2, min(heads.values()))}:
-            result = merge(model, choose(model, stats, dict.fromkeys(heads, g)), stats)
+            maps = choose(model, stats, dict.fromkeys(heads, g))
+            result = merge(model, maps, stats)
             check_tensors(result.state_dict(), 2**20)  # of what could not be loaded
             if zero.endswith("wq"):  # heads that never ask still have a key
                 assert (result.layers[0].attention.wk.weight.norm(dim=1) > 0.1).all()
-            assert refit(result, model, tokens)(tokens).isfinite().all()
+            assert refit(result, model, tokens)(tokens).isfinite().all() and (not joint or maps[0] == maps[1])
+            numbers = 2 * model.config.n_layer * g * model.config.head_dim
+            assert numbers == result.config.kv_bytes_per_token(1), "K and V of one head a group"
 
 
 def test_means_of_equal_neighbours_are_plain_grouped_query_attention():
@@ -386,6 +389,7 @@ def test_adapters_are_merged_first_and_the_result_is_a_plain_checkpoint(tiny_run
     x = torch.arange(5, 25)[None]
     assert not {"lora", "optimizers", "scaler"} & found.keys()
     assert_close(build_model(found)(x), model(x), 1e-5)
+    assert "closed" in run("checkpoint.py", "show", out).stdout
     found["model"] = {name: x.bfloat16() for name, x in found["model"].items()}
     save(out, found)
     again, printed = grouped(out, tmp_path / "half.pt", "--kv_budget", 0.5)

@@ -51,6 +51,7 @@ def test_judge_measures_loss_and_divergence():
     ours, theirs = other(blocks).double().softmax(-1), model(blocks).double().softmax(-1)
     assert loss == pytest.approx(nll(other, tokens), rel=1e-5)
     assert divergence == pytest.approx((theirs * (theirs / ours).log()).sum(-1).mean().item(), rel=1e-5)
+    assert Judge(model, tokens)(model)[1] < 1e-6
 
 
 def test_what_is_reported_was_read_neither_by_the_search_nor_by_the_choice(tiny_run, tiny_data, tmp_path):

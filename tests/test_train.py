@@ -22,7 +22,7 @@ from data.loader import Text, read_meta
 from lora import LoRAConfig, adapt
 from model import Llama, ModelConfig
 from muon import orthogonalised
-from train import TrainConfig, begin_embeddings, distilled, make_optimizers, train_step
+from train import TrainConfig, begin_embeddings, distilled, make_optimizers, settle, train_step
 
 CPU = torch.device("cpu")
 
@@ -208,11 +208,13 @@ def test_resume_after_a_signal_equals_uninterrupted(tiny_data, tiny_run, tmp_pat
 
 def test_a_resumed_run_takes_some_flags_and_refuses_others(tiny_data, tiny_run, tmp_path):
     train_py(tiny_data, tmp_path, "--max_steps", 2, "--grad_accum", 2, "--momentum", 0.7)
+    before = (tmp_path / "ckpt.pt").read_bytes()
     fixed = {"seed": 1, "batch_size": 2, "grad_accum": 1, "momentum": 0.9, "optimizer": "adamw", "dim": 64}
     fixed |= {"dropout": 0.1, "n_layer": 3, "lora_r": 4, "dataset": "stdlib", "init_from": tiny_run}
     fixed |= {"teacher": tiny_run, "distil_weight": 0.9, "max_steps": 1}
     for name, value in fixed.items():
         refused(quick("train.py", "--resume", "--out_dir", tmp_path, f"--{name}={value}"), f"--{name}")
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
     (tmp_path / "log.jsonl").unlink()  # a resumed run does without
     free = ["--max_steps", 4, "--attention", "naive", "--lr", 0.001, "--dtype", "bfloat16", "--eval_every", 1]
     run("train.py", "--resume", "--out_dir", tmp_path, *free)
@@ -228,6 +230,7 @@ def test_epochs_are_passes_over_the_train_split(tiny_data, tmp_path):
         train_py(tiny_data, tmp_path, *size, epochs, *more)
         assert 0 <= max(logged(tmp_path, "tokens").values()) - epochs * tokens <= 16 * 32, "a step more"
     assert logged(tmp_path, "epochs")[0] == pytest.approx(0.1, abs=16 * 32 / tokens)
+    assert settle({"resume": True, "max_steps": 99}, load(tmp_path / "ckpt.pt"))[2].epochs is None
     refused(quick("train.py", "--epochs", 0.2, "--resume", "--out_dir", tmp_path), "--max_steps")
     refused(quick("train.py", "--epochs", 1, "--max_steps", 9, "--dataset", tiny_data), "--epochs")
 
