@@ -82,7 +82,7 @@ def slice_model(model: Llama, slices: int) -> None:
 
 
 def prepare(model: Llama, backend: str, slices: int) -> None:
-    """Make the model that of a row, and fail unless this function computes its attention."""
+    """Give the model a row's attention and slices; assert that `backend` will compute the attention."""
     train.with_kernels(model)
     if slices > 1:
         slice_model(model, slices)
@@ -105,7 +105,9 @@ def finetune(flags: list[str], backend: str, slices: int, folder: str) -> dict:
 def main() -> None:
     asked, config = configs(__doc__, AttentionConfig, BenchConfig)
     require(asked.init_from, "attention fine-tunes a trained model: give --init_from ckpt.pt")
-    c, device, steps = model_config(load(asked.init_from)), pick_device(config.device), 10 * config.steps
+    checkpoint, device, steps = load(asked.init_from), pick_device(config.device), 10 * config.steps
+    require("lora" not in checkpoint, f"{asked.init_from} has an adapter: merge it with checkpoint.py")
+    c = model_config(checkpoint)
     flags = f"--max_steps {steps} --warmup_steps {steps // 10} --eval_every {steps} --lora_r 8 --quantize nf4"
     flags += f" --batch_size {config.batch_size} --device {config.device}"
     flags = [*flags.split(), "--init_from", asked.init_from]
@@ -114,7 +116,7 @@ def main() -> None:
     if device.type == "cuda":
         from flash_attention import why_not
 
-        here += ["triton"] * (why_not(build_model(load(asked.init_from), device)) is None)
+        here += ["triton"] * (why_not(build_model(checkpoint, device)) is None)
     width = math.gcd(c.dim, c.hidden_dim, c.vocab_size, c.n_head * c.head_dim, *sum(c.kv_widths, ()))
     ranks = [n for n in (1, 2, 4, 8) if width % n == 0]
     rows, writers, prompt = {}, {}, [1] * min(16, c.block_size // 2)

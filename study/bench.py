@@ -63,7 +63,7 @@ class BenchConfig:
 class PaceConfig:
     """pace"""
 
-    shapes: list[str]  # flags of train.py for each variant, in quotes
+    shapes: list[str]  # flags of train.py for each variant, in quotes, with their values: "--n_layer 6"
 
 
 @dataclass
@@ -111,9 +111,11 @@ def records(path: Path) -> list[dict]:
 def cell(name: str, value) -> str:
     if name in ("weights", "optimizer", "peak", "cache_bytes"):
         return f"{value / 2**20:,.1f} MiB"
-    if isinstance(value, float):
-        return f"{value:.6f}" if "loss" in name else f"{value:,.5g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    if isinstance(value, float) and "loss" in name:
+        return f"{value:.6f}"
+    if isinstance(value, float) and abs(value) < 1000:
+        return f"{value:.5g}"
+    return f"{value:,.0f}" if isinstance(value, int | float) else str(value)
 
 
 def table(rows: list[dict]) -> str:
@@ -145,19 +147,19 @@ def compared(runs: dict[str, Callable], rounds: int, warm_up: int = 1) -> dict[s
     return {name: {"ms": 1000 * median(own), "ratio": ratio[name]} for name, own in seconds.items()}
 
 
-def random_step(model: nn.Module, train: TrainConfig, shape: tuple[int, int], dtype: torch.dtype, parts=1):
+def random_step(model: nn.Module, settings: TrainConfig, shape: tuple[int, int], dtype: torch.dtype, parts=1):
     """A train_step on `shape` = (B, T) random tokens in `parts` micro-batches, blocks compiled where train.py
     would compile a long run's; its optimizers, and its batches."""
     device = next(with_kernels(model).parameters()).device
-    if compiling_pays(train, math.inf, device):
+    if compiling_pays(settings, math.inf, device):
         for part in model.layers if isinstance(model, Llama) else [model]:
             part.compile()
-    optimizers = make_optimizers(model.train(), train)
+    optimizers = make_optimizers(model.train(), settings)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     text = torch.randint(model.config.vocab_size, (shape[0], shape[1] + 1), device=device)
     batches = [(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()) for rows in text.chunk(parts)]
-    how = optimizers, 1e-4, dtype, scaler, train.grad_clip
-    return partial(train_step, model, batches, *how), optimizers, batches
+    step = partial(train_step, model, batches, optimizers, 1e-4, dtype, scaler, settings.grad_clip)
+    return step, optimizers, batches
 
 
 def train_speed(model: nn.Module, config: BenchConfig, dtype: torch.dtype, compiled=None, parts=1) -> dict:
@@ -200,7 +202,7 @@ def pace_main() -> None:
     asked, config = configs(__doc__, PaceConfig, BenchConfig)
     runs, device = {}, pick_device(config.device)
     for shape in asked.shapes:
-        sys.argv = ["pace", "--batch_size", str(config.batch_size), *shape.split()]  # the last one counts
+        sys.argv[1:] = ["--batch_size", str(config.batch_size), *shape.split()]  # the last one counts
         c, own = configs(__doc__, ModelConfig, TrainConfig)
         model, rows = Llama(c).to(device), own.batch_size * own.grad_accum
         model.checkpoint_activations = own.checkpoint_activations
@@ -219,7 +221,7 @@ def measure(path: str, config: BenchConfig, name: str, savers: str) -> dict:
             layer(torch.ones(size, size, device=device)).sum().backward()
         torch.optim.AdamW(layer.parameters(), fused=True).step()
     before, checkpoint = reset_peak_memory(device), load(path)
-    lora = LoRAConfig(lora_r=8, quantize="nf4" if "nf4" in savers else "none") if savers else LoRAConfig()
+    lora = LoRAConfig(lora_r=8 * ("lora" in savers), quantize="nf4" if "nf4" in savers else "none")
     model = starting_model(model_config(checkpoint), lora, checkpoint, device)
     del checkpoint
     model.checkpoint_activations = "checkpointing" in savers
@@ -232,6 +234,8 @@ def measure(path: str, config: BenchConfig, name: str, savers: str) -> dict:
 
 def memory_main() -> None:
     config, c = configs(__doc__, BenchConfig, ModelConfig)
+    if config.batch_size % 4:
+        raise UserError(f"--batch_size {config.batch_size}: give 4, 8, ..., as 4 micro-batches add up")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "random.pt"
         save(path, {"model": Llama(c).state_dict(), "config": asdict(c), "tokenizer": None})
@@ -275,7 +279,7 @@ def latency_main() -> None:
     if not written.ckpts:
         raise UserError("latency compares checkpoints: give --ckpts a/ckpt.pt b/ckpt.pt")
     device, runs, rows = pick_device(config.device), {}, []
-    # in their own number format
+    # in the dtype that each was saved in
     models = {path: with_kernels(build_model(load(path), device)) for path in written.ckpts}
     new = min(64, *(model.config.block_size - 1 for model in models.values()))
     for name, model in models.items():

@@ -1,7 +1,7 @@
 """What each step of merging heads contributes: python -m study compare-groups ckpt.pt
 
 It prints perplexities on the test split, divided by the original's, for shares of the KV cache, without
-healing; a row that begins with + adds a step to the one above. A cell is the mean over seeds.
+healing; a row with + adds a step to the one above. A cell is the mean over seeds.
 """
 
 import math
@@ -68,8 +68,8 @@ def main() -> None:
     print(f"perplexity {base:.4f} | {len(test) - 1:,} tokens of {source}", flush=True)
     for seed in range(config.seeds):
         blocks, known, latents = gqa.calibration_blocks(text, model, config.calibration_tokens, seed), {}, {}
-        plain, beside = (statistics(model, blocks, maps) for maps in (None, token_maps(model, blocks)))
-        for how, stats in (("latent", plain), ("tokens", beside)):
+        plain, with_tokens = (statistics(model, blocks, maps) for maps in (None, token_maps(model, blocks)))
+        for how, stats in (("latent", plain), ("tokens", with_tokens)):
             found = gqa.all_directions(model, stats)
             latents[how] = stats, found, gqa.latent_losses(model, stats, found, blocks)
         for name, total in tqdm(cells, desc="comparing", disable=None, leave=False):
@@ -78,7 +78,7 @@ def main() -> None:
                 sizes = gqa.latent_sizes(model, *latents[how], total / whole)
                 small = gqa.to_latents(model, *latents[how][:2], sizes)
             else:
-                counts = even_counts(heads[joint], total * (2 - joint))  # a joint group is two: equal caches
+                counts = even_counts(heads[joint], total if joint else 2 * total)  # K and V are a joint one
                 small = gqa.merge(model, choose(model, plain, counts, grouping, seed, known), plain, how)
             if steps is not None:
                 small = refit(small, model, blocks, steps)

@@ -114,6 +114,7 @@ def write(name: str, path: str, c: ModelConfig, texts: int) -> dict:
 def main() -> None:
     config, how, c = configs(__doc__, SpeedConfig, BenchConfig, ModelConfig)
     writable(Path(config.out), config.overwrite)
+    require(how.device in ("auto", "cpu"), f"--device {how.device}: this compares on a CPU, leave it out")
     how.device = "cpu"
     files = {"herd": "-", "llama2.c": config.llama2c, "nanoGPT": config.nanogpt, "transformers": "-"}
     work = {f"{name}, compiled": (learn, name, path, c, how) for name, path in files.items() if path}

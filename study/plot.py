@@ -185,8 +185,8 @@ def draw_together(paths: list[str]) -> Figure:
             maps = np.array([record["k_groups"], record["v_groups"]])  # (2, layers, H)
             found.append(maps[..., None] == maps[..., None, :])
         shares = np.mean(found, axis=0)
-    except Exception:  # of a file that is damaged, or of a model of another shape than the last
-        raise UserError(f"{path} has no groups, or of another shape: give search_groups.py's files") from None
+    except Exception:  # a file that is damaged, or models of different shapes
+        raise UserError(f"{' '.join(paths)}: give files of search_groups.py for one shape of model") from None
     columns = [f"layer {i}" for i in range(shares.shape[1])]
     return squares(shares, ["K", "V"], columns, f"share of {len(paths)} groupings")
 

@@ -112,7 +112,7 @@ speed-peers: -m study compare-speed speed.jsonl <small> --rounds 3 --overwrite
 [foreign]-prepare: data/prepare.py [foreign] --text [foreign]-text --tokenizer [foreign].pt
     --out [foreign]-data --overwrite
 [foreign]-compare: -m study compare-groups [foreign].pt --dataset [foreign]-data
-    --calibration_tokens 65536 --eval_tokens 16384 --seeds 1 --shares <foreign>
+    --calibration_tokens 16384 --eval_tokens 16384 --seeds 1 --shares <foreign>
 """,
 }
 TRAIN, BEGIN, STEP = "train.py --n_layer", "-m study begin", "--max_steps"
@@ -192,14 +192,14 @@ FLAGS = {  # what several steps share
     "<score>": "--max_new_tokens 48 --limit 100 --json",
     "<heal>": "--teacher <ckpt> <own> --lora_r 8 --max_steps 20 --warmup_steps 4 --eval_tokens 0",
     # refits take most of its time, hence few calibration tokens
-    "<search>": "search_groups.py <ckpt> <own> <size> --overwrite --calibration_tokens 32768",
+    "<search>": "search_groups.py <ckpt> <own> --max_evals 40 --search_tokens 8192 --overwrite"
+    " --calibration_tokens 16384",
     "<twothirds>": "<2of3> --search_tokens 2048 --overwrite",
     "<2of3>": f"--kv_budget {2 / 3}",
     "<mean>": "--merge mean --refit none --calibration_tokens 16384",  # which a mean does not read
     "<p>": "--split test --max_tokens 16384 --json",
     "<lora>": "--lora_r 8 --lora_alpha 1 --optimizer adamw --lr 0.0005 --weight_decay 0 --warmup_steps 1"
     " --block_size 128 --batch_size 4 --grad_accum 4 --max_steps 30 --eval_tokens 0",
-    "<size>": "--max_evals 40 --search_tokens 16384",
     "<models>": " ".join(f"depth-long-{kind}-0/ckpt.pt" for kind in LOOPS["variant"] | LOOPS["other"]),
     "<ours>": " ".join(f"ours-{share}.pt" for share in LOOPS["share"]),
     "<found>": " ".join(f"groups-{share}.json" for share in LOOPS["share"]),
@@ -221,11 +221,11 @@ FAST = {  # patterns, and what --fast puts there
     r' "--n_layer [578][^"]*"': "", r" depth-long-(?!6|5-plain)\S+": "",
     r"(--max_steps \d+)\d": r"\1", r"--warmup_steps \d+": "--warmup_steps 1", "--epochs 24": "--epochs 1",
     "_every 40": "_every 3", r" --(steps|rounds) \d+": r" --\1 1", "_evals (40|150)": "_evals 14",
-    "--limit 100": "--limit 8", "16384|32768|65536": "4096", "330000": "40000", r"(--shares \S+).*": r"\1",
+    "--limit 100": "--limit 8", "8192|16384|65536": "4096", "330000": "40000", r"(--shares \S+).*": r"\1",
     " --compile": " --no-compile", r" (ours|groups)-(?!1of2)\S+": "",
 }  # fmt: skip
 FAST_LOOPS = {  # how kept keys begin
-    "variant": "6", "other": "5-plain", "seed": "0", "twin": "0", "share": "1of2",
+    "variant": "6", "other": "5-plain", "seed": "0", "twin": "0", "share": "1of2", "text": "multi30k",
     "task": ("docstrings", "multi30k"), "length": "256", "recipe": ("original", "random-0", "ours"),
 }  # fmt: skip
 
@@ -236,7 +236,7 @@ class StudyConfig:
 
     out: str = "out/study"  # the folder of everything that it makes
     parts: list[Literal[tuple(STEPS)]] | None = None  # which parts of it (default: all)
-    only: str = ""  # a regular expression: `base`, and the steps whose names have it; others must be done
+    only: str = ""  # steps whose names this regular expression finds; all they read but `base` must be done
     fast: bool = False  # tiny models and few steps, to check that everything works; into OUT-fast
     ckpt: str | None = None  # the model to group and to tune, in place of a default one; needs --dataset
     dataset: str = ""  # text prepared with the tokenizer of --ckpt, or to train on (default: stdlib)
@@ -251,9 +251,8 @@ def first_lines(source: str, target: str, count: str) -> None:
 
 def steps(config: StudyConfig) -> dict[str, str]:
     """{name: command} of what the flags ask for."""
-    text = "".join(STEPS[part] for part in STEPS if part in (config.parts or STEPS)).replace("\n    ", " ")
-    if "<ckpt>" in text and not config.ckpt:
-        text = BASE + text
+    parts = [STEPS[part] for part in STEPS if part in (config.parts or STEPS)]
+    text = "".join([BASE, *parts]).replace("\n    ", " ")
     for loop, entries in LOOPS.items():
         kept = [key for key in entries if not config.fast or key.startswith(FAST_LOOPS.get(loop, ""))]
         pairs = product(text.split("\n"), kept)
@@ -265,14 +264,17 @@ def steps(config: StudyConfig) -> dict[str, str]:
     ckpt = shlex.quote(str(Path(config.ckpt).resolve())) if config.ckpt else "base/ckpt.pt"
     own = f"--dataset {shlex.quote(data)}" if data else ""
     given = {"<own>": own, "<ckpt>": ckpt, "<shape>": shlex.join(config.shape.split())}
-    given |= {"<window>": "1024" if config.ckpt else "256"}  # that of the base
+    given |= {"<window>": "1024" if config.ckpt else "256"}  # the published one; all of the base's context
     given |= {"<prose>": own or "--dataset stdlib", "<tune>": shlex.join(config.tune.split())}
-    for pattern, new in [*FLAGS.items(), *(FAST.items() if config.fast else ())]:
+    for pattern, new in (FLAGS | FAST if config.fast else FLAGS).items():
         text = re.sub(pattern, new, text)
     for name, new in given.items():  # which is not to be read as a pattern
         text = text.replace(name, new)
     todo = dict(" ".join(line.split()).split(": ", 1) for line in text.split("\n") if line)
-    return {name: line for name, line in todo.items() if name == "base" or re.search(config.only, name)}
+    todo = {name: line for name, line in todo.items() if name == "base" or re.search(config.only, name)}
+    if not any(" base/ckpt.pt" in line for line in todo.values()):  # no step reads it
+        del todo["base"]
+    return todo
 
 
 def run(name: str, line: str) -> None:
@@ -320,8 +322,7 @@ def main() -> None:
         todo = steps(config)
     except re.error as error:
         raise UserError(f"--only {config.only}: no regular expression ({error})") from None
-    named = any(re.search(config.only, name) for name in todo)  # `base` is there unasked
-    require(named, f"--only {config.only}: no step of these parts has it in its name")
+    require(todo, f"--only {config.only}: no step of these parts has it in its name")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with held(out):
         os.chdir(out)

@@ -67,7 +67,7 @@ def word_f1(answer: str, reference: str) -> float:
 
 
 def choice(model: Llama, tokenizer: Tokenizer, records: list[Record]) -> float:
-    """% of examples whose own reference is the likeliest, a token, of up to four that differ."""
+    """% of examples whose own reference has the least loss per token among up to four different ones."""
     right = 0
     for i, record in enumerate(tqdm(records, desc="choosing", disable=None, leave=False)):
         outputs = dict.fromkeys(other["output"] for other in records[i:] + records[:i])
@@ -80,14 +80,14 @@ def choice(model: Llama, tokenizer: Tokenizer, records: list[Record]) -> float:
 
 def texts_scores(answers: list[str], references: list[str]) -> dict:
     """The scores that compare texts, 0 to 100."""
-    found = {"bleu": BLEU(), "bleu1": BLEU(max_ngram_order=1), "chrf": CHRF()}
-    found = {name: metric.corpus_score(answers, [references]).score for name, metric in found.items()}
+    metrics = {"bleu": BLEU(), "bleu1": BLEU(max_ngram_order=1), "chrf": CHRF()}
+    found = {name: metric.corpus_score(answers, [references]).score for name, metric in metrics.items()}
     scorer, pairs = RougeScorer(ROUGE), list(zip(answers, references))
     rouge = [scorer.score(reference, answer) for answer, reference in pairs]
     each = {kind: [row[kind].fmeasure for row in rouge] for kind in ROUGE}
-    each |= {"f1": [word_f1(*pair) for pair in pairs]}
-    each |= {"edit": [Levenshtein.normalized_similarity(*pair) for pair in pairs]}
-    each |= {"exact_match": [answer == reference for answer, reference in pairs]}
+    each["f1"] = [word_f1(*pair) for pair in pairs]
+    each["edit"] = [Levenshtein.normalized_similarity(*pair) for pair in pairs]
+    each["exact_match"] = [answer == reference for answer, reference in pairs]
     return found | {name: 100 * float(np.mean(values)) for name, values in each.items()}
 
 

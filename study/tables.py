@@ -46,8 +46,8 @@ def spread(values: list[float]) -> str:
 
 
 def gathered(pattern: str) -> dict[tuple, dict[str, dict]]:
-    """{parts of the name: {seed: what is known}} of the logs PART-PARTS-SEED-WHAT: what the run's own log
-    says last, what the step has printed, and `own`, the perplexity on the text of before."""
+    """{(long, 6, plain): {seed: record}} of logs such as depth-long-6-plain-0-test. A record joins the lines
+    of the run's log.jsonl (later ones win), what the step printed, and `own`, the base text's perplexity."""
     found: dict = defaultdict(dict)
     for log in sorted(Path("logs").glob(pattern)):
         _, *parts, seed, _ = log.stem.split("-")
@@ -100,12 +100,12 @@ def groups(merges: Iterable[str], shares: Iterable[str]) -> list[str]:
     """Perplexity of each merge by the original's, before and after both were healed."""
     base = {when: result(f"{when}-base") for when in ("before", "after")}
     found = {key: result("-".join(key)) for key in product(base, merges, shares)}
-    missing = {share for (when, _, share), known in found.items() if not (known and base[when])}
-    sizes = {s: found["before", "ours", s]["kv_bytes_per_token"] for s in shares if s not in missing}
     ratio = {key: known["blocks"] / base[key[0]]["blocks"] for key, known in found.items()}
+    missing = {share for (_, _, share), value in ratio.items() if math.isnan(value)}
+    sizes = {s: found["before", "ours", s]["kv_bytes_per_token"] for s in shares if s not in missing}
     rows, panels, whole = [], {}, base["before"]["kv_bytes_per_token"]
     for merge in merges if sizes else ():
-        rows.append({"bytes a token of the cache (of the last row)": merge})
+        rows.append({"cache, bytes a token (of the last row)": merge})
         for share, size in sizes.items():
             before, after = (ratio[when, merge, share] for when in base)
             rows[-1][f"{size:,} ({size / whole:.3f})"] = f"{before:.3f} -> {after:.3f}"

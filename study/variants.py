@@ -58,6 +58,7 @@ def begin_main() -> None:
     require(known, "begin takes scaled, torch, transformers, llama2.c=FILE.py or nanoGPT=FILE.py")
     typed = {word.partition("=")[0] for word in sys.argv}
     require("--init_from" not in typed, "begin is for new models: drop --init_from")
+    require(how not in PEERS or "--teacher" not in typed, f"{how} gives no logits: drop --teacher")
     require("--out_dir" in typed, "give --out_dir: the default folder is named after an ordinary run")
     del sys.argv[1]
     train.main(partial(change, how=how, path=path))

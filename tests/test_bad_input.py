@@ -116,8 +116,12 @@ search_groups.py run/ckpt.pt --out new.json --calibration_tokens 1024
     begin foo                                llama2.c
     begin scaled --n_layer 6 --resume        --out_dir
     begin scaled --init_from run/ckpt.pt     --init_from
+    begin nanoGPT=x.py --out_dir x --teacher run/ckpt.pt        --teacher
     compare-speed data/meta.json             --overwrite
+    compare-speed new.jsonl --device cuda    --device
+    memory --batch_size 6                    --batch_size
     attention                                --init_from
+    attention --init_from lora.pt            checkpoint.py
 """
 # a command line and what its error must name, for each indented line of MISTAKES
 BLOCKS = (block.split("\n    ") for block in re.split(r"\n(?=\S)", MISTAKES.strip()))

@@ -144,6 +144,8 @@ def test_every_step_has_flags_that_exist(monkeypatch):
         functions = "download", "first_lines"
         assert words[0] in functions or quick(*words).returncode == 7, words
     assert "/smol.pt --" in steps["tuning-multi30k-before"]
+    for only, base in (("-naive-", False), ("^attention$", True)):  # who reads the base
+        assert ("base" in study.steps(study.StudyConfig(parts=["attention"], only=only))) == base
 
 
 def test_steps_are_skipped_resumed_or_leave_no_log(tmp_path, tiny_data, monkeypatch):
