@@ -167,7 +167,7 @@ def built_in(name: str, files: list[Path]) -> dict[str, list]:
         except Exception as error:
             raise UserError(f"{archive} is damaged or no zip file: {error}") from None
     files = [folder / f"wiki.{part}.raw" for part in ("train", "valid", "test")]
-    return {split: [whole_file(file)] for split, file in zip(SPLITS, files)}
+    return {name: [whole_file(file)] for name, file in zip(SPLITS, files)}
 
 
 def download(url: str, checksum: str, folder: str | Path) -> Path:

@@ -71,7 +71,7 @@ def read_source(config: PrepareConfig) -> dict[str, list]:
         raise UserError(f"{name} is a built-in data set, which this is not: give yours another name")
     if records:
         return read_files(files, bool(config.parallel), config.fields or [], config.instruction)
-    require(not (config.fields or config.instruction), "--fields and --instruction are for records only")
+    require(not (config.fields or config.instruction), "--fields and --instruction need --from or --parallel")
     return corpora.split(corpora.own_text(config.text)) if config.text else corpora.built_in(name, files)
 
 
@@ -88,9 +88,10 @@ def given_tokenizer(path: Path) -> Tokenizer:
 def documents(split: list, what: str) -> Iterator[tuple[str, Record | None]]:
     """(text, None) for the texts in pieces, (prompt, record) for records; with a progress bar."""
     for item in tqdm(split, desc=what, disable=None):
-        record = item if isinstance(item, dict) else None
-        texts = [prompt_text(item)] if record else item.documents()
-        yield from ((text, record) for text in texts)
+        if isinstance(item, dict):
+            yield prompt_text(item), item
+        else:
+            yield from ((text, None) for text in item.documents())
 
 
 def learn_tokenizer(train: list, vocab_size: int) -> Tokenizer:

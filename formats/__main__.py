@@ -30,7 +30,7 @@ class FormatsConfig:
     source: str  # import: a model's folder, a .gguf, llama2.c's .bin, or an adapter; export: a checkpoint
     out: str  # import: the checkpoint to write; export: the folder, a .gguf, or of an adapter a .pt
     tokenizer: str | None = None  # import: tokenizer.model, .json or llama2.c's .bin (default: its own)
-    block_size: int | None = bounded(None, 1, 2**24)  # import: longest context, tokens (default: its own)
+    block_size: int | None = bounded(None, 2, 2**24)  # import: longest context, tokens (default: its own)
     base: str | None = None  # import an adapter: the checkpoint of its base
     adapter: bool = False  # export the adapter only
     overwrite: bool = False  # replace an existing .pt or .gguf
@@ -39,7 +39,7 @@ class FormatsConfig:
 def import_model(source: Path, tokenizer: str | None, block_size: int | None) -> dict:
     """A checkpoint made of `source`. Raises UserError when it is damaged, or a model that ours cannot be."""
     fields: dict = {}
-    with reading(source, "Llama of such a format"):
+    with reading(source, "Llama in a supported format"):
         if source.is_file() and source.suffix == ".gguf":
             settings, weights, fields = gguf.read_gguf(source)
         elif source.is_file() and source.suffix == ".bin":
@@ -60,7 +60,7 @@ def import_model(source: Path, tokenizer: str | None, block_size: int | None) ->
     load_weights(empty_model(c), weights, str(source))
     check_finite(weights, source)
     if c.tie_embeddings and not torch.equal(weights["output.weight"], weights["tok_embeddings.weight"]):
-        raise UserError(f"{source} contradicts itself: its embeddings are tied, and its output differs")
+        raise UserError(f"{source}: embeddings and output differ, but are tied: correct config.json")
     if fields and not tokenizer:
         found = gguf.tokenizer_of(source, fields)
     else:

@@ -15,12 +15,12 @@ from common import checked, note, require, writable
 from formats.files import Weights, check_finite, read_json, read_tensors, reading, write_folder
 from formats.models import permute_rows, their_name
 from lora import TARGETS, LoRAConfig, adapt
-from model import ModelConfig
+from model import Llama, ModelConfig
 
 PEFT = "base_model.model.{}.weight"  # a tensor's name there: ...model.layers.3.self_attn.q_proj.lora_A.weight
-# settings that would make another function of the same tensors; other variants of LoRA have other tensors
-PLAIN = {"peft_type": ["LORA"], "init_lora_weights": [None, True, False, "gaussian", "eva", "orthogonal"]}
-UNLIKE = "alpha_pattern|alora_.+|(?!use_rslora|eva_)(use_.+|.+_config)"
+# settings with which the same tensors would compute something else; other variants of LoRA have other tensors
+ACCEPTED = {"peft_type": ["LORA"], "init_lora_weights": [None, True, False, "gaussian", "eva", "orthogonal"]}
+VARIANTS, HARMLESS = "alpha_pattern|alora_.+|use_.+|.+_config", ("use_rslora", "eva_config")
 
 
 def check_order(c: ModelConfig) -> None:
@@ -35,7 +35,7 @@ def with_adapter(base: dict, source: Path) -> dict:
     require(not base.get("lora"), "the base has an adapter: merge it, python checkpoint.py merge CKPT")
     model = build_model(base)
     with reading(source, "adapter"):
-        settings, tensors = read_peft(source, model.config) if source.is_dir() else read_own(source)
+        settings, tensors = read_peft(source, model) if source.is_dir() else read_own(source)
     empty = empty_model(model.config, settings)
     others = {name: x for name, x in empty.state_dict().items() if ".lora_" not in name}
     load_weights(empty, others | tensors, f"{source} is of another model, or")
@@ -54,17 +54,18 @@ def read_own(path: Path) -> tuple[LoRAConfig, Weights]:
     return checked(LoRAConfig, found["lora"]), found["adapter"]
 
 
-def read_peft(folder: Path, c: ModelConfig) -> tuple[LoRAConfig, Weights]:
+def read_peft(folder: Path, base: Llama) -> tuple[LoRAConfig, Weights]:
     """Settings and tensors of PEFT's folder, under our names."""
-    check_order(c)
+    check_order(base.config)
     config = read_json(folder / "adapter_config.json")
     for name, value in config.items():
-        plain = not value or not re.fullmatch(UNLIKE, name)
-        require(plain and value in PLAIN.get(name, [value]), f"{name} {str(value)[:60]} is no plain LoRA")
+        plain = not value or name in HARMLESS or not re.fullmatch(VARIANTS, name)
+        require(plain and value in ACCEPTED.get(name, [value]), f"{name} {str(value)[:60]} is no plain LoRA")
     kinds = [folder / f"adapter_model.{kind}" for kind in ("safetensors", "bin")]
     tensors = read_tensors(next((path for path in kinds if path.exists()), kinds[0]))
-    tensors.pop("base_model.model.lm_head.base_layer.weight", None)  # a copy of the base's
-    names = empty_model(c, LoRAConfig(1, lora_targets=list(TARGETS))).state_dict()
+    head = tensors.pop("base_model.model.lm_head.base_layer.weight", base.output.weight)
+    require(head.float().allclose(base.output.weight.float(), 0.01), "its lm_head is not that of the base")
+    names = empty_model(base.config, LoRAConfig(1, lora_targets=list(TARGETS))).state_dict()
     ours = {PEFT.format(their_name(name)): name for name in names if ".lora_" in name}
     tensors = {ours.get(name, name): x for name, x in tensors.items()}
     targets = [target for target in TARGETS if target in {name.split(".")[-2] for name in tensors}]

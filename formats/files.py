@@ -25,7 +25,7 @@ def reading(path: Path, what: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{'' if str(path) in str(error) else f'{path}: '}{error}") from None
-    except (FileNotFoundError, IsADirectoryError, PermissionError, MemoryError, ImportError):  # say enough
+    except (FileNotFoundError, IsADirectoryError, PermissionError, MemoryError, ImportError):  # clear enough
         raise
     except Exception as error:  # whatever the bytes make the libraries stumble over
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).strip()

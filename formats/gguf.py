@@ -24,7 +24,7 @@ LLAMA3 = (  # the pattern of Llama 3's tokenizer.json
     r"|\s+(?!\S)|\s+"
 )
 SPLIT = {"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated", "invert": False}
-PARTED = {  # llama.cpp's name: the pre-tokenizers, and ignore_merges (a part that is a piece needs none)
+PRE_TOKENIZERS = {  # by llama.cpp's names; and ignore_merges (a part that is a piece needs none)
     "gpt-2": ([LEVEL], False),
     "smollm": ([{"type": "Digits", "individual_digits": True}, LEVEL], False),
     "llama-bpe": ([SPLIT, {**LEVEL, "use_regex": False}], True),
@@ -65,9 +65,8 @@ def settings_of(fields: dict, tensors: set[str]) -> Settings:
     require(own.get("split.count", 1) < 2, "it is a part of a model: join them, llama-gguf-split --merge")
     n_layer, n_head, dim = own["block_count"], one(own["attention.head_count"]), own["embedding_length"]
     heads = own.get("attention.head_count_kv", n_head)
-    if not isinstance(heads, list) or len(set(heads)) == 1:
-        groups = {"n_kv_head": one(heads)}
-    else:
+    groups = {"n_kv_head": heads}
+    if isinstance(heads, list):
         divide = all(n and n_head % n == 0 for n in heads)
         require(divide, f"its K/V heads {heads} do not divide {n_head}"[:160])
         maps = [[head * n // n_head for head in range(n_head)] for n in heads]
@@ -92,9 +91,9 @@ def tokenizer_of(path: Path, fields: dict) -> Tokenizer:
             pieces = list(zip(own["scores"], own["tokens"], own["token_type"]))
             data = sentencepiece_model(pieces, own.get("add_space_prefix", True))
         else:
-            known = kind == "gpt2" and pre in PARTED
+            known = kind == "gpt2" and pre in PRE_TOKENIZERS
             require(known, f"its tokenizer is {kind}, {pre}: import with --tokenizer FILE")
-            data = byte_level_of(own, *PARTED[pre])
+            data = byte_level_of(own, *PRE_TOKENIZERS[pre])
         tokenizer = read_tokenizer(data)
         bos, ends = own.get("bos_token_id", tokenizer.bos), ("eos_token_id", "eot_token_id", "eom_token_id")
         eos = list(dict.fromkeys(own[end] for end in ends if end in own)) or tokenizer.special["eos"]
@@ -102,16 +101,16 @@ def tokenizer_of(path: Path, fields: dict) -> Tokenizer:
         return with_special(tokenizer, bos, add_bos, eos)
 
 
-def byte_level_of(own: dict, parted: list[dict], whole: bool) -> bytes:
+def byte_level_of(own: dict, pre_tokenizers: list[dict], ignore_merges: bool) -> bytes:
     """A tokenizer.json, whose added tokens are those that no merge makes."""
     added = []
     for i, (piece, kind) in enumerate(zip(own["tokens"], own["token_type"])):
         if kind in (Kind.CONTROL, Kind.USER_DEFINED):
             added.append({"id": i, "content": piece, **ADDED, "special": kind == Kind.CONTROL})
-    model = {"type": "BPE", "ignore_merges": whole, "merges": own["merges"]}
+    model = {"type": "BPE", "ignore_merges": ignore_merges, "merges": own["merges"]}
     model["vocab"] = {token: i for i, token in enumerate(own["tokens"])}
     fields = {"version": "1.0", "added_tokens": added, "normalizer": None, "post_processor": None}
-    fields |= {"pre_tokenizer": {"type": "Sequence", "pretokenizers": parted}, "decoder": LEVEL}
+    fields |= {"pre_tokenizer": {"type": "Sequence", "pretokenizers": pre_tokenizers}, "decoder": LEVEL}
     return json.dumps({**fields, "model": model}, ensure_ascii=False).encode()
 
 
@@ -151,7 +150,7 @@ def write_gguf(path: Path, out: Path) -> None:
 
 
 def write_tokenizer(writer, tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Add a tokenizer's fields. Raises UserError for one that llama.cpp does not know."""
+    """Add a tokenizer's fields. Raises UserError for one that llama.cpp does not support."""
     kinds = dict.fromkeys(tokenizer.pieces, Kind.NORMAL) | dict.fromkeys(tokenizer.silent, Kind.CONTROL)
     remedy = "export a folder, and use llama.cpp's convert_hf_to_gguf.py"
     require(tokenizer.eos >= 0, f"no token ends a text, and llama.cpp would take any for it: {remedy}")
@@ -159,7 +158,8 @@ def write_tokenizer(writer, tokenizer: Tokenizer, vocab_size: int) -> None:
         fields = json.loads(tokenizer.backend.to_str())
         model, parts = fields["model"], fields["pre_tokenizer"] or {}
         parts = parts.get("pretokenizers", [parts])
-        names = [name for name, known in PARTED.items() if known == (parts, model.get("ignore_merges"))]
+        own = parts, model.get("ignore_merges")
+        names = [name for name in PRE_TOKENIZERS if PRE_TOKENIZERS[name] == own]
         plain = model["type"] == "BPE" and not fields["normalizer"]
         require(names != [] and plain, f"llama.cpp has no name for how this tokenizer parts a text: {remedy}")
         kinds |= {token["id"]: Kind.USER_DEFINED for token in fields["added_tokens"] if not token["special"]}

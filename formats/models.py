@@ -101,7 +101,11 @@ def read_shards(folder: Path) -> Weights:
     """All tensors of a Hugging Face folder; the index of shards is not needed."""
     for kind in ("model{}.safetensors", "pytorch_model{}.bin"):
         if paths := sorted(folder.glob(kind.format(""))) or sorted(folder.glob(kind.format("-*-of-*"))):
-            return {name: x for path in paths for name, x in read_tensors(path).items()}
+            shards = [read_tensors(path) for path in paths]
+            weights = {name: x for shard in shards for name, x in shard.items()}
+            once = len(weights) == sum(map(len, shards))
+            require(once, f"{folder} has tensors in two files: keep the shards of one download")
+            return weights
     raise UserError(f"{folder} has no model.safetensors and no pytorch_model.bin: is the download complete?")
 
 
@@ -111,7 +115,7 @@ def read_meta(folder: Path) -> tuple[Settings, Weights]:
     if (folder / "consolidated.01.pth").exists():
         raise UserError(f"{folder} is split for several GPUs: import the model's Hugging Face folder instead")
     weights = read_tensors(folder / "consolidated.00.pth")
-    weights.pop("rope.freqs", None)
+    weights = {name: x for name, x in weights.items() if not name.endswith("rope.freqs")}
     if unknown := set(params) - PARAMS:
         raise UserError(f"params.json has {min(unknown)}, which this Llama does not have")
     settings: Settings = {
@@ -122,14 +126,15 @@ def read_meta(folder: Path) -> tuple[Settings, Weights]:
         "block_size": params.get("max_seq_len", 2048), "tie_embeddings": "output.weight" not in weights,
     }  # fmt: skip
     if params.get("use_scaled_rope"):
-        require("rope_scaling_factor" in params, "add rope_scaling_factor: 8 for Llama 3.1, 32 for 3.2")
+        require("rope_scaling_factor" in params, "it lacks rope_scaling_factor: Llama 3.1's is 8, 3.2's 32")
         values = (params["rope_scaling_factor"], 1, params.get("rope_high_freq_factor", 4), 8192)
         settings["rope_scaling"] = dict(zip(ROPE_SCALING, values))
     return settings, weights
 
 
 def read_llama2c(path: Path) -> tuple[Settings, Weights]:
-    """Seven int32, then float32 weights, each kind for all layers. A negative vocabulary size: not tied."""
+    """Seven int32, then float32 weights, one kind of matrix after the other, each for all layers; a negative
+    vocabulary size means an output matrix of its own."""
     with open(path, "rb") as file:
         header = file.read(28)
     later = header.startswith((b"24ka", b"PK"))  # of llama2.c's format, or torch's
@@ -226,9 +231,9 @@ def expand_groups(weights: Weights, c: ModelConfig, each: bool) -> list[int]:
     classes = [list(zip(k, v)) for k, v in zip(c.k_groups, c.v_groups)]
     runs = [math.gcd(*Counter(layer).values()) for layer in classes]
     runs = runs if each else [math.gcd(*runs)] * c.n_layer
-    for layer, (of, run) in enumerate(zip(classes, runs)):
-        order = sorted(range(c.n_head), key=lambda head: of.index(of[head]))
-        k_heads, v_heads = ([of[head][kind] for head in order[::run]] for kind in (0, 1))
+    for layer, (class_of, run) in enumerate(zip(classes, runs)):
+        order = sorted(range(c.n_head), key=lambda head: class_of.index(class_of[head]))
+        k_heads, v_heads = ([class_of[head][kind] for head in order[::run]] for kind in (0, 1))
         for part, ids, dim in (("wq", order, 0), ("wo", order, 1), ("wk", k_heads, 0), ("wv", v_heads, 0)):
             name = f"layers.{layer}.attention.{part}.weight"
             x = weights[name].unflatten(dim, (-1, c.head_dim))

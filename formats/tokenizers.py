@@ -1,7 +1,7 @@
 """Other programs' tokenizers, in and out, and the tokens that open and end a text.
 
-Read are SentencePiece's tokenizer.model, Hugging Face's tokenizer.json and llama2.c's tokenizer.bin, which
-becomes a SentencePiece model. To one of these an export adds the tokenizer.json that gives the same tokens.
+It reads SentencePiece's tokenizer.model, Hugging Face's tokenizer.json and llama2.c's tokenizer.bin, which
+becomes a SentencePiece model. Export adds to such a model the tokenizer.json that gives the same tokens.
 """
 
 import base64
@@ -46,7 +46,7 @@ def find_tokenizer(source: Path, given: str | None, vocab_size: int) -> Tokenize
 
 
 def with_special(tokenizer: Tokenizer, bos: int, add_bos: bool, eos: list[int]) -> Tokenizer:
-    """The tokenizer with these special tokens; its `data` holds them only if its own file has others."""
+    """The tokenizer with these special tokens; `data` holds them beside the file, unless the file does."""
     special = {"bos": bos, "add_bos": add_bos, "eos": eos}
     if special == tokenizer.special:
         return tokenizer
@@ -122,8 +122,8 @@ def varint(value: int) -> bytes:
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes | dict]:
-    """tokenizer_config.json, tokenizer.json, and for llama.cpp the SentencePiece model. transformers 5 would
-    make merges of it in the vocabulary's order: with Llama 2's, runs of spaces become other tokens."""
+    """tokenizer_config.json, tokenizer.json, and for llama.cpp the SentencePiece model. Given that one only,
+    transformers 5 orders merges by token number: with Llama 2's, runs of spaces become other tokens."""
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     settings |= {"add_bos_token": tokenizer.add_bos, "add_eos_token": False}
     special = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
@@ -148,7 +148,7 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes | dict]:
 def merges_of(tokenizer: Tokenizer) -> list[str] | None:
     """The pairs of pieces that BPE joins, best first, written "l r"; None if the model is no plain BPE, or
     changes text. SentencePiece joins the two neighbours whose joint piece has the best score, `tokenizers`
-    goes by a list of pairs. So it has the pieces by score, each with all its ways to be cut into two."""
+    goes by a list of pairs. So it names for each piece, the best first, all pairs that join to it."""
     sp, merges = tokenizer.sp, []
     other = (sp.is_control, sp.is_unknown, sp.is_byte, sp.is_unused)
     scores = {p: sp.get_score(i) for i, p in tokenizer.pieces.items() if not any(kind(i) for kind in other)}

@@ -3,6 +3,7 @@
 import ctypes
 import itertools
 import json
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +23,7 @@ from checkpoint import build_model, load, save
 from common import UserError, peak_memory_bytes
 from data.prepare import learned
 from data.tokenizer import read_tokenizer
-from formats.gguf import PARTED, settings_of
+from formats.gguf import PRE_TOKENIZERS, settings_of
 from formats.tokenizers import sentencepiece_of_llama2c, with_special
 from lora import TARGETS, LoRAConfig, adapters
 from model import ROPE_SCALING
@@ -60,6 +61,9 @@ def test_hugging_face_folder_comes_back_bit_equal(tmp_path, settings, how):
     assert torch.equal(logits(back.eval()), logits(theirs))
     assert all(torch.equal(p, back.state_dict()[name]) for name, p in theirs.state_dict().items())
     assert_close(logits(ours.float()), logits(theirs.float()), TOLERANCE, "logits")
+    for shard in [*folder.glob("*model-00001-of-*")]:  # as if left there by another download
+        shutil.copy(shard, folder / shard.name.replace("of-", "of-9"))
+        refused(quick("-m formats", "import", folder, tmp_path / "no.pt"), "shards")
 
 
 @pytest.mark.parametrize("change", [
@@ -131,7 +135,8 @@ def test_meta_folder_gives_the_same_model(tmp_path, scaled):
     settings["rope_theta"] = 5e5 if scaled else 1e4
     settings["rope_scaling"] = dict(zip(ROPE_SCALING, (8, 1, 4, 8192))) if scaled else None
     ours = sharp_model(**settings).bfloat16()
-    torch.save({**ours.state_dict(), "rope.freqs": torch.ones(4)}, tmp_path / "consolidated.00.pth")
+    tables = dict.fromkeys(("rope.freqs", "layers.0.attention.inner_attention.rope.freqs"), torch.ones(4))
+    torch.save({**ours.state_dict(), **tables}, tmp_path / "consolidated.00.pth")
     params = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "norm_eps": 2e-3, "vocab_size": -1}
     params |= {"multiple_of": 16, "use_scaled_rope": scaled, "rope_scaling_factor": 8}
     params |= {"rope_theta": 5e5} if scaled else {}  # as Llama 2's
@@ -351,13 +356,15 @@ def test_adapters_cross_to_peft_and_back(tmp_path):
     assert (logits(back) - logits(ours)).abs().max() > 1e-2
     formats("export", tmp_path / "back.pt", tmp_path / "again", "--adapter")
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "again"))
-    first.pop("base_model.model.lm_head.base_layer.weight")  # a copy of the base's
+    head = first.pop(name_of_head := "base_model.model.lm_head.base_layer.weight")  # a copy of the base's
     assert first.keys() == second.keys() and all(torch.equal(x, second[name]) for name, x in first.items())
     (tmp_path / "back.pt").unlink()
     damaged = next(name for name in first if "lora_A" in name)
     one = first[damaged].index_fill(0, torch.tensor(0), -torch.inf)
     save_file({**first, damaged: one}, tmp_path / "theirs/adapter_model.safetensors")
     refuse(tmp_path, "theirs", "finite")
+    save_file({**first, name_of_head: -head}, tmp_path / "theirs/adapter_model.safetensors")
+    refuse(tmp_path, "theirs", "lm_head")
 
 
 def test_rank_stabilized_adapters_keep_their_scale(tmp_path):
@@ -472,11 +479,11 @@ def test_what_gguf_has_and_our_models_do_not_is_refused(name, value, why):
         settings_of({"general.architecture": "llama", **sizes, f"llama.{name}": value, name: value}, set())
 
 
-@pytest.mark.parametrize("part", PARTED)
+@pytest.mark.parametrize("part", PRE_TOKENIZERS)
 def test_a_byte_level_tokenizer_crosses_gguf(tmp_path, byte_level, part):
     byte_level.add_tokens(["    "])  # one that is no special token
     fields = json.loads(byte_level.to_str())
-    fields["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": PARTED[part][0]}
+    fields["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[part][0]}
     fields["model"]["ignore_merges"] = part == "llama-bpe"
     ours = with_special(read_tokenizer(json.dumps(fields).encode()), 1, part == "llama-bpe", [2])
     export_of(sharp_model(vocab_size=404), tmp_path, ours.data, "a.gguf")
