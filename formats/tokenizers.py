@@ -36,10 +36,12 @@ def find_tokenizer(source: Path, given: str | None, vocab_size: int) -> Tokenize
         if not llama2c and tokenizer.data == tokenizer.file:  # it does not hold special tokens of its own
             folder = source if (source / "config.json").exists() else path.parent
             tokenizer = with_special(tokenizer, *special_tokens(tokenizer, folder))
-        beside = read_json(paths[1]) if len(paths) == 2 and not given else {}
-        lost = {added["content"] for added in beside.get("added_tokens") or []} - {*tokenizer.pieces.values()}
+        others = [source / name for name in ("tokenizer.json", "added_tokens.json")]
+        beside, more = (read_json(path) if path.exists() and not given else {} for path in others)
+        added = {token["content"] for token in beside.get("added_tokens") or []}
+        lost = (added | more.keys()) - {*tokenizer.pieces.values()}
     if lost:
-        note(f"{path} lacks {len(lost)} tokens of {paths[1]}: to have them, import with that --tokenizer")
+        note(f"{path} lacks {len(lost)} added tokens: to have them, import with --tokenizer X/tokenizer.json")
     if tokenizer.eos < 0:
         note("no token that ends a text is known: samples go on to the end of the context")
     return tokenizer

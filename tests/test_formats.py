@@ -303,7 +303,9 @@ def test_which_tokenizer_of_a_folder_is_read(tmp_path, prefixed, byte_level, mon
     assert imported(folder, tmp_path / "ours.pt", "--overwrite")[1].kind == "tokenizer.json"
     (folder / "tokenizer.model").write_bytes(prefixed.serialized_model_proto())
     said = formats("import", folder, tmp_path / "ours.pt", "--overwrite")
-    assert f"tokens of {folder / 'tokenizer.json'}" in said  # those that only this file has
+    assert "lacks 2 added" in said  # which only the other file has
+    (folder / "added_tokens.json").write_text('{"<|im_start|>": 508, "</s>": 2}')
+    assert "lacks 3 added" in formats("import", folder, tmp_path / "ours.pt", "--overwrite")
     assert imported(folder, tmp_path / "ours.pt", "--overwrite")[1].kind == "SentencePiece"
     change_json(folder / "config.json", eos_token_id=9999)
     refused(quick("-m formats", "import", folder, tmp_path / "no.pt"), "10000", "510", "eos_token_id")
