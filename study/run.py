@@ -44,16 +44,17 @@ depth-latency: -m study latency --compile --batch_size 1 --steps 30 --json --ckp
 before-base: eval_ppl.py <ckpt> <own> <test>
 heal-base: train.py --init_from <ckpt> <heal>
 after-base: eval_ppl.py heal-base/ckpt.pt <own> <test>
-search-[share]: <search> --kv_budget <share> --refit output --out groups-[share].json --log search.jsonl
-again-1of2: <search> --kv_budget 0.5 --refit output --seed 1 --out again-1of2.json --log again.jsonl
-again-1of4: <search> --kv_budget 0.25 --refit output --seed 1 --out again-1of4.json --log again.jsonl
+search-[share]: <search> --kv_budget <share> --max_evals 3 --out groups-[share].json
+again-1of2: <search> --kv_budget 0.5 --max_evals 3 --seed 1 --out again-1of2.json
+again-1of4: <search> --kv_budget 0.25 --max_evals 3 --seed 1 --out again-1of4.json
 merge-[merge]-[share]: gqa.py <ckpt> <own> <merge> --calibration_tokens 65536 --eval_tokens 2048
     --out [merge]-[share].pt --overwrite
 before-[merge]-[share]: eval_ppl.py [merge]-[share].pt <own> <test>
 heal-[merge]-[share]: train.py --init_from [merge]-[share].pt <heal>
 after-[merge]-[share]: eval_ppl.py heal-[merge]-[share]/ckpt.pt <own> <test>
-objective-random: <search> --groups_power 2 --method random --joint --refit none --out random.json
-objective-ours: <search> --groups_power 2 --refit output --out ours.json --log search.jsonl
+objective-random: <search> --groups_power 2 --max_evals 40 --method random --joint --refit none
+    --out random.json
+objective-ours: <search> --groups_power 2 --max_evals 40 --refit output --out ours.json
 figure-heads: -m study plot groups <ours> --out figures/heads.png
 figure-together: -m study plot together <found> again-1of2.json again-1of4.json --out figures/together.png
 figure-similarity: -m study plot similarity <ckpt> <own> --out figures/similarity.png
@@ -101,7 +102,7 @@ attention-[backend]-[length]: -m study train --attention [backend] --block_size 
     "speed": """
 speed-parts: -m study train <small> --steps 5 --json
 speed-decode: -m study decode --block_size 1024 --steps 20 --json
-speed-peers: -m study compare-speed speed.jsonl <small> --rounds 3 --overwrite
+speed-peers: -m study compare-speed speed.jsonl <small> --rounds 1 --overwrite
 """,
     "foreign": """
 [foreign]-model: download <[foreign]>/[foreign].bin <[foreign].bin> [foreign]
@@ -192,8 +193,7 @@ FLAGS = {  # what several steps share
     "<score>": "--max_new_tokens 48 --limit 100 --json",
     "<heal>": "--teacher <ckpt> <own> --lora_r 8 --max_steps 20 --warmup_steps 4 --eval_tokens 0",
     # refits take most of its time, hence few calibration tokens
-    "<search>": "search_groups.py <ckpt> <own> --max_evals 40 --search_tokens 8192 --overwrite"
-    " --calibration_tokens 16384",
+    "<search>": "search_groups.py <ckpt> <own> --search_tokens 8192 --calibration_tokens 16384 --overwrite",
     "<twothirds>": "<2of3> --search_tokens 2048 --overwrite",
     "<2of3>": f"--kv_budget {2 / 3}",
     "<mean>": "--merge mean --refit none --calibration_tokens 16384",  # which a mean does not read
