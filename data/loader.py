@@ -74,19 +74,18 @@ class Text:
 
     def __init__(self, folder: Path, meta: dict, split: str, block_size: int):
         self.tokens, self.block_size = open_split(folder, meta, split), block_size
-        self.blocks = (len(self.tokens) - block_size) // block_size
 
     def step_batches(self, batch_size: int, grad_accum: int, seed: int, step: int) -> list[Batch]:
         """The `grad_accum` micro-batches of a step, of `batch_size` blocks. An epoch has each block once."""
         T, rows = self.block_size, batch_size * grad_accum
-        places = (divmod(n, self.blocks) for n in range(step * rows, (step + 1) * rows))
-        starts = [epoch_starts(seed, epoch, self.blocks, T)[place] for epoch, place in places]
+        blocks, numbers = (len(self.tokens) - T) // T, range(step * rows, (step + 1) * rows)
+        starts = [epoch_starts(seed, n // blocks, blocks, T)[n % blocks] for n in numbers]
         data = torch.from_numpy(np.stack([self.tokens[s : s + T + 1] for s in starts]).astype(np.int64))
         return [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in data.split(batch_size)]
 
     def steps_per_epoch(self, rows: int) -> float:
         """Steps of `rows` blocks in an epoch."""
-        return self.blocks / rows
+        return (len(self.tokens) - self.block_size) // self.block_size / rows
 
     def some(self, about: int) -> list[tuple]:
         """Blocks of about so many tokens, evenly spread, each as a prompt of one token and an answer."""

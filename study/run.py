@@ -1,9 +1,9 @@
 """Every experiment of docs/results.md, from nothing to tables and figures; needs requirements-dev.txt.
 
-    python -m study run                          # all of it: four hours to half a day on 2 cores
+    python -m study run                          # all but `published`: some four hours on 2 cores
     python -m study run --fast                   # a quarter of an hour: tiny models, meaningless numbers
     python -m study run --parts groups tuning    # some of it; --only 1of2 takes the steps of that name
-    python -m study run --parts tuning --ckpt smol.pt --dataset wiki --out out/smol    # of another base
+    python -m study run --parts published --ckpt smol.pt --dataset wiki --out out/smol    # of another base
     python -m study run --parts depth --shape "--dim 1024 --n_head 8" --dataset tinystories    # larger models
 
 OUT/logs keeps the command of each step with its output. Finished steps are skipped, and an interrupted one
@@ -235,7 +235,7 @@ class StudyConfig:
     """study"""
 
     out: str = "out/study"  # the folder of everything that it makes
-    parts: list[Literal[tuple(STEPS)]] | None = None  # which parts of it (default: all)
+    parts: list[Literal[tuple(STEPS)]] | None = None  # which (default: all, `published` with --ckpt only)
     only: str = ""  # steps whose names this regular expression finds; all they read but `base` must be done
     fast: bool = False  # tiny models and few steps, to check that everything works; into OUT-fast
     ckpt: str | None = None  # the model to group and to tune, in place of a default one; needs --dataset
@@ -251,8 +251,8 @@ def first_lines(source: str, target: str, count: str) -> None:
 
 def steps(config: StudyConfig) -> dict[str, str]:
     """{name: command} of what the flags ask for."""
-    parts = [STEPS[part] for part in STEPS if part in (config.parts or STEPS)]
-    text = "".join([BASE, *parts]).replace("\n    ", " ")
+    parts = config.parts or [part for part in STEPS if part != "published" or config.ckpt]
+    text = "".join([BASE, *(STEPS[part] for part in STEPS if part in parts)]).replace("\n    ", " ")
     for loop, entries in LOOPS.items():
         kept = [key for key in entries if not config.fast or key.startswith(FAST_LOOPS.get(loop, ""))]
         pairs = product(text.split("\n"), kept)

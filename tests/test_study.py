@@ -134,7 +134,7 @@ def test_every_step_has_flags_that_exist(monkeypatch):
     monkeypatch.setattr("common.Parser.parse_intermixed_args", lambda self: sys.exit(self.parse_args() and 7))
     other = {"ckpt": "smol.pt", "dataset": "wiki", "shape": "--dim 768", "parts": ["tuning"], "only": "multi"}
     unlike = {}  # but for numbers and checkpoints
-    for config in ({}, {"fast": True}, other):
+    for config in ({"parts": [*study.STEPS]}, {"parts": [*study.STEPS], "fast": True}, other):
         steps = study.steps(study.StudyConfig(**config))
         assert not set("[]<>") & set("".join(steps.values()))
         unlike |= {re.sub(r"\d+|\S+\.pt", "", line): line for line in steps.values()}
