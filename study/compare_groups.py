@@ -78,7 +78,7 @@ def main() -> None:
                 sizes = gqa.latent_sizes(model, *latents[how], total / whole)
                 small = gqa.to_latents(model, *latents[how][:2], sizes)
             else:
-                counts = even_counts(heads[joint], total if joint else 2 * total)  # K and V are a joint one
+                counts = even_counts(heads[joint], total if joint else 2 * total)  # a joint group is two
                 small = gqa.merge(model, choose(model, plain, counts, grouping, seed, known), plain, how)
             if steps is not None:
                 small = refit(small, model, blocks, steps)
