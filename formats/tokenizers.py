@@ -37,11 +37,11 @@ def find_tokenizer(source: Path, given: str | None, vocab_size: int) -> Tokenize
             folder = source if (source / "config.json").exists() else path.parent
             tokenizer = with_special(tokenizer, *special_tokens(tokenizer, folder))
         others = [source / name for name in ("tokenizer.json", "added_tokens.json")]
-        beside, more = (read_json(path) if path.exists() and not given else {} for path in others)
+        beside, more = (read_json(other) if other.exists() and not given else {} for other in others)
         added = {token["content"] for token in beside.get("added_tokens") or []}
         lost = (added | more.keys()) - {*tokenizer.pieces.values()}
     if lost:
-        note(f"{path} lacks {len(lost)} added tokens: to have them, import with --tokenizer X/tokenizer.json")
+        note(f"{path} lacks {len(lost)} added tokens: to have them, import with --tokenizer {others[0]}")
     if tokenizer.eos < 0:
         note("no token that ends a text is known: samples go on to the end of the context")
     return tokenizer

@@ -303,7 +303,7 @@ def test_which_tokenizer_of_a_folder_is_read(tmp_path, prefixed, byte_level, mon
     assert imported(folder, tmp_path / "ours.pt", "--overwrite")[1].kind == "tokenizer.json"
     (folder / "tokenizer.model").write_bytes(prefixed.serialized_model_proto())
     said = formats("import", folder, tmp_path / "ours.pt", "--overwrite")
-    assert "lacks 2 added" in said  # which only the other file has
+    assert "lacks 2 added" in said and f"--tokenizer {folder / 'tokenizer.json'}" in said  # which has them
     (folder / "added_tokens.json").write_text('{"<|im_start|>": 508, "</s>": 2}')
     assert "lacks 3 added" in formats("import", folder, tmp_path / "ours.pt", "--overwrite")
     assert imported(folder, tmp_path / "ours.pt", "--overwrite")[1].kind == "SentencePiece"
