@@ -3,10 +3,11 @@
     python -m study attention --init_from ckpt.pt      # attention x slices of each product
     python -m study kernel                             # the Triton kernels; needs a GPU
 
-In `attention` each row is a run of train.py from the same seed, in a process of its own; then all write texts
-of 100 tokens in turns. Slices (pretraining_tp) are what tensor-parallel ranks multiply (arXiv 1909.08053): a
-block's first matrices are split by rows, each giving a part of the output, and those that read it by columns,
-each giving a summand. Only the order of the sums changes, hence the rounding, and the time.
+In `attention` each row is a run of train.py from the same seed, in a process of its own, and val_loss that of
+16,384 tokens; then all write texts of 100 tokens in turns. Slices (pretraining_tp) are what tensor-parallel
+ranks multiply (arXiv 1909.08053): a block's first matrices are split by rows, each giving a part of the
+output, and those that read it by columns, each giving a summand. Only the order of the sums changes, hence
+the rounding, and the time.
 
 In `kernel`, TFLOP/s count the products of the formula, 2 in the forward and 5 in the backward, over half of
 T x T; a kernel that repeats one does more.
@@ -31,7 +32,9 @@ from tqdm import tqdm
 
 import train
 from checkpoint import build_model, load, model_config
-from common import UserError, pick_device, require
+from common import UserError, peak_memory_bytes, pick_device, require
+from data.tokenizer import read_tokenizer
+from eval_ppl import mean_nll, split_tokens, window_nll
 from lora import TARGETS, LoRALinear
 from model import HeadGroups, Llama, naive, sdpa
 from nf4 import FrozenProduct, NF4Linear
@@ -95,11 +98,11 @@ def finetune(flags: list[str], backend: str, slices: int, folder: str) -> dict:
     sys.argv = ["train.py", *flags, "--attention", backend, "--no-compile", "--out_dir", folder]
     with contextlib.redirect_stdout(io.StringIO()):
         train.main(partial(prepare, backend=backend, slices=slices))
-    log = records(Path(folder, "log.jsonl"))
-    steps, last = [record for record in log if "ms" in record], log[-1]
-    row = {"attention": backend, "pretraining_tp": slices, "val_loss": last["val_loss"]}
+    steps = records(Path(folder, "log.jsonl"))[1:]
+    device = pick_device(flags[flags.index("--device") + 1])
+    row = {"attention": backend, "pretraining_tp": slices, "loss": steps[-1]["loss"]}
     row |= {"training_s": steps[-1]["seconds"], "step_ms": median(record["ms"] for record in steps[1:])}
-    return {**row, "peak": last["peak_memory_bytes"]}
+    return {**row, "peak": peak_memory_bytes(device)}
 
 
 def main() -> None:
@@ -108,7 +111,7 @@ def main() -> None:
     checkpoint, device, steps = load(asked.init_from), pick_device(config.device), 10 * config.steps
     require("lora" not in checkpoint, f"{asked.init_from} has an adapter: merge it with checkpoint.py")
     c = model_config(checkpoint)
-    flags = f"--max_steps {steps} --warmup_steps {steps // 10} --eval_every {steps} --lora_r 8 --quantize nf4"
+    flags = f"--max_steps {steps} --warmup_steps {steps // 10} --eval_tokens 0 --lora_r 8 --quantize nf4"
     flags += f" --batch_size {config.batch_size} --device {config.device}"
     flags = [*flags.split(), "--init_from", asked.init_from]
     flags += ["--dataset", asked.dataset] if asked.dataset else []
@@ -119,6 +122,7 @@ def main() -> None:
         here += ["triton"] * (why_not(build_model(checkpoint, device)) is None)
     width = math.gcd(c.dim, c.hidden_dim, c.vocab_size, c.n_head * c.head_dim, *sum(c.kv_widths, ()))
     ranks = [n for n in (1, 2, 4, 8) if width % n == 0]
+    tokens, _ = split_tokens(checkpoint, read_tokenizer(checkpoint["tokenizer"]), asked.dataset, "val")
     rows, writers, prompt = {}, {}, [1] * min(16, c.block_size // 2)
     with tempfile.TemporaryDirectory() as folder:
         for backend, slices in tqdm(list(product(here, ranks)), desc="training", disable=None, leave=False):
@@ -126,6 +130,8 @@ def main() -> None:
             rows[name] = alone(name, finetune, flags, backend, slices, f"{folder}/{name}")
             model = build_model(load(f"{folder}/{name}/ckpt.pt"), device)
             prepare(model, backend, slices)
+            losses = window_nll(model, tokens[: 2**14 + 1], c.block_size, c.block_size, torch.float32)
+            rows[name]["val_loss"] = mean_nll(losses)
             writers[name] = partial(model.generate, [prompt], 100)
         for name, seconds in in_turns(writers, 4 * config.steps).items():
             rows[name]["generation_s"] = median(seconds)

@@ -55,7 +55,7 @@ def tiny_run(tiny_data, tmp_path_factory) -> Path:
 def uncompiled(monkeypatch):
     """What sample.py would compile runs as it is."""
     monkeypatch.setattr("sample.compiler_missing", lambda device: None)
-    monkeypatch.setattr(torch, "compile", lambda step, **options: step)
+    monkeypatch.setattr(torch, "compile", mock.Mock(side_effect=lambda step, **options: step))
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ or that of another valid file. Anything else is a fault: a traceback, more than 
 times the input plus 24 MiB, code that ran.
 """
 
+import ctypes
 import gzip
 import json
 import math
@@ -36,11 +37,13 @@ from study.bench import reset_peak_memory
 SLACK = 24 * 2**20  # bytes that a command may take for itself, whatever it reads
 FAULTS = ("traceback", "hang", "memory", "code run")
 FEW = " --dataset {r}/data --calibration_tokens 256 --refit none"
-SEARCH = "search_groups.py {r}/run/ckpt.pt --kv_budget 0.5 --method random --max_evals 3" + FEW
+SEARCH = "search_groups.py {r}/run/ckpt.pt --kv_budget 0.5 --method random --max_evals 3"
+SEARCH += " --search_tokens 256" + FEW
 GROUP = "gqa.py {r}/run/ckpt.pt --groups {f}/{n} --eval_tokens 64 --out {o}/x.pt" + FEW
 GOOD = (  # commands that make good files in the folder {r}
     "data/prepare.py own --text {r}/corpus --vocab_size 400 --out {r}/data",
-    "train.py --dataset {r}/data --max_steps 2 --n_layer 2 --n_head 4 --dim 32 --out_dir {r}/run",
+    "train.py --dataset {r}/data --batch_size 2 --max_steps 2"
+    " --n_layer 2 --n_head 4 --dim 32 --out_dir {r}/run",
     "train.py --init_from {r}/run/ckpt.pt --max_steps 2 --lora_r 2 --out_dir {r}/adapted",
     "formats export {r}/adapted/ckpt.pt {r}/peft --adapter",
     "formats export {r}/adapted/ckpt.pt {r}/own/adapter.pt --adapter",
@@ -151,6 +154,7 @@ def damage(path: Path, rng: random.Random) -> None:
 def attempt(line: str, size: int) -> tuple[str, subprocess.CompletedProcess | None]:
     """Run a command on an input of so many bytes: "refused", "accepted" or a fault; and what it printed."""
     signal.signal(signal.SIGALRM, signal.default_int_handler)
+    getattr(ctypes.CDLL(None), "malloc_trim", bool)(0)  # a run on the CPU lets malloc keep what is freed
     before, done = reset_peak_memory(torch.device("cpu")), None
     signal.alarm(60)
     try:

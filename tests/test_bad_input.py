@@ -222,7 +222,7 @@ def test_headers_of_llama2c_that_lie(copied):
         check_refused(path, "--version 0", data=other + data)
 
 
-def test_tensors_that_lie_and_missing_shards(copied):
+def test_tensors_that_lie(copied):
     path = copied("hf/model.safetensors")
     tensors = safetensors.torch.load(path.read_bytes())
     for name, x in list(tensors.items())[:6]:
@@ -231,9 +231,6 @@ def test_tensors_that_lie_and_missing_shards(copied):
         others = {key: value for key, value in tensors.items() if key != name}
         for case in (others, {**tensors, "x": x.clone()}, *({**others, name: value} for value in wrong)):
             check_refused(path, path.parent, data=safetensors.torch.save(case))
-    path.unlink()
-    shard = path.with_name("model-00001-of-00002.safetensors")
-    check_refused(shard, path.parent, data=safetensors.torch.save({name: tensors[name] for name in others}))
 
 
 @pytest.mark.parametrize("file", ["meta/consolidated.00.pth", "ours/ckpt.pt"])
@@ -254,10 +251,10 @@ def test_pickles_neither_run_code_nor_fill_the_memory(file, copied):
     check_refused(path, path)
     buffer = io.BytesIO()
     torch.save(whole, buffer)
-    for target in ("data/0", "data.pkl"):  # 256 MiB of zeros, in a thousandth of the space
+    for target in ("data/0", "data.pkl"):  # 64 MiB of zeros, in a thousandth of the space
         with zipfile.ZipFile(buffer) as stored, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
             for entry in stored.namelist():
-                packed.writestr(entry, stored.read(entry) + bytes(2**28 if entry.endswith(target) else 0))
+                packed.writestr(entry, stored.read(entry) + bytes(2**26 if entry.endswith(target) else 0))
         check_refused(path, path)
 
 
@@ -292,7 +289,8 @@ def test_neither_locale_nor_hash_seed_nor_folder_change_a_run(tiny_data, tmp_pat
 @pytest.mark.parametrize("every", [1, 100])  # noticed before it is saved, or by the loss of the next step
 def test_a_diverging_run_keeps_the_last_good_checkpoint(tiny_data, tmp_path, every):
     explode = ["--lr", 10, "--warmup_steps", 0, "--grad_clip", 0, "--max_steps", 50, "--eval_every", every]
-    refused(quick("train.py", *small_run(tiny_data, tmp_path), *explode), "--lr")
+    done = quick("train.py", *small_run(tiny_data, tmp_path), *explode)
+    refused(done, "--lr", f"at step {min(every, 2)}:")
     saved = load(tmp_path / "ckpt.pt")
     for E in (saved["model"].pop(name) for name in ("tok_embeddings.weight", "output.weight")):
         assert E.norm(dim=1).max() < 1.001 * STREAM * E.shape[1] ** 0.5  # still as begin_embeddings made them

@@ -18,6 +18,7 @@ from lora import TARGETS
 from model import Llama, ModelConfig, rope_angles
 from study.attention import kernel_rows, prepare, slice_model
 from study.bench import ROWS as MEMORY_ROWS
+from study.bench import in_turns
 from study.compare_groups import ROWS as COMPARED
 from study.variants import change
 
@@ -101,12 +102,12 @@ def test_peak_memory_where_the_system_does_not_tell_it(monkeypatch):
 
 
 def test_rates_are_of_the_seconds_that_a_run_took(tiny_run, monkeypatch):
-    """The timer is replaced: every run takes 1, 2 and 3 seconds."""
+    """The timer is replaced: every run takes 1, 2 and 6 seconds."""
 
     def times(runs, *_, **how):
         for one in runs.values():
             one()
-        return {name: [1.0, 2.0, 3.0] for name in runs}
+        return {name: [1.0, 2.0, 6.0] for name in runs}
 
     monkeypatch.setattr("study.bench.compiling_pays", lambda *_: False)  # it takes half a minute
     monkeypatch.setattr("study.bench.in_turns", times)
@@ -117,7 +118,7 @@ def test_rates_are_of_the_seconds_that_a_run_took(tiny_run, monkeypatch):
     refused(quick("study", "decode", *SHAPE, "--steps", 39), "steps is 39", "1 to 38")
     (row,) = table("latency", "--ckpts", tiny_run)
     found = [row[key] for key in ("p5", "median", "p95", "tokens", "tok_s")]
-    assert found == pytest.approx([1100, 2000, 2900, 31, 16 * 31 / 2])
+    assert found == pytest.approx([1100, 2000, 5600, 31, 16 * 31 / 2])
     (row,) = table("train", *SHAPE, "--batch_size", 4)
     weights = 4 * 32**2 + 3 * 32 * 96 + 64 * 32 + 32 * 40  # and half of the scores
     found = [row["train_tok_s"], row["eval_tok_s"], row["reached"]]  # 6 operations for each, by 2 of w1's
@@ -157,3 +158,6 @@ def test_pace_times_variants_in_turns():
     shape = " ".join(map(str, SHAPE))
     rows = table("pace", f"{shape} --no-compile", f"{shape} --dim 512 --no-compile", "--steps", 3)
     assert rows[0]["ratio"] == 1.0 and rows[1]["ratio"] < 1, "256 times the products"
+    seen = []
+    found = in_turns({"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, 2)
+    assert "".join(seen) == "ababab" and [len(own) for own in found.values()] == [2, 2]  # the first warm up

@@ -1,4 +1,5 @@
-"""Each flag changes what its command computes, and without it the value that `--help` tells is used."""
+"""Flags that no other test compares with something else change what their command computes, and without them
+the values that `--help` tells are used."""
 
 import json
 from pathlib import Path
@@ -16,21 +17,15 @@ sample.py {run} --num_samples 5
     --prompt x
     --max_new_tokens 9
     --top_p 0.3
-    = --temperature 0.8 --top_p 0.95 --max_new_tokens 200
+    = --temperature 0.8 --top_p 0.95
 eval_ppl.py {run} --max_tokens 300 --method all --json
-    --split test
     --context 16
     --stride 4
     --method sliding
-    --max_tokens 200
-    --dtype bfloat16
     --kv_bits 4
     = --context 32 --stride 16 --split val
 gqa.py {run} --kv_budget 0.5 --calibration_tokens 1024 --eval_tokens 200
-    --kv_budget 0.75
     --joint
-    --latent
-    --latent --cache_tokens
     --grouping neighbour
     --refit none
     --refit output
@@ -41,30 +36,14 @@ gqa.py {run} --kv_budget 0.5 --eval_tokens 200 --grouping random {mean}
     --seed 1
     --grouping best
 search_groups.py {run} --kv_budget 0.5 --max_evals 2 --search_tokens 200 --calibration_tokens 512
-    --joint
-    --merge mean
-    --refit none
-    --refit output
-    --search_tokens 300
     --method random
-    --max_evals 3
     = --refit all --merge closed --method knapsack --log {out}.log
 search_groups.py {run} --kv_budget 0.5 --max_evals 3 --search_tokens 200 --method random {mean}
     --seed 1
 train.py {new} --max_steps 3 --dtype float32 --warmup_steps 1
-    --lr 0.02
-    --min_lr 0.005
-    --warmup_steps 2
-    --weight_decay 9
-    --grad_clip 0.1
     --momentum 0.9
-    --optimizer adamw
-    --optimizer adamw --lr 0.01
-    --grad_accum 2
-    --batch_size 2
     --dropout 0.1
     --dtype bfloat16
-    --seed 1
     --teacher {run}
     --teacher {run} --distil_weight 1
     --novel
@@ -84,8 +63,6 @@ train.py {new} --init_from {run} --max_steps 3 --dtype float32
     --lora_r 4
     --lora_r 4 --lora_alpha 8
     --lora_r 4 --lora_dropout 0.5
-    --lora_r 4 --lora_targets wq w1
-    --lora_r 4 --quantize nf4
     = --lr 0.001 --optimizer muon --lora_r 0
 train.py {new} --init_from {run} --max_steps 3 --dtype float32 --lora_r 4
     --lr 0.001

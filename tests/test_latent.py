@@ -25,29 +25,25 @@ from sample import compile_step
 from study.plot import attention_weights
 
 
-def beside_tokens(model):
-    """Statistics of what the token does not tell."""
-    return statistics(model, TOKENS, token_maps(model, TOKENS))
+def observed(model, beside=False):
+    """Statistics; with `beside`, of what the token does not tell."""
+    return statistics(model, TOKENS, token_maps(model, TOKENS) if beside else None)
 
 
-def of_all(model):
-    return statistics(model, TOKENS)
-
-
-def half(model, observe=of_all):
-    stats = observe(model)
+def half(model, beside=False):
+    stats = observed(model, beside)
     found = all_directions(model, stats)
     sizes = latent_sizes(model, stats, found, latent_losses(model, stats, found, TOKENS), 0.5)
     return to_latents(model, stats, found, sizes)
 
 
-@pytest.mark.parametrize("observe", [of_all, beside_tokens])
+@pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("shape", [*SHAPES, "novel"])
-def test_full_rank_changes_nothing(shape, observe):
+def test_full_rank_changes_nothing(shape, beside):
     """So every grouping is a latent of the same size. By budget, what keeps all numbers stays as heads.
     Beside tokens the cache holds these, too, and fewer numbers of keys cost what was predicted."""
-    model, beside = frozen(**SHAPES.get(shape, {"novel": True})).double(), observe is beside_tokens
-    stats, (unit, whole) = observe(model), latent_units(model.config)
+    model = frozen(**SHAPES.get(shape, {"novel": True})).double()
+    stats, (unit, whole) = observed(model, beside), latent_units(model.config)
     found, sizes = all_directions(model, stats), {slot: unit * n for slot, n in whole.items()}
     small = to_latents(model, stats, found, sizes)
     assert small.config.kv_bytes_per_token(1) == model.config.kv_bytes_per_token(1) + 4 * beside
@@ -75,7 +71,7 @@ def test_what_tokens_tell_is_what_regression_on_their_embeddings_tells():
     model = frozen(seed=3).double()
     seen = [x for x, _ in traffic(model, TOKENS, "layers.0.attention", "layers.1.attention")]
     normed = F.normalize(model.tok_embeddings(TOKENS), dim=-1) * model.config.dim**0.5
-    for layer, (x, told, left) in enumerate(zip(seen, token_maps(model, TOKENS), beside_tokens(model))):
+    for layer, (x, told, left) in enumerate(zip(seen, token_maps(model, TOKENS), observed(model, True))):
         first = min(layer, 1)
         e, rest = normed[:, first:].flatten(0, 1), x[:, :first].flatten(0, 1)
         ridge = (RIDGE * e.square().sum(0).mean()).sqrt() * torch.eye(e.shape[1]).double()
@@ -124,10 +120,10 @@ def test_the_predicted_losses_of_all_sizes_are_divergences_of_models_of_these_si
         assert losses.tolist() == pytest.approx(right, rel=1e-9, abs=1e-20)
 
 
-@pytest.mark.parametrize("observe", [of_all, beside_tokens])
-def test_refitting_brings_latents_closer(observe):
+@pytest.mark.parametrize("beside", [False, True])
+def test_refitting_brings_latents_closer(beside):
     model = frozen()
-    small = half(model, observe)
+    small = half(model, beside)
     found = [(model(TOKENS) - small(TOKENS)).square().mean().item()]
     for steps in (0, 20):
         fitted = refit(copy.deepcopy(small), model, TOKENS, steps)
@@ -201,9 +197,9 @@ def test_sizes_spend_the_budget_where_the_sum_of_losses_is_least(monkeypatch):
     assert found == {slot: unit * n for slot, n in zip(whole, best + 1)}
 
 
-@pytest.mark.parametrize("observe", [of_all, beside_tokens])
-def test_latents_learn_but_for_their_coefficients(observe):
-    small = half(frozen(kv_bits=8), observe)  # rounding lets gradients through
+@pytest.mark.parametrize("beside", [False, True])
+def test_latents_learn_but_for_their_coefficients(beside):
+    small = half(frozen(kv_bits=8), beside)  # rounding lets gradients through
     model = build_model(checkpoint_of(small)).train()
     adapted = adapt(copy.deepcopy(model), LoRAConfig(2))
     for part, names in ((model, {"w1", "wq", "wk", "wv", "wo"}), (adapted, {"lora_A", "lora_B"})):
@@ -215,10 +211,9 @@ def test_latents_learn_but_for_their_coefficients(observe):
 
 def test_the_command_halves_the_cache_and_all_else_reads_it(tiny_run, tmp_path):
     flags = ["--latent", "--kv_budget", 0.5, "--calibration_tokens", 1024, "--eval_tokens", 512]
-    for how, tokens in (("none", False), ("output", False), ("all", True), ("all", False)):
-        out = tmp_path / f"{how}{tokens}.pt"
-        how = "--refit", how, *["--cache_tokens"] * tokens
-        printed = run("gqa.py", tiny_run, "--out", out, *flags, *how).stdout
+    for tokens in (True, False):
+        out = tmp_path / f"{tokens}.pt"
+        printed = run("gqa.py", tiny_run, "--out", out, *flags, *["--cache_tokens"] * tokens).stdout
         assert f"({50 + 0.8 * tokens:.1f}%)" in printed and "| 512 tokens of" in printed
     assert build_model(load(out)).config.kv_bytes_per_token(1) == 64
     healed = ["--init_from", out, "--teacher", tiny_run, "--max_steps", 2, "--eval_tokens", 0]
@@ -265,14 +260,14 @@ def test_outliers_of_keys_are_spread_before_rounding(monkeypatch):
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
-@pytest.mark.parametrize("latents", [None, of_all, beside_tokens])
-def test_a_cache_has_the_size_that_was_told_and_one_of_integers_changes_little(bits, latents, uncompiled):
+@pytest.mark.parametrize("beside", [None, False, True])  # None: heads
+def test_a_cache_has_the_size_that_was_told_and_one_of_integers_changes_little(bits, beside, uncompiled):
     model = frozen(**SHAPES["uneven"], kv_bits=bits)
-    model = half(model, latents) if latents else model
+    model = model if beside is None else half(model, beside)
     plain, cache = build_model(checkpoint_of(model), kv_bits=16), KVCache(model.config, 48)
     steps = [model(part, cache=cache) for part in TOKENS.split([30, 10, *[1] * 8], dim=1)]
     held = sum(x[0, :, 0].nbytes for x in cache.keys + cache.values)
-    held += cache.tokens[0, 0].nbytes if latents is beside_tokens else 0
+    held += cache.tokens[0, 0].nbytes if beside else 0
     assert model.config.kv_bytes_per_token(4) == held
     assert_close(torch.cat(steps[2:], 1), model(TOKENS)[:, 40:], 1e-4)
     change = (model(TOKENS) - plain(TOKENS)).norm() / plain(TOKENS).norm()
