@@ -76,14 +76,14 @@ class Judge:
         self.hidden = [original.hidden(part[:, :-1]) for part in self.parts]  # logits would be V / C larger
 
     @torch.no_grad()
-    def __call__(self, model: Llama) -> tuple[float, float]:
+    def __call__(self, model: Llama) -> dict[str, float]:
         loss = kl = 0.0
         for part, hidden in zip(self.parts, self.hidden):
             ours = widen(model(part[:, :-1])).log_softmax(-1).flatten(0, 1)
             theirs = widen(self.original.output(hidden)).log_softmax(-1).flatten(0, 1)
             loss += F.nll_loss(ours, part[:, 1:].flatten(), reduction="sum").item()
             kl += F.kl_div(ours, theirs, log_target=True, reduction="sum").item()
-        return loss / self.count, max(0.0, kl / self.count)
+        return {"loss": loss / self.count, "kl": max(kl / self.count, 0.0)}  # in this order nan stays
 
 
 def open_log(path: Path, header: dict) -> tuple[IO, dict[str, dict]]:
@@ -158,16 +158,17 @@ class Search:
         return refit(small, self.model, self.blocks[: max(1, len(self.blocks) // part)], steps)
 
     def value(self, record: dict) -> float:
-        """What is minimised: the loss, or over all budgets perplexity * groups ** groups_power."""
+        """What is minimised: KL, which ranks groupings as the loss of a far longer text does, or over all
+        budgets perplexity * groups ** groups_power."""
         power = self.config.groups_power
-        return record["loss"] if power is None else perplexity(record["loss"]) * record["groups"] ** power
+        return record["kl"] if power is None else perplexity(record["loss"]) * record["groups"] ** power
 
     def measure(self, maps: tuple[Maps, Maps], note: str) -> dict:
         """Evaluate a grouping, unless the log has it."""
         key = str(maps)
         if key not in self.records:
-            loss, kl = self.judge(self.grouped(maps, 2))  # refitting takes most of the time
-            self.records[key] = {"note": note, "loss": loss, "kl": kl, **self.described(maps)}
+            found = self.judge(self.grouped(maps, 2))  # refitting takes most of the time
+            self.records[key] = {"note": note, **found, **self.described(maps)}
             print(json.dumps(self.records[key]), file=self.log)
         record = self.seen[key] = self.records[key]
         self.evals += 1
@@ -196,13 +197,14 @@ def predict(search: Search) -> dict[Slot, np.ndarray]:
 def knapsack_search(search: Search) -> None:
     """Spend each budget where the sum of the predicted KL divergences is smallest; then, until max_evals,
     measure the untried counts with the best prediction. A neighbour of measured counts, one group given from
-    one slot to another, is predicted to have their loss plus the change of the two slots' divergence."""
-    kl_of, original_loss = predict(search), search.judge(search.model)[0]
+    one slot to another, is predicted to have their numbers plus the change of the two slots' divergence."""
+    kl_of, original_loss = predict(search), search.judge(search.model)["loss"]
     best_of = knapsack([(kl, g, g) for g, kl in enumerate(x.tolist(), 1)] for x in kl_of.values())
     predicted, measured = {}, set()  # {numbers of groups in all slots: (value, note)}
     for kl, counts in [best_of[search.total]] if search.total else best_of.values():
         sizes = search.described(search.maps(dict(zip(search.heads, counts))))
-        predicted[tuple(counts)] = search.value({**sizes, "loss": original_loss + kl}), "knapsack"
+        record = {**sizes, "loss": original_loss + kl, "kl": kl}
+        predicted[tuple(counts)] = search.value(record), "knapsack"
     while predicted and search.evals < search.config.max_evals:
         best = min(predicted, key=predicted.get)
         _, note = predicted.pop(best)
@@ -214,7 +216,7 @@ def knapsack_search(search: Search) -> None:
             near = tuple(there.values())
             if there[giver] and there[taker] <= search.heads[taker] and near not in measured:
                 change = sum(kl_of[s][there[s] - 1] - kl_of[s][now[s] - 1] for s in (giver, taker))
-                value = search.value({**record, "loss": record["loss"] + change})
+                value = search.value({**record, **{key: record[key] + change for key in ("loss", "kl")}})
                 if value < predicted.get(near, (math.inf,))[0]:
                     predicted[near] = value, "move"
 
@@ -250,9 +252,8 @@ def chosen(search: Search) -> list[dict]:
     for name, maps in tqdm(found, desc="judging", disable=None, leave=False):
         if str(maps) not in rows:
             small, sizes = search.grouped(maps), search.described(maps)
-            value = search.value({**sizes, "loss": search.choice(small)[0]})
-            loss, kl = search.report(small)
-            rows[str(maps)] = {"name": name, "loss": loss, "kl": kl, "choice": value, **sizes}
+            value = search.value({**sizes, **search.choice(small)})
+            rows[str(maps)] = {"name": name, **search.report(small), "choice": value, **sizes}
     return sorted(rows.values(), key=lambda row: row["choice"])
 
 
@@ -263,7 +264,7 @@ def main() -> None:
     with search.bar:
         (knapsack_search if config.method == "knapsack" else random_search)(search)
     rows = chosen(search)
-    best, original = rows[0], search.report(search.model)[0]
+    best, original = rows[0], search.report(search.model)["loss"]
     share = best["kv_bytes"] / search.model.config.kv_bytes_per_token(search.itemsize)
     record = {"share": share, **best, "original_loss": original, "judged": rows}
     with replacing(Path(config.out), "w") as file:
