@@ -167,12 +167,14 @@ def main() -> None:
     kv = model.config.kv_bytes_per_token(dtype.itemsize)
     record |= {"bits_per_byte": bits_per_byte(nats, tokens, tokenizer), "tokens": len(tokens) - 1}
     record |= {"context": config.context, "stride": config.stride, "params": model.num_params()}
+    record |= {"products": str(dtype).removeprefix("torch."), "kv_bits": model.config.kv_bits}
     record |= {"tokenizer": f"{tokenizer.kind} {tokenizer.vocab_size:,} {digest}", "kv_bytes_per_token": kv}
     if config.json:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         print(json.dumps(finite))
         return
-    print(f"{config.ckpt} on {source}, {str(dtype).removeprefix('torch.')} products")
+    rounded = f", KV cache in {record['kv_bits']} bits" * (record["kv_bits"] < 16)
+    print(f"{config.ckpt} on {source}, {record['products']} products{rounded}")
     protocol = f"{record['tokens']:,} tokens, context {config.context}, {record['tokenizer']}"
     cut = ", whole blocks only" * (record["tokens"] >= config.context)
     more = {"blocks": "", "sliding": f", stride {config.stride}", "block_mean": cut}

@@ -97,4 +97,6 @@ def plain(model: Llama) -> Llama:
     if isinstance(model.output, LoRALinear):  # an adapted output is no longer the embeddings
         model.config.tie_embeddings = False
     replace(model, TARGETS, (LoRALinear, NF4Linear), lambda layer: layer.to_linear())
-    return model.requires_grad_(True)
+    for name, p in model.named_parameters():
+        p.requires_grad_(not name.endswith("_mix"))  # of latents, fixed
+    return model

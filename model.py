@@ -60,7 +60,7 @@ class ModelConfig:
     dropout: float = bounded(0.0, 0, 0.99)  # on the embeddings and on both residual branches
     attention: Literal["auto", "naive", "sdpa", "triton"] = "auto"  # how it is computed
     kv_bits: int = bounded(16, 4, 16)  # of a number in the KV cache: 8 or 4, integers; 16, floats as computed
-    k_groups: Maps | None = field(default=None, metadata=NO_FLAG)  # equal runs of heads unless given
+    k_groups: Maps | None = field(default=None, metadata=NO_FLAG)  # default: equal runs; replace() keeps them
     v_groups: Maps | None = field(default=None, metadata=NO_FLAG)
     # latents (see Attention), not groups: complex numbers cached, [layer][RoPE pair]; numbers, [layer]
     k_latent: Maps | None = field(default=None, metadata=NO_FLAG)
@@ -548,7 +548,7 @@ class Llama(nn.Module):
         for count in range(1, max(most) + 1):
             forward = self.compiled_step if self.compiled_step and cache.length else self
             logits = forward(tokens, cache=cache, padding=padding)[:, -1]
-            require(math.isfinite(logits.amax()), "the model computes inf or nan: its weights are damaged")
+            require(math.isfinite(logits.amax()), "it computes inf or nan: weights damaged or beyond float16")
             tokens = pick_token(logits, temperature, top_p, generator)  # (B, 1)
             new = tokens[:, 0].tolist()
             stopped = [s or t in stop or count > m for s, t, m in zip(stopped, new, most)]

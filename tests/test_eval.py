@@ -99,8 +99,9 @@ def test_the_command_prints_what_it_measures(tiny_run, tiny_data, tmp_path):
         assert math.log(found["blocks"]) == pytest.approx(mean_nll(nll), abs=most)
         assert found["tokens"] == 100 and found["sliding"] is None
         assert found["kv_bytes_per_token"] == 2 * 2 * 32 * size  # K and V, 2 layers, width 32
-        assert found["stride"] == 16
+        assert found["stride"] == 16 and found["products"] == dtype
     assert scored(tiny_run, "--kv_bits", 8, "--max_tokens", 9)["kv_bytes_per_token"] == 2 * 2 * (32 + 4 * 2)
+    assert "KV cache in 8 bits" in run("eval_ppl.py", tiny_run, "--kv_bits", 8, "--max_tokens", 9).stdout
     other = {name: {**part, "sha256": "0"} for name, part in checkpoint["data"]["splits"].items()}
     save(tmp_path / "other.pt", checkpoint | {"data": {"splits": other}})
     for path, told in ((tiny_run, False), (tmp_path / "other.pt", True)):

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 import gqa
 from checkpoint import build_model, check_tensors, load
 from gqa import all_directions, beside_keys, latent, latent_losses, latent_sizes, latent_units, to_latents
-from lora import LoRAConfig, adapt
+from lora import LoRAConfig, adapt, plain
 from model import KVCache, hartley, pack, unpack
 from partition import Costs, exact_partitions, weighted_rows
 from refit import RIDGE, divergence, refit, sensitivity, statistics, token_maps
@@ -207,6 +207,8 @@ def test_latents_learn_but_for_their_coefficients(beside):
         learned = {x for n, p in part.named_parameters() if p.grad is not None for x in n.split(".")}
         assert names <= learned and not learned & {"k_mix", "v_mix"}
     assert model.layers[0].attention.wk.weight.grad.any()
+    fixed = {name[-6:] for name, p in plain(adapted).named_parameters() if not p.requires_grad}
+    assert fixed == {".k_mix", ".v_mix"}
 
 
 def test_the_command_halves_the_cache_and_all_else_reads_it(tiny_run, tmp_path):
