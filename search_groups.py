@@ -158,8 +158,8 @@ class Search:
         return refit(small, self.model, self.blocks[: max(1, len(self.blocks) // part)], steps)
 
     def value(self, record: dict) -> float:
-        """What is minimised: KL, which ranks groupings as the loss of a far longer text does, or over all
-        budgets perplexity * groups ** groups_power."""
+        """What is minimised: KL, which tells the loss on other text better than a short text's loss, or over
+        all budgets perplexity * groups ** groups_power."""
         power = self.config.groups_power
         return record["kl"] if power is None else perplexity(record["loss"]) * record["groups"] ** power
 
