@@ -548,7 +548,7 @@ class Llama(nn.Module):
         for count in range(1, max(most) + 1):
             forward = self.compiled_step if self.compiled_step and cache.length else self
             logits = forward(tokens, cache=cache, padding=padding)[:, -1]
-            require(math.isfinite(logits.amax()), "it computes inf or nan: weights damaged or beyond float16")
+            require(math.isfinite(logits.amax()), "the model computes inf or nan: damaged, or beyond float16")
             tokens = pick_token(logits, temperature, top_p, generator)  # (B, 1)
             new = tokens[:, 0].tolist()
             stopped = [s or t in stop or count > m for s, t, m in zip(stopped, new, most)]

@@ -34,7 +34,8 @@ import train
 from checkpoint import build_model, load, model_config
 from common import UserError, peak_memory_bytes, pick_device, require
 from data.tokenizer import read_tokenizer
-from eval_ppl import mean_nll, split_tokens, window_nll
+from eval_ppl import split_tokens
+from gqa import perplexity_on
 from lora import TARGETS, LoRALinear
 from model import HeadGroups, Llama, naive, sdpa
 from nf4 import FrozenProduct, NF4Linear
@@ -93,13 +94,12 @@ def prepare(model: Llama, backend: str, slices: int) -> None:
     assert names == {backend}, f"--attention {backend} computed {names}"
 
 
-def finetune(flags: list[str], backend: str, slices: int, folder: str) -> dict:
+def finetune(flags: list[str], device: torch.device, backend: str, slices: int, folder: str) -> dict:
     """Train a QLoRA adapter, into folder/ckpt.pt. On a GPU, triton's peak includes 256 MB for its tuning."""
     sys.argv = ["train.py", *flags, "--attention", backend, "--no-compile", "--out_dir", folder]
     with contextlib.redirect_stdout(io.StringIO()):
         train.main(partial(prepare, backend=backend, slices=slices))
     steps = records(Path(folder, "log.jsonl"))[1:]
-    device = pick_device(flags[flags.index("--device") + 1])
     row = {"attention": backend, "pretraining_tp": slices, "loss": steps[-1]["loss"]}
     row |= {"training_s": steps[-1]["seconds"], "step_ms": median(record["ms"] for record in steps[1:])}
     return {**row, "peak": peak_memory_bytes(device)}
@@ -127,11 +127,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for backend, slices in tqdm(list(product(here, ranks)), desc="training", disable=None, leave=False):
             name = f"{backend}, pretraining_tp {slices}"
-            rows[name] = alone(name, finetune, flags, backend, slices, f"{folder}/{name}")
+            rows[name] = alone(name, finetune, flags, device, backend, slices, f"{folder}/{name}")
             model = build_model(load(f"{folder}/{name}/ckpt.pt"), device)
             prepare(model, backend, slices)
-            losses = window_nll(model, tokens[: 2**14 + 1], c.block_size, c.block_size, torch.float32)
-            rows[name]["val_loss"] = mean_nll(losses)
+            rows[name]["val_loss"] = math.log(perplexity_on(tokens[: 2**14 + 1], model))
             writers[name] = partial(model.generate, [prompt], 100)
         for name, seconds in in_turns(writers, 4 * config.steps).items():
             rows[name]["generation_s"] = median(seconds)

@@ -222,7 +222,7 @@ def test_headers_of_llama2c_that_lie(copied):
         check_refused(path, "--version 0", data=other + data)
 
 
-def test_tensors_that_lie(copied):
+def test_tensors_that_lie_and_missing_shards(copied):
     path = copied("hf/model.safetensors")
     tensors = safetensors.torch.load(path.read_bytes())
     for name, x in list(tensors.items())[:6]:
@@ -231,6 +231,9 @@ def test_tensors_that_lie(copied):
         others = {key: value for key, value in tensors.items() if key != name}
         for case in (others, {**tensors, "x": x.clone()}, *({**others, name: value} for value in wrong)):
             check_refused(path, path.parent, data=safetensors.torch.save(case))
+    path.unlink()
+    shard = path.with_name("model-00001-of-00002.safetensors")
+    check_refused(shard, path.parent, data=safetensors.torch.save({name: tensors[name] for name in others}))
 
 
 @pytest.mark.parametrize("file", ["meta/consolidated.00.pth", "ours/ckpt.pt"])

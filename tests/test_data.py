@@ -21,11 +21,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint import save
-from common import UserError, held
+from common import IGNORE, UserError, held
 from data import corpora
 from data.corpora import download, split
 from data.instruct import encoded, read_files
-from data.loader import SPLITS, Examples, open_split, prepared, read_meta
+from data.loader import SPLITS, Examples, open_split, padded, prepared, read_meta
 from data.prepare import PrepareConfig, learned, prepare
 from data.tokenizer import Tokenizer, prompt_text, read_tokenizer
 from eval_ppl import bits_per_byte
@@ -294,6 +294,19 @@ def test_an_epoch_has_every_example_once_in_batches_of_like_length(data):
     assert torch.equal(parts, whole), "accumulation trains on other examples"
     lengths = [x.shape[1] for x, _ in batches[:count]]
     assert lengths != sorted(lengths) and len(set(lengths)) > 2, "short examples always come first"
+
+
+def test_no_example_sees_another_and_padding_carries_no_loss(data):
+    examples, total = Examples(*data, "train", 120), 0.0
+    model = sharp_model(vocab_size=330, block_size=120).double()
+    parts = [examples.parts(row) for row in range(12)]
+    x, y = padded(parts)
+    assert (y == IGNORE).any(1).all() and len({(row != 0).sum().item() for row in x}) > 3
+    for prompt, answer in parts:
+        ids = torch.tensor([[*prompt.tolist(), *answer.tolist()]])
+        log_p = model(ids)[0].log_softmax(-1)[len(prompt) - 1 : -1]
+        total -= log_p[range(len(answer)), answer.tolist()].sum().item()
+    assert model(x, y).item() == pytest.approx(total, rel=1e-9)
 
 
 def test_too_long_examples_are_counted_and_not_cut(data, tmp_path, capsys):

@@ -42,6 +42,7 @@ search_groups.py {run} --kv_budget 0.5 --max_evals 3 --search_tokens 200 --metho
     --seed 1
 train.py {new} --max_steps 3 --dtype float32 --warmup_steps 1
     --momentum 0.9
+    --optimizer adamw --lr 0.01
     --dropout 0.1
     --dtype bfloat16
     --teacher {run}

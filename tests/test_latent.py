@@ -213,9 +213,10 @@ def test_latents_learn_but_for_their_coefficients(beside):
 
 def test_the_command_halves_the_cache_and_all_else_reads_it(tiny_run, tmp_path):
     flags = ["--latent", "--kv_budget", 0.5, "--calibration_tokens", 1024, "--eval_tokens", 512]
-    for tokens in (True, False):
-        out = tmp_path / f"{tokens}.pt"
-        printed = run("gqa.py", tiny_run, "--out", out, *flags, *["--cache_tokens"] * tokens).stdout
+    for how, tokens in (("none", False), ("output", False), ("all", True), ("all", False)):
+        out = tmp_path / f"{how}{tokens}.pt"
+        how = "--refit", how, *["--cache_tokens"] * tokens
+        printed = run("gqa.py", tiny_run, "--out", out, *flags, *how).stdout
         assert f"({50 + 0.8 * tokens:.1f}%)" in printed and "| 512 tokens of" in printed
     assert build_model(load(out)).config.kv_bytes_per_token(1) == 64
     healed = ["--init_from", out, "--teacher", tiny_run, "--max_steps", 2, "--eval_tokens", 0]

@@ -14,11 +14,11 @@ from foreign import checkpoint_of
 import lora
 from checkpoint import build_model, load, merged, save
 from lora import TARGETS, LoRAConfig, LoRALinear, adapt, adapters
-from model import Llama
+from model import Llama, ModelConfig
 from nf4 import DYNAMIC, NF4Linear, dequantize, quantize
 
 TOKENS = tokens_of((2, 24), seed=1)
-TARGET_SETS = [TARGETS[:4], TARGETS, ("output",)]
+TARGET_SETS = [TARGETS[:4], TARGETS, *((name,) for name in TARGETS)]
 
 
 @pytest.mark.parametrize("targets", TARGET_SETS, ids="-".join)
@@ -98,7 +98,7 @@ def tuned(base, out, *flags):
     return load(out / "ckpt.pt")
 
 
-@pytest.mark.parametrize("dtype, stored", [("bfloat16", "none"), ("float16", "nf4")])
+@pytest.mark.parametrize("dtype, stored", [("float32", "nf4"), ("bfloat16", "none"), ("float16", "nf4")])
 def test_only_adapters_learn_and_have_optimizer_state(tiny_run, tmp_path, dtype, stored):
     how, targets = ["--quantize", stored, "--dtype", dtype], ["wq", "w2", "output"]
     what = ["--lora_r", 4, "--lora_targets", *targets, "--max_steps", 20, "--checkpoint_activations"]
@@ -120,8 +120,7 @@ def test_an_adapter_is_trained_further_shown_scored_and_merged(tiny_run, tmp_pat
     name, path, merged = "layers.0.attention.wq.lora_B", tmp_path / "second/ckpt.pt", tmp_path / "merged.pt"
     assert second["lora"] == first["lora"] and not torch.equal(first["model"][name], second["model"][name])
     shown = run("checkpoint.py", "show", path).stdout
-    assert "40,608 parameters" in shown and "LoRA: 1,024 parameters" in shown  # NF4's are counted, too
-    assert "NF4: 26,624 weights in 13,840 bytes (4.159 bits" in shown
+    assert "LoRA: 1,024 parameters" in shown and "NF4: 26,624 weights in 13,840 bytes (4.159 bits" in shown
     save(path, second | {"grouped": {"a": 1}})
     shown = run("checkpoint.py", "merge", path, "--out", merged).stdout
     assert "LoRA" not in shown and "NF4" not in shown and "grouped: a 1" in shown
@@ -162,11 +161,18 @@ def test_codes_and_round_trip_equal_bitsandbytes(shape):
     assert_close(errors[0], every, 1e-6, "not the nearest")
 
 
-def test_a_weight_loses_9_5_percent():
+def test_a_weight_takes_4_127_bits_and_loses_9_5_percent():
     w = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
     w[0, :64] = 0  # a block of zeros stays one
     back = dequantize(*quantize(w), w.shape)
     assert 0.08 < (back - w).norm() / w.norm() < 0.11 and not back[0, :64].any()  # published: 9.5%
+    model = Llama(c := ModelConfig(n_layer=2, dim=512, n_head=8, vocab_size=64))
+    lora.replace(model.layers, TARGETS, nn.Linear, NF4Linear)
+    layers = [layer for layer in model.modules() if isinstance(layer, NF4Linear)]
+    count = sum(layer.num_weights for layer in layers)
+    size = sum(x.nbytes for layer in layers for x in layer.buffers())
+    assert len(layers) == 14 and model.num_params() == Llama(c).num_params()
+    assert 8 * size / count == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=0.002)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

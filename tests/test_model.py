@@ -25,10 +25,11 @@ SHAPES = {
 TOLERANCE = 1e-5  # ten times what sums of 64 terms in another order lose through 2 layers in float32
 
 
+@pytest.mark.parametrize("attention", ["naive", "sdpa"])
 @pytest.mark.parametrize("how", [
     {}, {"n_kv_head": 2}, {"n_kv_head": 1, "head_dim": 12, "rope_theta": 5e5}, {"rope_scaling": SCALED},
 ])  # fmt: skip
-@pytest.mark.parametrize("tied, attention", [(True, "naive"), (False, "sdpa")])
+@pytest.mark.parametrize("tied", [True, False])
 def test_logits_loss_and_gradients_equal_hugging_face(how, tied, attention):
     model = sharp_model(**how, tie_embeddings=tied, attention=attention)
     twin = to_hugging_face(model)
@@ -61,12 +62,13 @@ def test_greedy_text_with_the_cache_is_the_text_without_it(name):
     assert [len(ids) for ids in cached] == [40, 40, 40, 4, 24, 1], "each fills its own context"
     for prompt, text in zip(prompts, cached):
         assert text == model(torch.tensor([prompt + text]))[0, len(prompt) - 1 : -1].argmax(-1).tolist()
+    assert cached == [model.generate([prompt], 40)[0] for prompt in prompts]
     assert len({token for row in cached for token in row}) > 10, "the text is too uniform to tell anything"
     stopped = model.generate(prompts, 40, stop=[TINY["vocab_size"], stop := cached[0][4]])
     assert stopped == [row[: row.index(stop)] if stop in row else row for row in cached]
 
 
-@pytest.mark.parametrize("attention", ["naive", "sdpa"])
+@pytest.mark.parametrize("attention", ["naive", "sdpa", "auto"])
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("padding", [None, [0, 3, 25]])
 def test_a_prompt_read_in_parts_equals_the_whole(name, attention, padding):
@@ -156,10 +158,11 @@ def test_extra_layers_computed_by_hand(name, parameters):
     assert_close(ours(x, *angles), heads.flatten(2) @ attention.wo.weight.T, 1e-12)
 
 
-def test_activation_checkpointing_gives_identical_gradients():
+@pytest.mark.parametrize("name", ["mha", "tokens"])
+def test_activation_checkpointing_gives_identical_gradients(name):
     grads = []
     for on in (False, True):
-        model = sharp_model(dropout=0.2, **SHAPES["tokens"]).train()
+        model = sharp_model(dropout=0.2, **SHAPES[name]).train()
         model.checkpoint_activations = on
         torch.manual_seed(3)
         model(tokens_of((2, 30)), tokens_of((2, 30), seed=1)).backward()

@@ -106,7 +106,7 @@ def test_the_published_search_runs_as_published(tiny_run, tiny_data, tmp_path):
 
 def test_search_without_a_budget_covers_all(tiny_run, tmp_path):
     """A power of 0 minimises the perplexity, a large one the number of groups."""
-    flags = ["--max_evals", 2, "--refit", "none", "--groups_power"]
+    flags = ["--max_evals", 24, "--refit", "none", "--groups_power"]
     found, seen = search(tiny_run, tmp_path / "ppl.json", *flags, 0)
     assert group_count(seen[0]) == 16 and found["loss"] <= found["original_loss"] + 0.01
     assert group_count(search(tiny_run, tmp_path / "groups.json", *flags, 10)[0]) == 4

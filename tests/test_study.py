@@ -25,8 +25,9 @@ from study import score, tables
 from study.plot import attention_weights, curve, draw_together
 
 
-def test_attention_maps_equal_those_of_transformers():
-    model, ids = sharp_model(n_kv_head=2), [1, 5, 9, 33, 2, 60, 7]
+@pytest.mark.parametrize("settings", [{}, {"n_kv_head": 2}])
+def test_attention_maps_equal_those_of_transformers(settings):
+    model, ids = sharp_model(**settings), [1, 5, 9, 33, 2, 60, 7]
     theirs = to_hugging_face(model)(torch.tensor([ids]), output_attentions=True).attentions
     assert torch.allclose(attention_weights(model, ids), torch.cat(theirs), atol=1e-5)
 
@@ -148,22 +149,16 @@ def test_every_step_has_flags_that_exist(monkeypatch):
 
 
 def test_steps_are_skipped_resumed_or_leave_no_log(tmp_path, tiny_data, monkeypatch):
-    def here(words, **how):  # in this process, which has imported torch already
-        done = quick(Path(words[1]).name, *words[2:])
-        done.communicate = lambda: (done.stdout, done.stderr)
-        return done
-
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"step bad: .*none of the commands.*-m study nosuch"):
-        study.run("bad", "-m study nosuch")  # which finds our package from another folder
-    assert not Path("logs/bad.txt").exists()
-    monkeypatch.setattr(study, "Popen", here)
     shape = "--n_layer 1 --n_head 2 --dim 16 --block_size 16 --eval_tokens 64 --max_steps 3"
     line, log = f"train.py --dataset {tiny_data} {shape}", tmp_path / "logs" / "short.txt"
     study.run("short", line)
     log.write_text(line)
     study.run("short", line)
     assert log.read_text() == line
+    with pytest.raises(UserError, match=r"step bad: .*none of the commands.*-m study nosuch"):
+        study.run("bad", "-m study nosuch")  # which finds our package from another folder
+    assert not log.with_name("bad.txt").exists()
     log.unlink()  # as if killed before it was written
     with pytest.raises(UserError, match="begun is of another command"):
         study.run("short", f"{line} --lr 1")
@@ -207,9 +202,7 @@ def test_tables_hold_what_the_logs_say(tmp_path, monkeypatch):
         written(f"{when}-base", blocks=original, kv_bytes_per_token=64)
         for merge in study.LOOPS["merge"]:
             written(f"{when}-{merge}-1of2", blocks=grouped, kv_bytes_per_token=32)
-    with monkeypatch.context() as quicker:  # of a study that was interrupted
-        quicker.setattr("study.plot.save", lambda draw, path: draw())
-        tables.report(study.LOOPS)
+    tables.report(study.LOOPS)  # of a study that was interrupted
     for recipe in study.LOOPS["recipe"]:
         for when, ppl in (("before", 20.0), ("after", 15.0), ("after16", 15.0), ("first", 18.0)):
             ppl /= 2 if recipe == "original" else 1
