@@ -8,7 +8,7 @@ type (arXiv 1511.04561) that has small steps where most of them are.
 
     4 bits of code + 8/64 of its block's absmax + 32/(64 * 256) of that one's = 4.127 bits a weight
 
-Codes and values are those of bitsandbytes, bit for bit.
+Codes of weights, and the values that codes stand for, are those of bitsandbytes, bit for bit.
 """
 
 import torch

@@ -49,9 +49,11 @@ def processes() -> Iterator[None]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu_each else "gloo", timeout=timedelta(hours=2))
     if rank():
         sys.stdout = open(os.devnull, "w", errors="replace")  # noqa: SIM115
-    yield
-    # gloo's threads drop tensors late, and abort if Python is gone (pytorch#179291)
-    time.sleep(0.1)
+    try:
+        yield
+    finally:
+        # gloo's threads drop tensors late, and abort if Python is gone (pytorch#179291)
+        time.sleep(0.1)
     dist.destroy_process_group()  # not after an error: it might wait for others
 
 
@@ -101,7 +103,8 @@ def divided(model: nn.Module, fsdp: bool, dtype: torch.dtype, device: torch.devi
         return fully_shard(model, mesh=mesh)
     if world() == 1:
         return model
-    # no step changes a buffer: 4-bit codes, which head reads which group
+    # no step changes a buffer: 4-bit codes, which head reads which group. DDP's first backward lays gradients
+    # out in another order than later ones, and a sum of three depends on the place: see docs/distributed.md
     return nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)
 
 

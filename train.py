@@ -468,7 +468,7 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
     c, lora, config = settle(flags, checkpoint)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
-    require(world() > 1 or not config.fsdp, "--fsdp shards over processes: use torchrun, or give --no-fsdp")
+    require(world() > 1 or not config.fsdp, "--fsdp needs torchrun --nproc_per_node 2 or more; or --no-fsdp")
 
     # ---- data
     with first_alone():  # what it prepares the others find
@@ -491,7 +491,6 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
         begin_embeddings(model, data.tokens)
     if change and not config.resume:
         change(model)
-    with_kernels(model)
     # examples come in many shapes, each of which would be compiled
     planned = last * config.batch_size * config.grad_accum * c.block_size if isinstance(data, Text) else 0
     config.compile = compiling_pays(config, 6 * model.num_params() * planned / world(), device)
@@ -499,6 +498,7 @@ def train(flags: dict, path: Path, checkpoint: dict, change: Callable[[Llama], N
         for layer in model.layers:  # those of the same head groups share what the first compiles
             layer.compile()
     learner = divided(model, config.fsdp, dtype, device)
+    with_kernels(model)  # only now are an FSDP model's weights on the GPU
 
     # ---- optimizer and position
     optimizers = make_optimizers(model, config)
