@@ -104,7 +104,7 @@ def divided(model: nn.Module, fsdp: bool, dtype: torch.dtype, device: torch.devi
     if world() == 1:
         return model
     # no step changes a buffer: 4-bit codes, which head reads which group. DDP's first backward lays gradients
-    # out in another order than later ones, and a sum of three depends on the place: see docs/distributed.md
+    # out in another order than later ones, and a sum of three depends on the place
     return nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)
 
 

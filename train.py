@@ -7,7 +7,7 @@
     torchrun --nproc_per_node 2 train.py --n_layer 6 --novel   # the same run, divided among two processes
 
 A run writes out/RUN/ckpt.pt and log.jsonl. A step's batch depends only on (seed, step), its dropout only on
-(seed, step, rank), so a resumed run repeats an uninterrupted one, on a CPU bit for bit.
+(seed, step, rank), so a resumed run repeats an uninterrupted one, on a CPU bit for bit (docs/distributed.md).
 """
 
 import json

@@ -94,7 +94,7 @@ def test_a_failure_is_told_once_and_ends_all(tiny_data, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("how", [[], ["--fsdp", "--attention", "triton"]])
+@pytest.mark.parametrize("how", [[], ["--fsdp"], ["--fsdp", "--attention", "triton"]])
 def test_two_gpus_train_as_one_process_does(tiny_data, tmp_path, how):
     flags = ["--dtype", "float32", "--max_steps", 8, "--n_head", 2]
     run("train.py", *small_run(tiny_data, tmp_path / "one"), *flags)
