@@ -32,7 +32,7 @@ from data.tokenizer import Tokenizer
 from model import Llama, widen
 
 METHODS = ("blocks", "sliding", "block_mean")
-MOST_LOGITS = 2**27  # computed at a time; in float32 they take half a GiB, and their loss as much again
+MOST_LOGITS = 2**27  # computed at a time: half a GiB in float32, and their loss takes as much again
 
 
 @dataclass
@@ -40,7 +40,7 @@ class EvalConfig:
     """evaluation"""
 
     ckpt: str  # the checkpoint
-    split: Literal["val", "test"] = "val"  # which part of the data set
+    split: Literal["val", "test"] = "val"  # part of the data set
     dataset: str | None = None  # another prepared data set, of the same tokenizer
     text: str | None = None  # a UTF-8 text file instead, taken as one document: BOS and its tokens
     method: Literal["blocks", "sliding", "block_mean", "all"] = "blocks"  # see above
@@ -65,9 +65,8 @@ def window_nll(model: Llama, tokens: np.ndarray, context: int, stride: int, dtyp
     device, last = model.tok_embeddings.weight.device, len(tokens) - 1
     starts = range(0, max(1, last - context + stride), stride)
     batch_size = max(1, min(batch_size, MOST_LOGITS // (context * model.config.vocab_size)))
-    batches, losses = range(0, len(starts), batch_size), []
-    for first in tqdm(batches, desc="evaluating", disable=None, leave=False):
-        batch = starts[first : first + batch_size]
+    batches, losses = [starts[i : i + batch_size] for i in range(0, len(starts), batch_size)], []
+    for batch in tqdm(batches, desc="evaluating", disable=None, leave=False):
         T = min(context, last - batch[0])
         ids = torch.zeros(len(batch), T + 1, dtype=torch.int64)  # padded behind, where no one looks
         for row, start in enumerate(batch):
@@ -141,9 +140,9 @@ def read_tokens(config: EvalConfig, checkpoint: dict, tokenizer: Tokenizer) -> t
         tokens, source = np.array(tokenizer.prompt(text)), config.text
     else:
         tokens, source = split_tokens(checkpoint, tokenizer, config.dataset, config.split)
-    require(len(tokens) > 1, f"{source} is too short to predict a token from the one before: give more text")
+    require(len(tokens) > 1, f"{source} is too short to predict a token: give more text")
     most = config.max_tokens or len(tokens)
-    return tokens[: most + 1], source  # the first one is not predicted
+    return tokens[: most + 1], source  # the first is not predicted
 
 
 def main() -> None:
@@ -153,14 +152,15 @@ def main() -> None:
     own = model.tok_embeddings.weight.dtype
     dtype = own if config.dtype == "own" else pick_dtype(config.dtype, device)
     if dtype != own:
-        model.float()  # autocast rounds the operands of matrix products, and leaves all else in float32
+        model.float()  # autocast rounds operands of matrix products only
+    require(not config.stride or config.method in ("sliding", "all"), "--stride: give --method sliding")
     config.context = config.context or min(2048, model.config.block_size)
     config.stride = config.stride or max(1, config.context // 2)
     require(config.stride <= config.context, f"stride {config.stride}: give --stride 1 to {config.context}")
     if config.context > model.config.block_size:
         note(f"context {config.context} is beyond the {model.config.block_size} of the training")
     if not tokenizer.is_exact():
-        note("the tokenizer does not return every text as it was: bits per byte are not exact")
+        note("the tokenizer does not return every text as it was: bits per byte are inexact")
     tokens, source = read_tokens(config, checkpoint, tokenizer)
     digest = hashlib.sha256(tokenizer.data).hexdigest()[:8]
     record, nats = evaluate(config, model, tokens, dtype)

@@ -16,7 +16,7 @@ values_j, so the sum is delta = grad_out . out, and the backward works block by 
 
 Query heads share keys and values in groups of any size, and K's groups may differ from V's: a program looks
 up its head's groups. In the backward it owns a block of keys of one group and loops over the heads that read
-it: no copy for each head, no atomic additions, the same bits each time, but few programs for large groups.
+it: no copy for each head, no atomic additions, but few programs for large groups.
 Decoding splits a long cache into parts and combines their results (Flash-Decoding).
 
     use_kernels(model)                                   # what train.py --attention triton does

@@ -110,7 +110,8 @@ def settle(flags: dict, checkpoint: dict) -> tuple[ModelConfig, LoRAConfig, Trai
         old = {**old, "epochs": None} if "max_steps" in run else old
         return c, lora, checked(TrainConfig, {**pick(TrainConfig, old), **run})
     if any(adapter.values()) and not lora.lora_r:
-        raise UserError(f"--{min(adapter)} is of an adapter: give --lora_r 8, or drop it")
+        name = min(name for name, value in adapter.items() if value)
+        raise UserError(f"--{name} is of an adapter: give --lora_r 8, or drop it")
     require(not lora.lora_r or checkpoint, "--lora_r adapts a trained model: give --init_from ckpt.pt")
     defaults = {"dataset": old.get("dataset", "stdlib")}
     if lora.lora_r:

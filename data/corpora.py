@@ -5,14 +5,16 @@ import ast
 import glob
 import mmap
 import os
+import shlex
 import shutil
 import socket
 import sys
 import sysconfig
 import textwrap
+import zipfile
 from collections.abc import Iterator
 from hashlib import sha256
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,9 +53,7 @@ class Piece(NamedTuple):
 
     def documents(self) -> Iterator[str]:
         """The texts, without empty ones. Raises UserError for a file that is not UTF-8."""
-        with open(self.path, "rb") as file:
-            file.seek(self.start)
-            data = file.read(self.stop - self.start)
+        data = np.fromfile(self.path, np.uint8, self.stop - self.start, offset=self.start).tobytes()
         parts = [part.strip() for part in data.split(self.separator)] if self.separator else [data]
         try:
             yield from (part.decode() for part in parts if part.strip())
@@ -101,8 +101,8 @@ def own_text(patterns: list[str]) -> list[Piece]:
             visible = (f for f in path.rglob("*") if "/." not in f"/{f.relative_to(path).as_posix()}")
             texts = {f for f in visible if f.is_file() and np.fromfile(f, np.uint8, 4096).all()}  # no zeros
             found |= texts if path.is_dir() else {path}
-    if not any(file.stat().st_size for file in found):
-        raise UserError(f"--text {' '.join(patterns)}: no text there; name UTF-8 files, folders or globs")
+    if not all(patterns) or not any(file.stat().st_size for file in found):
+        raise UserError(f"--text {shlex.join(patterns)}: no text there; name UTF-8 files, folders or globs")
     root = os.path.commonpath([file.resolve().parent for file in found])
     return [whole_file(file, file.resolve().relative_to(root).as_posix()) for file in sorted(found)]
 
@@ -119,8 +119,7 @@ def standard_library() -> list[Piece]:
 
 def docstrings() -> dict[str, list[Record]]:
     """Functions of the standard library, split as in `stdlib`. Code that is in train leaves val and test."""
-    splits = split(standard_library())
-    found = {name: [r for piece in splits[name] for r in functions(piece)] for name in SPLITS}
+    found = {name: [*chain(*map(functions, pieces))] for name, pieces in split(standard_library()).items()}
     train = {record["input"] for record in found["train"]}
     return {name: [r for r in found[name] if name == "train" or r["input"] not in train] for name in SPLITS}
 
@@ -161,11 +160,12 @@ def built_in(name: str, files: list[Path]) -> dict[str, list]:
         return {"train": cut(train, train.separator, (0.01,) * 100), "val": [val], "test": [test]}
     if folder.is_file():
         archive, folder = folder, DATA / "downloads" / "wikitext-2-raw"
+        require(zipfile.is_zipfile(archive), f"{archive} is no zip file: give another, or a folder")
         shutil.rmtree(folder, ignore_errors=True)  # what another archive has left
         try:
             shutil.unpack_archive(archive, folder.parent, "zip")
         except Exception as error:
-            raise UserError(f"{archive} is damaged or no zip file: {error}") from None
+            raise UserError(f"{archive} is damaged: {error}") from None
     files = [folder / f"wiki.{part}.raw" for part in ("train", "valid", "test")]
     return {name: [whole_file(file)] for name, file in zip(SPLITS, files)}
 

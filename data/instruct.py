@@ -19,8 +19,7 @@ FIELDS = ("instruction", "input", "output")
 def encoded(record: Record, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Prompt, and answer with the token that ends it: apart, as a model reads one and writes the other."""
     require(tokenizer.stop, "this tokenizer has no token that ends an answer: take one that has")
-    answer = [*tokenizer.encode(record["output"]), tokenizer.stop[0]]
-    return tokenizer.prompt(prompt_text(record)), answer
+    return tokenizer.prompt(prompt_text(record)), tokenizer.encode(record["output"]) + tokenizer.stop[:1]
 
 
 def read_lines(path: Path) -> list[str]:

@@ -140,11 +140,10 @@ class Examples:
     @lru_cache(maxsize=2)  # noqa: B019
     def epoch(self, rows: int, seed: int, epoch: int) -> list[np.ndarray]:
         """The rows of each step: shuffle, sort pools of 64 steps by length, cut, shuffle."""
-        rng, steps = np.random.default_rng((seed, epoch)), []
-        order, size = rng.permutation(len(self.spans)), 64 * rows
-        for pool in np.split(order, range(size, len(order), size)):
-            pool = pool[np.argsort(self.lengths[pool], kind="stable")]
-            steps += np.split(pool, range(rows, len(pool), rows))
+        rng = np.random.default_rng((seed, epoch))
+        order, pools = rng.permutation(len(self.spans)), np.arange(len(self.spans)) // (64 * rows)
+        order = order[np.lexsort((self.lengths[order], pools))]  # by pool, then by length
+        steps = np.split(order, range(rows, len(order), rows))
         return [steps[i] for i in rng.permutation(len(steps))]
 
     def step_batches(self, batch_size: int, grad_accum: int, seed: int, step: int) -> list[Batch]:

@@ -11,6 +11,7 @@ python data/prepare.py en_de --parallel train.en train.de --tokenizer ckpt.pt
 import io
 import json
 import sys
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -71,16 +72,18 @@ def read_source(config: PrepareConfig) -> dict[str, list]:
         raise UserError(f"{name} is a built-in data set, which this is not: give yours another name")
     if records:
         return read_files(files, bool(config.parallel), config.fields or [], config.instruction)
-    require(not (config.fields or config.instruction), "--fields and --instruction need --from or --parallel")
+    require(not (config.fields or config.instruction), "--fields, --instruction need records: --from X.json")
     return corpora.split(corpora.own_text(config.text)) if config.text else corpora.built_in(name, files)
 
 
 def given_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a tokenizer.model, a tokenizer.json or a checkpoint. Raises UserError for others."""
     try:
-        if path.suffix != ".pt":
+        if not zipfile.is_zipfile(path):
             return read_tokenizer(path.read_bytes())
         return read_tokenizer(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["tokenizer"])
+    except ModuleNotFoundError:
+        raise
     except Exception as error:
         raise UserError(f"--tokenizer {path} is damaged, or has none: {error!s:.200}") from None
 
@@ -155,26 +158,24 @@ def write_split(split: list, tokenizer: Tokenizer, path: Path, seen: dict[bytes,
 
 def write_folder(config: PrepareConfig, folder: Path) -> None:
     """Fill an empty folder with the data set that the flags name. Raises UserError if they name none."""
+    require(not (config.tokenizer and config.vocab_size), "--tokenizer has a vocabulary: drop --vocab_size")
+    tokenizer = given_tokenizer(Path(config.tokenizer)) if config.tokenizer else None
     splits = read_source(config)
     records = isinstance(splits["train"][0], dict)
-    if config.tokenizer:
-        require(not config.vocab_size, "--tokenizer has a vocabulary of its own: drop --vocab_size")
-        tokenizer = given_tokenizer(Path(config.tokenizer))
-    else:
+    if tokenizer is None:
         print(f"learning a tokenizer of {config.vocab_size or 4096:,} pieces")
         tokenizer = learn_tokenizer(splits["train"], config.vocab_size or 4096)
-    if tokenizer.eos < 0:
+    elif tokenizer.eos < 0 and not records:
         note(f"{config.tokenizer} has no token that ends a text: nothing will stand between documents")
     (folder / "tokenizer.model").write_bytes(tokenizer.data)
     seen, counts, dtype = {}, {}, "uint16" if tokenizer.vocab_size <= 65536 else "uint32"
     for name in SPLITS[::-1] if records else SPLITS:  # a prompt that several splits have is in test only
         counts[name] = write_split(splits[name], tokenizer, folder / f"{name}.bin", seen, dtype)
     source = config.text or config.parallel or config.from_ or corpora.DOWNLOADS.get(config.name)
-    meta = {
-        "kind": "instructions" if records else "text", "splits": counts, "dtype": dtype,
-        "source": " ".join(source or ["the standard library of Python", sys.version.split()[0]]),
-        "tokenizer": config.tokenizer or SETTINGS, "tokenizer_sha256": sha256(tokenizer.data).hexdigest(),
-    }  # fmt: skip
+    meta = {"kind": "instructions" if records else "text", "splits": counts, "dtype": dtype}
+    meta["source"] = " ".join(source or ["the standard library of Python", sys.version.split()[0]])
+    meta["tokenizer"] = config.tokenizer or SETTINGS
+    meta["tokenizer_sha256"] = sha256(tokenizer.data).hexdigest()
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
 
 
@@ -182,7 +183,7 @@ def prepare(config: PrepareConfig) -> Path:
     """Write the folder of a data set and return it. It appears whole or not at all."""
     folder = (Path(config.out) if config.out else DATA / config.name).resolve()  # a link stays one
     bad = not folder.name or folder.is_file() or folder.is_mount() or folder == Path.cwd()  # irreplaceable
-    require(not bad, f"--out {config.out} must be a folder for this data only: name a new one in it")
+    require(not bad, f"{folder} must be a folder for this data only: name a new one in it with --out")
     partial = folder.with_name(folder.name + ".partial")
     ours = {"meta.json", "tokenizer.model", ".old", *(f"{n}{end}" for n in SPLITS for end in FILES)}
     with held(partial):

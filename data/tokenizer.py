@@ -19,7 +19,7 @@ SPACE = "\u2581"  # how SentencePiece writes a space in its pieces
 
 def prompt_text(record: Record) -> str:
     """The text before an answer, the same in training and in use."""
-    parts = [("Instruction", record["instruction"]), ("Input", record["input"])]
+    parts = [("Instruction", record["instruction"].strip()), ("Input", record["input"].strip())]
     return "".join(f"### {name}:\n{text}\n\n" for name, text in parts if text) + "### Response:\n"
 
 

@@ -250,8 +250,10 @@ def decode_main() -> None:
     config, written, c = configs(__doc__, BenchConfig, DecodingConfig, ModelConfig)
     if config.steps > c.block_size - 2:
         raise UserError(f"steps is {config.steps}: give --steps 1 to {c.block_size - 2}, block_size - 2")
+    if written.ckpts and c != ModelConfig(block_size=c.block_size, kv_bits=c.kv_bits):
+        raise UserError("--ckpts have shapes of their own: give --block_size and --kv_bits only")
     device, shape = pick_device(config.device), (config.batch_size, c.block_size - config.steps - 1)
-    heads, models = [c.n_head // i for i in (1, 2, 4, 8) if c.n_head % i == 0], {}
+    heads, models = [c.n_kv_head // i for i in (1, 2, 4, 8) if c.n_kv_head % i == 0], {}
     for path, bits in product(written.ckpts or (), sorted({16, c.kv_bits}, reverse=True)):
         cache = "floats" if bits == 16 else f"{bits} bits"
         models[f"{path}, {cache}"] = build_model(load(path), device, kv_bits=bits)
@@ -279,8 +281,7 @@ def latency_main() -> None:
     if not written.ckpts:
         raise UserError("latency compares checkpoints: give --ckpts a/ckpt.pt b/ckpt.pt")
     device, runs, rows = pick_device(config.device), {}, []
-    # in the dtype that each was saved in
-    models = {path: with_kernels(build_model(load(path), device)) for path in written.ckpts}
+    models = {path: with_kernels(build_model(load(path), device)) for path in written.ckpts}  # own dtypes
     new = min(64, *(model.config.block_size - 1 for model in models.values()))
     for name, model in models.items():
         if written.compile:

@@ -38,7 +38,7 @@ from checkpoint import build, load, split_checksum
 from common import bounded, note, parse, pick_device, replacing, require
 from data.instruct import FIELDS, encoded, records_of
 from data.loader import check_unchanged, padded, read_meta
-from data.tokenizer import Record, Tokenizer
+from data.tokenizer import Record, Tokenizer, prompt_text
 from model import Llama
 from train import mean_loss
 
@@ -70,7 +70,8 @@ def choice(model: Llama, tokenizer: Tokenizer, records: list[Record]) -> float:
     """% of examples whose own reference has the least loss per token among up to four different ones."""
     right = 0
     for i, record in enumerate(tqdm(records, desc="choosing", disable=None, leave=False)):
-        outputs = dict.fromkeys(other["output"] for other in records[i:] + records[:i])
+        others = [r for r in records[i + 1 :] + records[:i] if prompt_text(r) != prompt_text(record)]
+        outputs = dict.fromkeys(r["output"] for r in [record, *others])  # another right answer is no choice
         pairs = (encoded({**record, "output": output}, tokenizer) for output in outputs)
         fitting = (pair for pair in pairs if sum(map(len, pair)) <= model.config.block_size + 1)
         losses = [mean_loss(model, [padded([pair])], torch.float32)[0] for pair in islice(fitting, 4)]
@@ -149,5 +150,4 @@ def main() -> None:
     with replacing(out, "w") as file:  # it may fail
         print(summary, file=file)
         for record, *each in zip(kept, *answers):
-            line = {**record, "answers": dict(zip(results, each))}
-            print(json.dumps(line), file=file)
+            print(json.dumps({**record, "answers": dict(zip(results, each))}), file=file)

@@ -57,6 +57,7 @@ train.py --init_from run/ckpt.pt --max_steps 1 --out_dir new
     --dataset other                          other has another tokenizer
     --init_from odd.pt                       dataset 3
     --lora_alpha 3                           --lora_r
+    --lora_r 0 --quantize nf4                --quantize is
     --init_from lora.pt --lora_r 8           --lora_r
 data/prepare.py --out new mine
     --tokenizer run/ckpt.pt                  --text
@@ -64,11 +65,15 @@ data/prepare.py --out new mine
     --text text.txt --vocab_size 9           --vocab_size
     --text text.txt --out /                  --out
     --text text.txt --tokenizer nosuch.pt    nosuch.pt
+    --from nosuch.json --tokenizer bare.pt   bare.pt
+    --text text.txt ''                       text.txt ''
+    --text text.txt --fields a,b             records
     --from tasks.json --fields a,b           --fields
     --parallel text.txt tasks.json           tasks.json
 eval_ppl.py run/ckpt.pt
     --text latin.txt                         latin.txt
-    --stride 100 --context 10                --stride
+    --stride 100 --context 10 --method all   --stride 1 to 10
+    --stride 4 --method block_mean           --method sliding
     --text text.txt --dataset data           --text
     --dataset tasks                          study score
     --dataset other                          another tokenizer
@@ -120,6 +125,7 @@ search_groups.py run/ckpt.pt --out new.json --calibration_tokens 1024
     compare-speed data/meta.json             --overwrite
     compare-speed new.jsonl --device cuda    --device
     memory --batch_size 6                    --batch_size
+    decode --dim 64 --ckpts run/ckpt.pt      --kv_bits only
     attention                                --init_from
     attention --init_from lora.pt            checkpoint.py
 """

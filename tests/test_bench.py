@@ -113,6 +113,7 @@ def test_rates_are_of_the_seconds_that_a_run_took(tiny_run, monkeypatch):
     monkeypatch.setattr("study.bench.in_turns", times)
     rows = [list(row.values()) for row in table("decode", *SHAPE, "--batch_size", 4, "--steps", 3)]
     assert rows == [[n, 4 * 40 * 2 * n * 8 * 4, 2000, 1] for n in (4, 2, 1)]  # bytes, ms, ratio
+    assert [row["model"] for row in table("decode", *SHAPE, "--n_kv_head", 2, "--steps", 3)] == [2, 1]
     rows = table("decode", "--ckpts", tiny_run, "--kv_bits", 8, "--block_size", 40, "--steps", 3)
     assert [r["cache_bytes"] for r in rows] == [16 * 40 * 4 * 128, 16 * 40 * (128 + 2 * 16)]  # 16 scales
     refused(quick("study", "decode", *SHAPE, "--steps", 39), "steps is 39", "1 to 38")

@@ -26,7 +26,7 @@ from data import corpora
 from data.corpora import download, split
 from data.instruct import encoded, read_files
 from data.loader import SPLITS, Examples, open_split, padded, prepared, read_meta
-from data.prepare import PrepareConfig, learned, prepare
+from data.prepare import PrepareConfig, given_tokenizer, learned, prepare
 from data.tokenizer import Tokenizer, prompt_text, read_tokenizer
 from eval_ppl import bits_per_byte
 from formats.tokenizers import with_special
@@ -108,6 +108,9 @@ def test_few_files_are_cut_at_line_ends_and_a_large_tokenizer_takes_uint32(tmp_p
     pieces = split(corpora.own_text([f"{tmp_path}/[an]*"])).values()
     sizes = [sum(piece.stop - piece.start for piece in part) for part in pieces]
     assert np.allclose(np.divide(sizes, sum(sizes)), corpora.SHARES, atol=0.03)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with mock.patch.dict("sys.modules", tokenizers=None), pytest.raises(ModuleNotFoundError):
+        given_tokenizer(tmp_path / "tokenizer.json")
 
 
 def test_wikitext_keeps_its_splits_and_the_tokenizer_learns_from_train_only(tmp_path, capsys):
@@ -119,6 +122,9 @@ def test_wikitext_keeps_its_splits_and_the_tokenizer_learns_from_train_only(tmp_
     archive = shutil.make_archive(str(tmp_path / "w"), "zip", tmp_path / "w")
     with mock.patch("data.corpora.DATA", tmp_path):
         _, tokenizer, tokens = made(tmp_path / "out", "wikitext2", from_=[archive], vocab_size=290)
+        with pytest.raises(UserError, match="no zip file"):
+            corpora.built_in("wikitext2", [tmp_path / "w/wikitext-2-raw/wiki.train.raw"])
+        assert (tmp_path / "downloads/wikitext-2-raw/wiki.train.raw").exists(), "what was there is lost"
     assert [tokenizer.decode(tokens[name].tolist()) for name in SPLITS] == list(parts.values())
     with mock.patch("data.loader.DATA", tmp_path):
         (tmp_path / "out").rename(tmp_path / "wikitext2")
@@ -265,6 +271,8 @@ def test_a_prompt_is_in_one_split_only_and_given_splits_are_kept(tmp_path):
         splits_of([{**both, "output": 0}])  # is no text, as 1 is none
     (found, *_) = splits_of([{**row, "instruction": ""} for row in tasks()], instruction="Do.")
     assert {row["instruction"] for row in found} == {"Do."}
+    said = prompt_text({"instruction": "Do. ", "input": " x\n"})  # as --instruction and --input may be
+    assert said == "### Instruction:\nDo.\n\n### Input:\nx\n\n### Response:\n"
 
 
 def test_records_come_from_other_fields_jsonl_parallel_texts_and_gzip(tmp_path):
@@ -329,6 +337,7 @@ def test_a_task_is_answered_from_the_command_line(tiny_data, tmp_path):
     tokenizer, task = prepared(str(tiny_data))[2], {"instruction": "Add", "input": "1"}
     model = sharp_model(vocab_size=400)  # whose text depends on all of the prompt
     save(tmp_path / "x.pt", checkpoint_of(model, tokenizer.data))
+    assert given_tokenizer(shutil.copy(tmp_path / "x.pt", tmp_path / "x")).data == tokenizer.data
     answer = model.generate([tokenizer.prompt(prompt_text(task))], 9, stop=tokenizer.stop)[0]
     flags = ["--instruction", "Add", "--input", 1, "--temperature", 0, "--max_new_tokens", 9]
     assert quick("sample.py", tmp_path / "x.pt", *flags).stdout.strip() == tokenizer.decode(answer).strip()

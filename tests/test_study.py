@@ -113,8 +113,13 @@ def test_a_choice_is_right_where_the_own_reference_has_the_least_loss(tiny_run, 
         return sign * float(f"{asked[-1]}\n" not in tokenizer.decode(x[0].tolist())), 1
 
     monkeypatch.setattr(score, "mean_loss", loss)
-    assert score.choice(model, tokenizer, [*records, {**records[0], "output": "word " * 99}]) == share
+    long = {**records[0], "instruction": "Say.", "output": "word " * 99}
+    assert score.choice(model, tokenizer, [*records, long]) == share
     assert len(asked) == 4 * 10 and len({*asked[:4]}) == 4, "four that differ"
+    asked.clear()
+    twice = {**records[1], "output": "a word"}  # is as right
+    assert score.choice(model, tokenizer, [records[1], twice, *records[2:6]])
+    assert "a word" not in asked[:4]
 
 
 def test_a_model_writes_on_from_the_train_split(tiny_run, tiny_data, tmp_path):
