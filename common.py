@@ -163,7 +163,7 @@ def exit_cleanly(main: typing.Callable[[], None]) -> None:
         message = str(error).strip().split("\n")[0] or type(error).__name__
         too_large = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if too_large or "DefaultCPUAllocator: can't allocate memory" in message:
-            message = f"out of memory: try a smaller batch, context or model ({message[:160]})"
+            message = f"out of memory: try a smaller batch, context, calibration or model ({message[:160]})"
         elif not isinstance(error, UserError | OSError | ModuleNotFoundError):
             raise  # a bug keeps its traceback
         how = " (pip install it)" * isinstance(error, ModuleNotFoundError)

@@ -239,14 +239,15 @@ def latent_losses(model: Llama, stats: list[Statistics], found: Directions, toke
 def beside_keys(keys: torch.Tensor, values: torch.Tensor, C: torch.Tensor, unit: int, alone: np.ndarray):
     """(units of K, units of V): the predicted loss of a latent value that can also read a latent key: that of
     a wider one without a key that drops as much energy of V, read off `alone`, the losses of 1, 2, ... units.
-    keys and values (n, C) are all directions of the two, the strongest keys first, C = E[m m^T]."""
-    values = values * ((values @ C) * values).sum(1, keepdim=True).sqrt()  # to E|values m|^2 their energy
-    squares, energies = keys @ C @ keys.T, [values @ C @ values.T]
+    keys (n, C) are all directions, the strongest first, values (n, C) the weighted rows, C = E[m m^T]."""
+    strength, U = torch.linalg.eigh(C)
+    C = U * strength.clamp(min=0) @ U.T  # rounding leaves energies below 0, of inputs that the text lacks
+    squares, left, dropped = keys @ C @ keys.T, values @ C @ values.T, []
     squares.diagonal().add_(1e-9 * squares.diagonal().mean() + TINY)
     by_keys = torch.linalg.solve_triangular(torch.linalg.cholesky(squares), keys @ C @ values.T, upper=False)
-    for of_unit in by_keys.split(unit):  # each unit tells more
-        energies.append(energies[-1] - of_unit.T @ of_unit)
-    dropped = [torch.linalg.eigvalsh(left).clamp(min=0).cumsum(0).flip(0)[unit::unit] for left in energies]
+    for of_unit in (by_keys[:0], *by_keys.split(unit)):  # no key; then each unit tells more
+        left = left - of_unit.T @ of_unit
+        dropped.append(torch.linalg.eigvalsh(left).clamp(min=0).cumsum(0).flip(0)[unit::unit])
     lost = np.pad(torch.stack(dropped).cpu().numpy(), ((0, 0), (0, 1)))  # units of all values lose nothing
     return np.interp(lost[1:], lost[0, ::-1], alone[::-1])
 
@@ -256,9 +257,9 @@ def latent_sizes(model: Llama, stats: list[Statistics], found: dict, losses: lis
     `latent_losses`, the values' as they are `beside_keys`; none for a layer that stays as it is."""
     (unit, whole), choices = latent_units(model.config), []
     for i, (of_keys, of_values) in enumerate(zip(losses[::2], losses[1::2])):
-        (order, k, _), (_, v, _) = found[i, "k"], found[i, "v"]
-        rows = real_rows(k.flatten(0, 1)[order])
-        lost = of_keys[:, None] + beside_keys(rows, v[0], stats[i].mixed, unit, of_values)
+        order, k, _ = found[i, "k"]
+        _, v, C = weighted_rows(model.layers[i].attention, "v", stats[i])
+        lost = of_keys[:, None] + beside_keys(real_rows(k.flatten(0, 1)[order]), v[0], C, unit, of_values)
         choices.append([(loss, a + b + 2, (a + 1, b + 1)) for (a, b), loss in np.ndenumerate(lost)])
     picked = enumerate(knapsack(choices)[budget(whole, share)][1])
     full = [(whole[i, "k"], whole[i, "v"]) for i in range(len(choices))]
@@ -361,6 +362,7 @@ def calibration_blocks(tokens: np.ndarray, model: Llama, count: int, seed: int) 
 
 def open_inputs(config: MergeConfig) -> tuple[dict, Llama, torch.Tensor, np.ndarray, str]:
     """The checkpoint, its model, calibration blocks of the train split, the val split and its name."""
+    require(Path(config.out).resolve() != Path(config.ckpt).resolve(), f"--out {config.out}: name a new file")
     checkpoint, model = open_model(config.ckpt, config.device)
     source = checkpoint, read_tokenizer(checkpoint["tokenizer"]), config.dataset
     (train, _), (val, name) = split_tokens(*source, "train"), split_tokens(*source, "val")
