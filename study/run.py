@@ -96,7 +96,7 @@ memory: -m study memory --steps 5 --json
 memory-larger: -m study memory --steps 2 --batch_size 4 <110M> --json
 """,
     "attention": """
-attention: -m study attention --init_from <ckpt> <own> --steps 3 --json
+attention: -m study attention --init_from <ckpt> <own> --steps 1 --json
 attention-[backend]-[length]: -m study train --attention [backend] --block_size <length> --steps 3 --json
 """,
     "speed": """
