@@ -233,6 +233,16 @@ def peak_memory_bytes(device: torch.device) -> int:
 # ---- files ----
 
 
+def lock(file: typing.IO | int) -> None:
+    """Lock an open file or folder until it is closed. Raises BlockingIOError if another process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass  # a file system without locks, as some clusters have
+
+
 @contextmanager
 def replacing(path: Path, mode: str) -> Iterator[typing.IO]:
     """A file that takes the place of `path`, whole and on the disk, when the block ends; an error changes
@@ -241,7 +251,7 @@ def replacing(path: Path, mode: str) -> Iterator[typing.IO]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, mode, opener=lambda name, how: os.open(name, how & ~os.O_TRUNC, 0o666)) as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file)
             if not os.path.samestat(os.fstat(file.fileno()), temporary.stat()):
                 raise BlockingIOError  # its owner has renamed it: it is `path` by now
             try:
@@ -273,7 +283,7 @@ def held(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(descriptor)
     except BlockingIOError:
         os.close(descriptor)
         raise UserError(f"{folder} is in use by another process: wait for it, or name another") from None

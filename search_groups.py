@@ -14,7 +14,6 @@ groups, and the next report. The evaluations are lines of a JSONL file: an inter
 there, and one for another budget, given the same --log, measures none of them again.
 """
 
-import fcntl
 import hashlib
 import json
 import math
@@ -29,7 +28,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoint import picture
-from common import UserError, bounded, exit_cleanly, parse, replacing, require, sha256_of, writable
+from common import UserError, bounded, exit_cleanly, lock, parse, replacing, require, sha256_of, writable
 from eval_ppl import MOST_LOGITS, perplexity
 from gqa import MOST_CONTEXT, MergeConfig, merge, open_inputs
 from model import Llama, Maps, widen
@@ -92,7 +91,7 @@ def open_log(path: Path, header: dict) -> tuple[IO, dict[str, dict]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a+", buffering=1)  # noqa: SIM115
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(file)
         file.seek(0)
         text = file.read()
         *lines, half = text.split("\n")  # a killed search leaves half a line
