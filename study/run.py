@@ -47,7 +47,7 @@ after-base: eval_ppl.py heal-base/ckpt.pt <own> <test>
 search-[share]: <search> --kv_budget <share> --max_evals 3 --out groups-[share].json
 again-1of2: <search> --kv_budget 0.5 --max_evals 3 --seed 1 --out again-1of2.json
 again-1of4: <search> --kv_budget 0.25 --max_evals 3 --seed 1 --out again-1of4.json
-merge-[merge]-[share]: gqa.py <ckpt> <own> <merge> --calibration_tokens 65536 --eval_tokens 2048
+merge-[merge]-[share]: gqa.py <ckpt> <own> --calibration_tokens 65536 <merge> --eval_tokens 2048
     --out [merge]-[share].pt --overwrite
 before-[merge]-[share]: eval_ppl.py [merge]-[share].pt <own> <test>
 heal-[merge]-[share]: train.py --init_from [merge]-[share].pt <heal>
@@ -134,8 +134,8 @@ LOOPS = {
     "budget": {"short": "80", "long": "320"}, "twin": {"0": "", "1": ""},
     "seed": {"0": "--eval_tokens 16384", "1": "--eval_tokens 0", "2": "--eval_tokens 0"},  # one has a curve
     "merge": {
-        "random-mean": "--kv_budget <share> --joint --grouping random --merge mean --refit none",
-        "neighbour-mean": "--kv_budget <share> --joint --grouping neighbour --merge mean --refit none",
+        "random-mean": "--kv_budget <share> --joint --grouping random <mean>",
+        "neighbour-mean": "--kv_budget <share> --joint --grouping neighbour <mean>",
         "best-mean": "--kv_budget <share> --joint --merge mean --refit none",
         "neighbour-closed": "--kv_budget <share> --joint --grouping neighbour --refit none",
         "ours": "--groups groups-[share].json",
