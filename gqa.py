@@ -362,7 +362,8 @@ def calibration_blocks(tokens: np.ndarray, model: Llama, count: int, seed: int) 
 
 def open_inputs(config: MergeConfig) -> tuple[dict, Llama, torch.Tensor, np.ndarray, str]:
     """The checkpoint, its model, calibration blocks of the train split, the val split and its name."""
-    require(Path(config.out).resolve() != Path(config.ckpt).resolve(), f"--out {config.out}: name a new file")
+    other = Path(config.out).resolve() != Path(config.ckpt).resolve()
+    require(other, f"--out {config.out} is the checkpoint itself: give the name of a new file")
     checkpoint, model = open_model(config.ckpt, config.device)
     source = checkpoint, read_tokenizer(checkpoint["tokenizer"]), config.dataset
     (train, _), (val, name) = split_tokens(*source, "train"), split_tokens(*source, "val")

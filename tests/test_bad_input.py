@@ -96,7 +96,7 @@ gqa.py run/ckpt.pt --out new.pt --calibration_tokens 1024
     --groups tasks.json                      tasks.json
     --kv_budget 0.5 --out run/ckpt.pt/x.pt   cannot write
     --kv_budget 0.5 --out lora.pt            --overwrite
-    --kv_budget 0.5 --overwrite --out run/ckpt.pt       --out run/ckpt.pt: name a new file
+    --kv_budget 0.5 --overwrite --out run/ckpt.pt       the checkpoint itself
 search_groups.py run/ckpt.pt --out new.json --calibration_tokens 1024
     --kv_budget 0.5 --search_tokens 4        --search_tokens
     --kv_budget 0.5 --log new.json           --log
